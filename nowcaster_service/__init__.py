@@ -1,0 +1,1 @@
+"""The Ray-hosted nowcaster: keeps histories, runs predictors, serves predictions over gRPC."""

@@ -1,0 +1,1 @@
+"""The wire, and nothing else: generated messages, shard arithmetic and the byte codec."""

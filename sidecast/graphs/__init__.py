@@ -1,0 +1,1 @@
+"""Neural graphs: topology, builders per model family, positional encodings."""

@@ -1,0 +1,99 @@
+"""What every predictor looks like to the service, to offline tools and to in-process users.
+
+Shape suffixes: C context (states, newest last), P elements of the parameter vector, N elements of one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sidecast.errors import ConfigError
+from sidecast.manifest import ModelManifest
+
+
+@dataclass(frozen=True)
+class History:
+    """C equally spaced states of one model, newest last, each a parameter vector.
+
+    The vectors may be memory-mapped files or shared memory: predictors read them tensor by tensor or tile by
+    tile and never copy a whole one.
+
+    Attributes:
+        manifest: Names, shapes and order of the parameters.
+        states: C one-dimensional tensors of P elements; any floating dtype, computed with in fp32.
+    """
+
+    manifest: ModelManifest
+    states: Sequence[Tensor]
+
+    def __post_init__(self) -> None:
+        for state in self.states:
+            if state.shape != (self.manifest.num_elements,):
+                raise ConfigError(
+                    f"a state of the history has shape {tuple(state.shape)}; "
+                    f"the manifest needs ({self.manifest.num_elements},)"
+                )
+
+    @property
+    def context_len(self) -> int:
+        return len(self.states)
+
+    def tensor(self, fqn: str) -> list[Tensor]:
+        """The C flat states of one parameter, as views (N elements each)."""
+        start = self.manifest.offsets[fqn]
+        stop = start + self.manifest.spec(fqn).numel
+        return [state[start:stop] for state in self.states]
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """Predicts where parameters will be some snapshot intervals after the newest state of a history.
+
+    Stateless: everything that a prediction depends on is given to the constructor and to ``predict``, so that
+    one predictor may serve many sessions at once.
+
+    Attributes:
+        name: What users call it in the configuration.
+        context_len: C, the states that it needs; None if any number of at least two will do.
+        max_horizon: Default first horizon of a run, in snapshot intervals.
+    """
+
+    name: str
+    context_len: int | None
+    max_horizon: int
+
+    def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
+        """Writes the predicted change, prediction - newest state.
+
+        Args:
+            history: C states.
+            horizon_intervals: k, how far ahead, in snapshot intervals.
+            out: P elements, fp32, overwritten; may be a memory-mapped file.
+
+        Raises:
+            ConfigError: The history, model or horizon is not one that this predictor can work on.
+        """
+        ...
+
+
+def check_history(predictor: Predictor, history: History, horizon_intervals: int) -> None:
+    """Raises ConfigError unless the predictor can work on this history and horizon."""
+    wanted = predictor.context_len
+    if wanted is not None and history.context_len != wanted:
+        raise ConfigError(f"predictor {predictor.name!r} needs {wanted} states; the history has {history.context_len}")
+    if history.context_len < 2:
+        raise ConfigError(
+            f"predictor {predictor.name!r} needs at least 2 states; the history has {history.context_len}"
+        )
+    if horizon_intervals < 1:
+        raise ConfigError(f"horizon is {horizon_intervals}; it must be at least 1 snapshot interval")
+
+
+def fp32(states: Sequence[Tensor]) -> Tensor:
+    """Stacks flat states into one fp32 tensor (C, N)."""
+    return torch.stack([state.to(torch.float32) for state in states])

@@ -1,0 +1,23 @@
+"""Fixtures that every kind of test shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Published weights and golden cases are not ours to commit; this is where our own machines keep them.
+NINO_DATA = Path(os.environ.get("SIDECAST_NINO_DATA", REPOSITORY.parent / "shared" / "data" / "nino"))
+
+
+@pytest.fixture(scope="session")
+def nino_data() -> Path:
+    """The folder of published NiNo weights and golden cases; skips without it, but fails under CI."""
+    if not NINO_DATA.is_dir():
+        reason = f"no published weights and golden cases at {NINO_DATA} (set SIDECAST_NINO_DATA)"
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must not skip: {reason}")
+        pytest.skip(reason)
+    return NINO_DATA

@@ -1,0 +1,1 @@
+"""Ways in for people who bring their own training loop."""
