@@ -58,10 +58,14 @@ class ModelManifest:
 
     @classmethod
     def from_shapes(
-        cls, shapes: Iterable[tuple[str, Iterable[int]]], config: Mapping[str, Any] | None = None
+        cls,
+        shapes: Iterable[tuple[str, Iterable[int]]],
+        config: Mapping[str, Any] | None = None,
+        aliases: Mapping[str, str] | None = None,
     ) -> ModelManifest:
         """Builds a manifest from ``(fqn, shape)`` pairs, in their order."""
-        return cls(tuple(ParameterSpec(fqn, tuple(shape)) for fqn, shape in shapes), dict(config or {}))
+        parameters = tuple(ParameterSpec(fqn, tuple(shape)) for fqn, shape in shapes)
+        return cls(parameters, dict(config or {}), dict(aliases or {}))
 
     @cached_property
     def num_elements(self) -> int:

@@ -67,6 +67,14 @@ class Predictor(Protocol):
     context_len: int | None
     max_horizon: int
 
+    def prepare(self, manifest: ModelManifest) -> None:
+        """Builds, and may keep, what depends on the model alone, so that the first nowcast is not slower.
+
+        Raises:
+            ConfigError: The model is not one that this predictor can work on.
+        """
+        ...
+
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
         """Writes the predicted change, prediction - newest state.
 

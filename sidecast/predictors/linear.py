@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import History, check_history, fp32
 
 
@@ -18,6 +19,9 @@ class LinearPredictor:
     name = "linear"
     context_len = None
     max_horizon = 5
+
+    def prepare(self, manifest: ModelManifest) -> None:
+        """Any model will do."""
 
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
         check_history(self, history, horizon_intervals)

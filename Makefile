@@ -1,0 +1,51 @@
+# Two commands do everything: `make demo` and `make test`. Each sets up .venv first.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# PyTorch for CPU or CUDA: see "CPU or CUDA" in the README.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+DEMO ?=
+
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+
+.PHONY: demo test lint types proto proto-check unit bench clean help
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.installed ## train a small Llama with nowcasting and write runs/demo/report.html
+	$(BIN)/python -m sidecast.trainer.demo $(DEMO)
+
+test: lint types proto-check unit ## lint, types, generated code and all tests
+
+unit: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed ## ruff: style, errors and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot follow the editable install's package-dir mapping; a farm of links shows it the installed layout.
+types: $(VENV)/.installed ## mypy
+	@mkdir -p build/types/sidecast
+	@ln -sfn $(CURDIR)/sidecast/* build/types/sidecast/
+	@for part in trainer nowcaster_service protos; do ln -sfn $(CURDIR)/$$part build/types/sidecast/$$part; done
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p sidecast
+
+proto: $(VENV)/.installed ## regenerate protos/*_pb2*
+	$(BIN)/python protos/generate.py
+
+proto-check: $(VENV)/.installed
+	$(BIN)/python protos/generate.py --check
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "sidecast needs Python 3.11 ($(PYTHON) not found; set PYTHON=...)"; exit 1; }
+	@command -v g++ >/dev/null || { echo "sidecast needs g++: DeepSpeed compiles an operator on CPU (Debian: apt-get install g++)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+clean: ## remove everything that was made
+	rm -rf $(VENV) build .cache runs

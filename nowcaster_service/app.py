@@ -1,0 +1,171 @@
+"""The service as Ray actors: one ingress with the gRPC server, engines with a device each. The home of ray."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from concurrent.futures import Future
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+import ray
+from prometheus_client import CollectorRegistry, start_http_server
+
+from sidecast.nowcaster_service.config import ServiceConfig
+from sidecast.nowcaster_service.history import HistoryStore
+from sidecast.nowcaster_service.metrics import ServiceMetrics
+from sidecast.nowcaster_service.nowcasting import (
+    NowcastAnswer,
+    Nowcasting,
+    NowcastRequest,
+    PredictorAnswer,
+    PredictorRequest,
+)
+from sidecast.nowcaster_service.servicer import Servicer
+
+EXPIRY_INTERVAL_S = 30.0
+STOP_GRACE_S = 2.0
+
+
+def engine_name(index: int) -> str:
+    """The Ray name of one engine actor."""
+    return f"sidecast-engine-{index}"
+
+
+class EngineActor:
+    """Runs predictors in a process of its own, with its own device."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        import torch
+
+        torch.set_num_threads(config.engine_threads)
+        self._nowcasting = Nowcasting(config.weights)
+
+    def check(self, request: PredictorRequest) -> PredictorAnswer:
+        return self._nowcasting.check(request)
+
+    def predict(self, request: NowcastRequest) -> NowcastAnswer:
+        return self._nowcasting.predict(request)
+
+
+class RayEngines:
+    """The engines as the servicer sees them; each request goes to the next one."""
+
+    def __init__(self, actors: list[Any]) -> None:
+        self._next = itertools.cycle(actors)
+
+    async def check(self, request: PredictorRequest) -> PredictorAnswer:
+        return await next(self._next).check.remote(request)
+
+    async def predict(self, request: NowcastRequest) -> NowcastAnswer:
+        return await next(self._next).predict.remote(request)
+
+
+class IngressActor:
+    """Owns the sessions and the gRPC server, on an event loop in a thread of its own.
+
+    The server starts in the constructor, so that Ray's restart of a dead ingress brings it back on its port.
+    """
+
+    def __init__(self, config: ServiceConfig) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        self._config = config
+        self._started: Future[int] = Future()
+        self._loop = asyncio.new_event_loop()
+        self._server: grpc.aio.Server | None = None
+        # Looked up by name: handles among the constructor's arguments would not survive a restart of this actor.
+        engines = RayEngines([ray.get_actor(engine_name(index)) for index in range(config.num_engines)])
+        threading.Thread(target=self._run, args=(engines,), name="grpc", daemon=True).start()
+
+    def address(self) -> str:
+        """Where the gRPC server listens; waits until it does."""
+        return f"{self._config.host}:{self._started.result()}"
+
+    def stop(self) -> None:
+        """Ends the gRPC server, letting calls in flight finish."""
+        server = self._server
+        if server is not None:
+            asyncio.run_coroutine_threadsafe(server.stop(STOP_GRACE_S), self._loop).result()
+
+    def _run(self, engines: RayEngines) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            servicer = self._loop.run_until_complete(self._start(engines))
+        except BaseException as error:
+            self._started.set_exception(error)
+            return
+        self._loop.create_task(_expire_for_ever(servicer))
+        self._loop.run_forever()
+
+    async def _start(self, engines: RayEngines) -> Servicer:
+        config = self._config
+        metrics = ServiceMetrics(CollectorRegistry())
+        if config.metrics_port is not None:
+            start_http_server(config.metrics_port, addr=config.host, registry=metrics.registry)
+        store = HistoryStore(config.history_dir, config.history_budget_bytes)
+        servicer = Servicer(config, store, engines, metrics, version=version("sidecast"))
+        server = grpc.aio.server(
+            options=[
+                # Two services on one port would each see half of a session.
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            ]
+        )
+        server.add_generic_rpc_handlers((servicer.handler(),))
+        address = f"{config.host}:{config.port}"
+        if config.tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            pair = (config.tls.private_key.read_bytes(), config.tls.certificate.read_bytes())
+            port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        await server.start()
+        self._server = server
+        self._started.set_result(port)
+        return servicer
+
+
+async def _expire_for_ever(servicer: Servicer) -> None:
+    while True:
+        await asyncio.sleep(EXPIRY_INTERVAL_S)
+        servicer.expire_sessions()
+
+
+class Application:
+    """A running service. Must be ended with ``stop``.
+
+    Args:
+        config: Settings.
+        ray_address: An existing Ray cluster, or None to start a local one that lives as long as this process.
+    """
+
+    def __init__(self, config: ServiceConfig, ray_address: str | None = None) -> None:
+        if ray_address is None:
+            ray.init(
+                address="local",
+                num_cpus=config.num_engines + 1,
+                include_dashboard=False,
+                log_to_driver=True,
+                logging_level=logging.WARNING,
+                _node_ip_address="127.0.0.1",
+            )
+        else:
+            ray.init(address=ray_address, logging_level=logging.WARNING)
+        engine = ray.remote(num_cpus=1, num_gpus=config.engine_gpus, max_restarts=-1)(EngineActor)
+        ingress = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(IngressActor)
+        self._engines = [engine.options(name=engine_name(index)).remote(config) for index in range(config.num_engines)]
+        self._ingress = ingress.remote(config)
+
+    def address(self) -> str:
+        """Where the gRPC server listens; waits until it does."""
+        return ray.get(self._ingress.address.remote())
+
+    def stop(self) -> None:
+        """Ends the service and, if it was started here, Ray."""
+        try:
+            ray.get(self._ingress.stop.remote(), timeout=2 * STOP_GRACE_S)
+        finally:
+            ray.shutdown()

@@ -1,0 +1,42 @@
+"""The ``sidecast`` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from sidecast.errors import SidecastError
+
+COMMANDS = ("serve", "status")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="sidecast",
+        description="Nowcasting for distributed training: predicts where the weights will be, without stalling "
+        "the run. Training scripts use it through `sidecast.attach(engine)`; this command runs the service beside "
+        "them and the tools around it.",
+    )
+    parser.add_argument("--version", action="version", version=f"sidecast {version('sidecast')}")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        importlib.import_module(f"sidecast.nowcaster_service.commands.{name}").add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; refusals become one line on stderr and exit status 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except SidecastError as error:
+        sys.stderr.write(f"sidecast: {error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,170 @@
+"""``sidecast serve``: run the nowcaster service until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from sidecast.errors import ConfigError, SidecastError
+from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, require_ray_token
+
+GIB = 1 << 30
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+REAP_TIMEOUT_S = 5.0
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="run the nowcaster service",
+        description="Runs the nowcaster service: keeps parameter histories, makes nowcasts, sends them back. "
+        "Training jobs find it under the address in their ds_config's nowcaster.endpoint. Ends on Ctrl-C or SIGTERM.",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=50051, help="gRPC port; 0 picks a free one (default: %(default)s)")
+    parser.add_argument("--port-file", type=Path, help="write the bound HOST:PORT here once the service is ready")
+    parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on this port (default: none)")
+    parser.add_argument("--weights", type=Path, help="weights file for the predictors that need one (nino, wnn_plus)")
+    parser.add_argument("--history-dir", type=Path, help="folder for histories; emptied (default: a temporary one)")
+    parser.add_argument("--history-gib", type=float, default=16.0, help="history budget in GiB (default: %(default)s)")
+    parser.add_argument("--chunk-kib", type=int, default=1024, help="message size in KiB (default: %(default)s)")
+    parser.add_argument("--engines", type=int, default=1, help="number of engine processes (default: %(default)s)")
+    parser.add_argument("--engine-threads", type=int, default=1, help="CPU threads per engine (default: %(default)s)")
+    parser.add_argument("--engine-gpus", type=float, default=0.0, help="GPUs per engine (default: %(default)s)")
+    parser.add_argument("--nowcast-timeout-s", type=float, default=300.0, help="longest nowcast (default: %(default)s)")
+    parser.add_argument(
+        "--session-timeout-s", type=float, default=3600.0, help="forget idle runs after this (default: %(default)s)"
+    )
+    parser.add_argument("--token-file", type=Path, help="file holding the shared secret that clients must send")
+    parser.add_argument("--tls-cert", type=Path, help="PEM certificate; needed off loopback")
+    parser.add_argument("--tls-key", type=Path, help="PEM private key; needed off loopback")
+    parser.add_argument("--ray-address", help="join this Ray cluster instead of starting a local Ray")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    with contextlib.ExitStack() as stack:
+        history_dir = args.history_dir
+        if history_dir is None:
+            history_dir = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="sidecast-history-", ignore_cleanup_errors=True))
+            )
+        config = service_config(args, history_dir / "vectors")
+        return _supervise(lambda: _serve(config, args.ray_address, args.port_file), stack.close)
+
+
+def _serve(config: ServiceConfig, ray_address: str | None, port_file: Path | None) -> int:
+    if ray_address is None:
+        require_ray_token()
+    # Importing Ray takes seconds; wrong arguments are answered before.
+    from sidecast.nowcaster_service.app import Application
+
+    application = Application(config, ray_address)
+    try:
+        # Only now: Ray installs handlers of its own when it starts.
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        address = application.address()
+        sys.stdout.write(f"sidecast serves at {address}\n")
+        sys.stdout.flush()
+        if port_file is not None:
+            _write_whole(port_file, address)
+        stop.wait()
+    finally:
+        application.stop()
+    return 0
+
+
+def _supervise(work: Callable[[], int], clean_up: Callable[[], None]) -> int:
+    """Runs the service in a child process; whichever of the two dies, the other clears away what is left.
+
+    Ray's agents outlive their parents by minutes or for ever when those are killed. Both processes are
+    subreapers, so that orphans below come to them, and each ends everything below it before it ends.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    supervisor = os.getpid()
+    child = os.fork()
+    if child == 0:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        status = 1
+        try:
+            if os.getppid() == supervisor:
+                status = work()
+        except SidecastError as error:
+            sys.stderr.write(f"sidecast: {error}\n")
+            status = 2
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            _reap_children()
+            clean_up()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os.kill(child, signal.SIGTERM))
+    try:
+        _, wait_status = os.waitpid(child, 0)
+    finally:
+        _reap_children()
+    return abs(os.waitstatus_to_exitcode(wait_status))
+
+
+def service_config(args: argparse.Namespace, history_dir: Path) -> ServiceConfig:
+    """Turns parsed arguments into checked settings."""
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key go together; one of them is missing")
+    tls = None if args.tls_cert is None else TlsFiles(certificate=args.tls_cert, private_key=args.tls_key)
+    return ServiceConfig(
+        host=args.host,
+        port=args.port if args.port != 0 else _free_port(args.host),
+        metrics_port=args.metrics_port,
+        weights=None if args.weights is None else args.weights.resolve(),
+        history_dir=history_dir,
+        history_budget_bytes=int(args.history_gib * GIB),
+        chunk_bytes=args.chunk_kib << 10,
+        num_engines=args.engines,
+        engine_threads=args.engine_threads,
+        engine_gpus=args.engine_gpus,
+        nowcast_timeout_s=args.nowcast_timeout_s,
+        session_timeout_s=args.session_timeout_s,
+        token=None if args.token_file is None else args.token_file.read_text().strip(),
+        tls=tls,
+    )
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _write_whole(path: Path, text: str) -> None:
+    # Readers poll for the file: it must never be there half-written.
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _reap_children() -> None:
+    """Ends every process that is still below this one."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(children, timeout=REAP_TIMEOUT_S)

@@ -1,0 +1,100 @@
+"""Settings of the service: parsed from argv in one place, validated here."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from sidecast.errors import ConfigError
+
+MIN_CHUNK_BYTES = 64 << 10
+# gRPC's default limit for a received message is 4 MiB; a chunk's key and framing need room below it.
+MAX_CHUNK_BYTES = (4 << 20) - (64 << 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsFiles:
+    """PEM files for TLS."""
+
+    certificate: Path
+    private_key: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """Everything that ``sidecast serve`` needs to know.
+
+    Attributes:
+        host: Address to bind.
+        port: gRPC port; never 0 here, so that a restarted ingress comes back where clients look for it.
+        metrics_port: Port of the Prometheus endpoint; None for none.
+        weights: Predictor weights; None for predictors without.
+        history_dir: Folder of the memory-mapped history.
+        history_budget_bytes: Most bytes that all sessions' vectors may take together.
+        chunk_bytes: Size of the chunks that clients send and receive.
+        num_engines: Engine actors.
+        engine_threads: CPU threads of one engine.
+        engine_gpus: GPUs of one engine.
+        nowcast_timeout_s: A nowcast that takes longer is given up.
+        session_timeout_s: A session without any message for so long is closed.
+        token: Shared secret that every call must carry; None for none.
+        tls: Certificate and key; None for plain text.
+    """
+
+    host: str
+    port: int
+    metrics_port: int | None
+    weights: Path | None
+    history_dir: Path
+    history_budget_bytes: int
+    chunk_bytes: int
+    num_engines: int
+    engine_threads: int
+    engine_gpus: float
+    nowcast_timeout_s: float
+    session_timeout_s: float
+    token: str | None
+    tls: TlsFiles | None
+
+    def __post_init__(self) -> None:
+        if not is_loopback(self.host) and (self.tls is None or self.token is None):
+            raise ConfigError(
+                f"--host {self.host} is reachable from other machines: --tls-cert, --tls-key and --token-file "
+                "are required (only loopback addresses may do without)"
+            )
+        if not MIN_CHUNK_BYTES <= self.chunk_bytes <= MAX_CHUNK_BYTES:
+            raise ConfigError(
+                f"chunk size is {self.chunk_bytes} bytes; allowed: {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES}"
+            )
+        if self.history_budget_bytes <= 0:
+            raise ConfigError(f"the history budget is {self.history_budget_bytes} bytes; it must be positive")
+        if self.num_engines < 1:
+            raise ConfigError(f"--engines is {self.num_engines}; it must be at least 1")
+        if not 0 < self.nowcast_timeout_s < self.session_timeout_s:
+            raise ConfigError(
+                f"timeouts must rise: nowcast ({self.nowcast_timeout_s:g} s) < session ({self.session_timeout_s:g} s)"
+            )
+        if self.weights is not None and not self.weights.is_file():
+            raise ConfigError(f"--weights {self.weights} is not a file")
+
+
+def require_ray_token() -> None:
+    """Makes a local Ray demand a token; call it before ray is imported, which reads the environment only then.
+
+    Ray binds wildcard addresses whatever it is told: without a token anyone on the network could run code here.
+    """
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

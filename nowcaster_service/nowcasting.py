@@ -1,0 +1,153 @@
+"""What an engine does: check that a predictor can serve a model, and make and check one prediction.
+
+Free of Ray and gRPC. Requests and results are plain data, since they travel between processes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from sidecast.errors import SidecastError
+from sidecast.manifest import ModelManifest
+from sidecast.predictors.base import History, Predictor
+from sidecast.predictors.registry import create_predictor
+from sidecast.protos.codec import buffer_digest
+
+DIGEST_BLOCK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorRequest:
+    """Which predictor is to serve which model."""
+
+    predictor: str
+    options: Mapping[str, object]
+    manifest_json: str
+    context_len: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorAnswer:
+    """Whether it can. ``refusal`` is empty if so; ``max_horizon`` is the predictor's own K in intervals."""
+
+    refusal: str = ""
+    max_horizon: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NowcastRequest:
+    """One nowcast over files on this node.
+
+    Attributes:
+        predictor: Predictor and model.
+        state_paths: C files of P fp32 values, oldest first.
+        delta_path: File of P fp32 values to be overwritten with prediction - newest state.
+        horizon_intervals: k.
+        max_relative_norm: Largest accepted ||delta|| / ||newest state||.
+    """
+
+    predictor: PredictorRequest
+    state_paths: tuple[Path, ...]
+    delta_path: Path
+    horizon_intervals: int
+    max_relative_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NowcastAnswer:
+    """Its result. ``refusal`` says why the prediction must not be published, and is empty if it may be."""
+
+    refusal: str = ""
+    digest: int = 0
+    relative_norm: float = 0.0
+    nowcast_s: float = 0.0
+
+
+class Nowcasting:
+    """Makes nowcasts with predictors that are built once and kept.
+
+    Args:
+        weights: Weights for the predictors that need them; None if there are none.
+    """
+
+    def __init__(self, weights: Path | None) -> None:
+        self._weights = weights
+        self._predictors: dict[tuple[str, str], Predictor] = {}
+
+    def check(self, request: PredictorRequest) -> PredictorAnswer:
+        """Builds the predictor and everything that it derives from the model, or says why it cannot."""
+        try:
+            predictor = self._predictor(request)
+            if predictor.context_len not in (None, request.context_len):
+                return PredictorAnswer(
+                    refusal=f"context_len is {request.context_len}; predictor {request.predictor!r} needs "
+                    f"{predictor.context_len}"
+                )
+            predictor.prepare(ModelManifest.from_json(request.manifest_json))
+        except SidecastError as error:
+            return PredictorAnswer(refusal=str(error))
+        return PredictorAnswer(max_horizon=predictor.max_horizon)
+
+    def predict(self, request: NowcastRequest) -> NowcastAnswer:
+        """Writes the delta, then checks that it is finite and not larger than allowed."""
+        started_s = time.perf_counter()
+        manifest = ModelManifest.from_json(request.predictor.manifest_json)
+        try:
+            history = History(manifest, [_mapped(path, manifest.num_elements) for path in request.state_paths])
+            delta_P = _mapped(request.delta_path, manifest.num_elements, writable=True)
+            self._predictor(request.predictor).predict(history, request.horizon_intervals, delta_P)
+        except SidecastError as error:
+            return NowcastAnswer(refusal=str(error))
+        delta_norm, base_norm = _norm(delta_P), _norm(history.states[-1])
+        relative_norm = delta_norm / base_norm if base_norm > 0 else math.inf
+        if not math.isfinite(relative_norm):
+            return NowcastAnswer(refusal=f"the prediction is not finite: {_first_bad_tensor(manifest, delta_P)}")
+        if relative_norm > request.max_relative_norm:
+            return NowcastAnswer(
+                refusal=f"the jump's relative norm is {relative_norm:.4g}; allowed: {request.max_relative_norm:g}"
+            )
+        return NowcastAnswer(
+            digest=_digest(delta_P), relative_norm=relative_norm, nowcast_s=time.perf_counter() - started_s
+        )
+
+    def _predictor(self, request: PredictorRequest) -> Predictor:
+        key = (request.predictor, repr(sorted(request.options.items())))
+        if key not in self._predictors:
+            self._predictors[key] = create_predictor(request.predictor, weights=self._weights, options=request.options)
+        return self._predictors[key]
+
+
+def _mapped(path: Path, num_elements: int, *, writable: bool = False) -> Tensor:
+    # A private mapping cannot alter the history, whatever a predictor does to its input.
+    return torch.from_file(str(path), shared=writable, size=num_elements, dtype=torch.float32)
+
+
+def _norm(vector_P: Tensor) -> float:
+    # In float64 block by block: one fp32 sum over billions of squares would lose its low digits.
+    return math.sqrt(sum(float(block.double().square().sum()) for block in vector_P.split(1 << 22)))
+
+
+def _first_bad_tensor(manifest: ModelManifest, delta_P: Tensor) -> str:
+    for spec in manifest.parameters:
+        start = manifest.offsets[spec.fqn]
+        if not bool(torch.isfinite(delta_P[start : start + spec.numel]).all()):
+            return f"first in {spec.fqn}"
+    return "the base state is zero or not finite"
+
+
+def _digest(delta_P: Tensor) -> int:
+    """63 bits that name this very prediction; they fit the vote's int64 payload."""
+    data = memoryview(delta_P.numpy()).cast("B")
+    rows = []
+    for start in range(0, len(data), DIGEST_BLOCK_BYTES):
+        block = data[start : start + DIGEST_BLOCK_BYTES]
+        rows.append((start, len(block), crc32(block)))
+    return int.from_bytes(buffer_digest(rows)[:8], "little") >> 1

@@ -1,0 +1,418 @@
+"""What the service knows of one training run: a state machine without sockets, threads or clocks.
+
+A snapshot goes RECEIVING -> COMMITTED when every rank has committed its part of it, or RECEIVING -> ABORTED with
+a reason. A history is the equally spaced committed snapshots of one epoch; see docs/adr/0003-commit-rule.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from sidecast.horizon import horizon_schedule
+from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service.assembly import RankPlan
+from sidecast.nowcaster_service.errors import CorruptChunkError, MalformedError, WrongStateError
+from sidecast.nowcaster_service.history import FP32_BYTES, HistoryStore, VectorFile
+from sidecast.protos.codec import ChunkFrame, buffer_digest
+from sidecast.protos.shards import ShardSpec, coverage_error
+
+# A second snapshot may begin before the last rank has finished the first; a third means that somebody gave up.
+MAX_RECEIVING = 2
+# Beside the c states of the window: two being received, the newest prediction, and one still being fetched.
+NUM_EXTRA_VECTORS = MAX_RECEIVING + 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionSettings:
+    """What rank 0 announced, already validated.
+
+    Attributes:
+        session_id: New at every attach and resume.
+        run_id: The same for all sessions of one run.
+        world_size: Number of ranks.
+        manifest: The model.
+        context_len: c, states per nowcast.
+        snapshot_interval_steps: Optimizer steps between snapshots.
+        period_steps: Optimizer steps between nowcasts.
+        horizons: Horizon of the n-th nowcast in snapshot intervals; the last one repeats.
+        predictor: Name of the predictor.
+        predictor_options: Its options.
+        max_relative_norm: Largest accepted ||prediction - base|| / ||base||.
+    """
+
+    session_id: str
+    run_id: str
+    world_size: int
+    manifest: ModelManifest
+    context_len: int
+    snapshot_interval_steps: int
+    period_steps: int
+    horizons: tuple[int, ...]
+    predictor: str
+    predictor_options: Mapping[str, object]
+    max_relative_norm: float
+
+    def horizon_at(self, base_step: int) -> int:
+        """The horizon of the nowcast made at a step, in snapshot intervals: a function of the step alone."""
+        index = base_step // self.period_steps - 1
+        return self.horizons[min(max(index, 0), len(self.horizons) - 1)]
+
+    @property
+    def num_vector_bytes(self) -> int:
+        return self.manifest.num_elements * FP32_BYTES
+
+    @property
+    def needed_bytes(self) -> int:
+        """Most history that this session can hold at once."""
+        return (self.context_len + NUM_EXTRA_VECTORS) * self.num_vector_bytes
+
+
+def resolve_horizons(
+    schedule: str, max_intervals: int, power: float, max_steps: int, period_steps: int, predictor_max: int
+) -> tuple[int, ...]:
+    """The horizons of all nowcasts of a run.
+
+    Args:
+        schedule: ``constant``, ``power``, or empty: ``power`` where the run's length is known, else ``constant``.
+        max_intervals: K in snapshot intervals; 0 for the predictor's own.
+        power: p of the ``power`` schedule.
+        max_steps: Length of the run in optimizer steps; 0 if unknown.
+        period_steps: Optimizer steps between nowcasts.
+        predictor_max: The predictor's own K.
+    """
+    largest = max_intervals if max_intervals > 0 else predictor_max
+    if schedule == "constant" or (schedule == "" and max_steps == 0):
+        return (largest,)
+    if schedule not in ("power", ""):
+        raise MalformedError(f"horizon.schedule is {schedule!r}; allowed: 'constant', 'power'")
+    if max_steps == 0:
+        raise MalformedError("horizon.schedule 'power' needs max_steps, the length of the run in optimizer steps")
+    return horizon_schedule(max(1, max_steps // period_steps), largest, power)
+
+
+class SnapshotState(Enum):
+    RECEIVING = "receiving"
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
+@dataclass
+class Snapshot:
+    """The state of all parameters at one step, whole or on its way."""
+
+    step: int
+    epoch: int
+    vector: VectorFile
+    state: SnapshotState = SnapshotState.RECEIVING
+    # Per rank: offset -> (length, crc32) of the chunks that have arrived.
+    chunks: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    rank_digests: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> bytes:
+        """Digest over all ranks' parts, 16 bytes."""
+        digest = hashlib.blake2b(digest_size=16)
+        for rank in sorted(self.rank_digests):
+            digest.update(self.rank_digests[rank])
+        return digest.digest()
+
+
+@dataclass(frozen=True)
+class NowcastTask:
+    """One nowcast to be made; its files are pinned until ``Session.finish``."""
+
+    version: int
+    base_step: int
+    epoch: int
+    horizon_intervals: int
+    states: tuple[VectorFile, ...]
+    delta: VectorFile
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A published prediction: one version, whole, checked."""
+
+    task: NowcastTask
+    digest: int
+    relative_norm: float
+    nowcast_s: float
+
+
+@dataclass(frozen=True)
+class SnapshotEvent:
+    """A snapshot was committed (reason empty) or aborted."""
+
+    step: int
+    epoch: int
+    digest: bytes
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class FailureEvent:
+    """A nowcast was not made, or its result not published."""
+
+    base_step: int
+    reason: str
+
+
+@dataclass
+class SessionCounts:
+    """Totals since the session began."""
+
+    committed: int = 0
+    aborted: int = 0
+    published: int = 0
+    failed: int = 0
+    applied: int = 0
+    accepted: int = 0
+    rolled_back: int = 0
+    rejected: int = 0
+
+
+class Session:
+    """One attach of one training run.
+
+    Args:
+        settings: What rank 0 announced.
+        store: Where vectors live.
+        notify: Called with every SnapshotEvent, Prediction and FailureEvent.
+    """
+
+    def __init__(
+        self,
+        settings: SessionSettings,
+        store: HistoryStore,
+        notify: Callable[[SnapshotEvent | Prediction | FailureEvent], None],
+    ) -> None:
+        self.settings = settings
+        self.epoch = 0
+        self.counts = SessionCounts()
+        self.prediction: Prediction | None = None
+        self._store = store
+        self._notify = notify
+        self._upload_shards: dict[int, tuple[ShardSpec, ...]] = {}
+        self._upload_plans: dict[int, RankPlan] = {}
+        self._fetch_plans: dict[int, RankPlan] = {}
+        self._snapshots: dict[int, Snapshot] = {}
+        self._is_closed = False
+
+    # --- joining
+
+    @property
+    def num_joined(self) -> int:
+        return len(self._upload_plans)
+
+    @property
+    def history_steps(self) -> list[int]:
+        """Steps of the committed snapshots of this epoch, oldest first."""
+        return sorted(step for step, item in self._snapshots.items() if item.state is SnapshotState.COMMITTED)
+
+    def join(self, rank: int, upload_shards: Sequence[ShardSpec], fetch_shards: Sequence[ShardSpec]) -> None:
+        """Takes in one rank's ranges; once all ranks have joined, they must cover the model exactly once.
+
+        Raises:
+            MalformedError: A rank or range that the model does not have, or ranges that overlap or leave gaps.
+        """
+        self._check_rank(rank, must_have_joined=False)
+        numels = [spec.numel for spec in self.settings.manifest.parameters]
+        for shard in (*upload_shards, *fetch_shards):
+            if not (0 <= shard.parameter < len(numels) and 0 <= shard.start < shard.stop <= numels[shard.parameter]):
+                raise MalformedError(f"rank {rank} names {shard}, which the model does not have")
+        candidate = {**self._upload_shards, rank: tuple(upload_shards)}
+        if len(candidate) == self.settings.world_size:
+            fault = coverage_error(numels, [candidate[index] for index in range(self.settings.world_size)])
+            if fault is not None:
+                raise MalformedError(f"the ranks' ranges do not cover the model exactly once: {fault}")
+        self._upload_shards = candidate
+        self._upload_plans[rank] = RankPlan(self.settings.manifest, upload_shards)
+        self._fetch_plans[rank] = RankPlan(self.settings.manifest, fetch_shards)
+
+    def _check_rank(self, rank: int, *, must_have_joined: bool = True) -> None:
+        if self._is_closed:
+            raise WrongStateError(f"session {self.settings.session_id} was superseded by a later one of its run")
+        if not 0 <= rank < self.settings.world_size:
+            raise MalformedError(f"rank is {rank}; the session has ranks 0 to {self.settings.world_size - 1}")
+        if must_have_joined and rank not in self._upload_plans:
+            raise WrongStateError(f"rank {rank} has not joined session {self.settings.session_id}")
+
+    # --- receiving
+
+    def receive(self, frame: ChunkFrame) -> None:
+        """Stores one chunk of a snapshot; the same chunk again is harmless."""
+        rank, step, epoch = frame.key.rank, frame.key.id, frame.key.epoch
+        self._check_rank(rank)
+        snapshot = self._receiving(step, epoch)
+        if rank in snapshot.rank_digests:
+            return
+        if not frame.is_intact():
+            raise CorruptChunkError(
+                f"chunk at byte {frame.offset_bytes} of rank {rank}'s part of step {step} fails its checksum"
+            )
+        self._upload_plans[rank].scatter(snapshot.vector.view, frame.offset_bytes, frame.data)
+        snapshot.chunks.setdefault(rank, {})[frame.offset_bytes] = (len(frame.data), frame.crc32)
+
+    def commit(self, rank: int, step: int, epoch: int, num_bytes: int, digest: bytes) -> NowcastTask | None:
+        """Seals one rank's part.
+
+        Returns:
+            The nowcast that is now due, if any.
+
+        Raises:
+            WrongStateError: Bytes are missing or other bytes arrived than the rank sent.
+        """
+        self._check_rank(rank)
+        known = self._snapshots.get(step)
+        if known is not None and known.epoch == epoch and known.rank_digests.get(rank) == digest:
+            return None
+        plan = self._upload_plans[rank]
+        if num_bytes != plan.num_bytes:
+            raise MalformedError(f"rank {rank} commits {num_bytes} bytes; its ranges hold {plan.num_bytes}")
+        snapshot = self._receiving(step, epoch)
+        chunks = snapshot.chunks.get(rank, {})
+        position = 0
+        for offset, (length, _) in sorted(chunks.items()):
+            if offset != position:
+                break
+            position += length
+        if position != num_bytes:
+            raise WrongStateError(f"rank {rank}'s part of step {step} has a gap at byte {position} of {num_bytes}")
+        if buffer_digest((offset, length, crc) for offset, (length, crc) in chunks.items()) != digest:
+            raise WrongStateError(f"rank {rank}'s part of step {step} does not have the digest that it committed")
+        snapshot.rank_digests[rank] = digest
+        if len(snapshot.rank_digests) < self.settings.world_size:
+            return None
+        snapshot.state = SnapshotState.COMMITTED
+        snapshot.chunks.clear()
+        self.counts.committed += 1
+        self._notify(SnapshotEvent(step, epoch, snapshot.digest))
+        self._discard_before(step)
+        return self._due_nowcast(step)
+
+    def _receiving(self, step: int, epoch: int) -> Snapshot:
+        if epoch < self.epoch:
+            raise WrongStateError(f"step {step} belongs to epoch {epoch}; the session is in epoch {self.epoch}")
+        if epoch > self.epoch:
+            self.begin_epoch(epoch)
+        snapshot = self._snapshots.get(step)
+        if snapshot is not None:
+            if snapshot.state is not SnapshotState.RECEIVING:
+                raise WrongStateError(f"the snapshot of step {step} is {snapshot.state.value}")
+            return snapshot
+        receiving = sorted(s for s, item in self._snapshots.items() if item.state is SnapshotState.RECEIVING)
+        if len(receiving) >= MAX_RECEIVING:
+            self._abort(receiving[0], f"not complete when the snapshot of step {step} began")
+        vector = self._store.create(f"{self.settings.session_id}-{step}.f32", self.settings.manifest.num_elements)
+        snapshot = self._snapshots[step] = Snapshot(step, epoch, vector)
+        return snapshot
+
+    def _abort(self, step: int, reason: str) -> None:
+        snapshot = self._snapshots.pop(step)
+        snapshot.state = SnapshotState.ABORTED
+        snapshot.vector.delete()
+        self.counts.aborted += 1
+        self._notify(SnapshotEvent(step, snapshot.epoch, b"", reason))
+
+    def _discard_before(self, newest: int) -> None:
+        """Drops what no later window can use."""
+        first = newest - (self.settings.context_len - 1) * self.settings.snapshot_interval_steps
+        for step in [step for step in self._snapshots if step < newest]:
+            snapshot = self._snapshots[step]
+            if snapshot.state is SnapshotState.RECEIVING:
+                self._abort(step, f"not complete when the snapshot of step {newest} was")
+            elif step < first:
+                self._snapshots.pop(step).vector.delete()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """States from before and after a jump never mix: forgets what belongs to earlier epochs."""
+        if epoch <= self.epoch:
+            return
+        self.epoch = epoch
+        for step in list(self._snapshots):
+            if self._snapshots[step].state is SnapshotState.RECEIVING:
+                self._abort(step, f"epoch {epoch} began")
+            else:
+                self._snapshots.pop(step).vector.delete()
+
+    # --- predicting
+
+    def _due_nowcast(self, step: int) -> NowcastTask | None:
+        settings = self.settings
+        if step % settings.period_steps != 0:
+            return None
+        window = [step - i * settings.snapshot_interval_steps for i in reversed(range(settings.context_len))]
+        missing = [item for item in window if item not in self._snapshots]
+        if missing:
+            self.fail(step, f"the window lacks the snapshots of steps {missing}")
+            return None
+        name = f"{settings.session_id}-delta-{step}.f32"
+        task = NowcastTask(
+            version=step // settings.period_steps,
+            base_step=step,
+            epoch=self.epoch,
+            horizon_intervals=settings.horizon_at(step),
+            states=tuple(self._snapshots[item].vector for item in window),
+            delta=self._store.create(name, settings.manifest.num_elements),
+        )
+        for vector in task.states:
+            vector.pin()
+        return task
+
+    def finish(self, task: NowcastTask, prediction: Prediction | None, reason: str = "") -> None:
+        """Takes a nowcast's result: publishes the prediction, or counts the failure."""
+        for vector in task.states:
+            vector.unpin()
+        if prediction is None or self._is_closed:
+            task.delta.delete()
+            self.fail(task.base_step, reason)
+            return
+        if self.prediction is not None:
+            self.prediction.task.delta.delete()
+        self.prediction = prediction
+        self.counts.published += 1
+        self._notify(prediction)
+
+    def fail(self, base_step: int, reason: str) -> None:
+        """Counts a nowcast that was not made."""
+        self.counts.failed += 1
+        self._notify(FailureEvent(base_step, reason))
+
+    def fetch_plan(self, rank: int, version: int) -> tuple[RankPlan, Prediction]:
+        """What a rank may read of the published prediction.
+
+        Raises:
+            WrongStateError: That version is not, or no longer, published.
+        """
+        self._check_rank(rank)
+        prediction = self.prediction
+        if prediction is None or prediction.task.version != version:
+            current = "none" if prediction is None else f"version {prediction.task.version}"
+            raise WrongStateError(f"version {version} is not published; published: {current}")
+        return self._fetch_plans[rank], prediction
+
+    # --- from one session of a run to the next
+
+    def adopt(self, earlier: Session, step: int, epoch: int) -> None:
+        """Takes over the snapshots of a resumed run's earlier session: those of one epoch, up to a step."""
+        self.epoch = epoch
+        self.counts = earlier.counts
+        if earlier.settings.manifest.schema_hash != self.settings.manifest.schema_hash:
+            return
+        for known in list(earlier._snapshots):
+            snapshot = earlier._snapshots[known]
+            if snapshot.state is SnapshotState.COMMITTED and snapshot.epoch == epoch and known <= step:
+                self._snapshots[known] = earlier._snapshots.pop(known)
+
+    def close(self) -> None:
+        """Refuses everything from now on and gives all space back."""
+        self._is_closed = True
+        for snapshot in self._snapshots.values():
+            snapshot.vector.delete()
+        self._snapshots.clear()
+        if self.prediction is not None:
+            self.prediction.task.delta.delete()
+            self.prediction = None

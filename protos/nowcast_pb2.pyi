@@ -1,0 +1,339 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Parameter(_message.Message):
+    __slots__ = ("fqn", "shape")
+    FQN_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    fqn: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, fqn: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Manifest(_message.Message):
+    __slots__ = ("parameters", "config_json", "aliases")
+    class AliasesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    parameters: _containers.RepeatedCompositeFieldContainer[Parameter]
+    config_json: str
+    aliases: _containers.ScalarMap[str, str]
+    def __init__(self, parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., config_json: _Optional[str] = ..., aliases: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class Horizon(_message.Message):
+    __slots__ = ("schedule", "max_intervals", "power")
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    MAX_INTERVALS_FIELD_NUMBER: _ClassVar[int]
+    POWER_FIELD_NUMBER: _ClassVar[int]
+    schedule: str
+    max_intervals: int
+    power: float
+    def __init__(self, schedule: _Optional[str] = ..., max_intervals: _Optional[int] = ..., power: _Optional[float] = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_HASH_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_LEN_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_INTERVAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    PERIOD_STEPS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
+    HORIZON_FIELD_NUMBER: _ClassVar[int]
+    PREDICTOR_FIELD_NUMBER: _ClassVar[int]
+    PREDICTOR_OPTIONS_JSON_FIELD_NUMBER: _ClassVar[int]
+    MAX_RELATIVE_NORM_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    RESUME_STEP_FIELD_NUMBER: _ClassVar[int]
+    RESUME_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    run_id: str
+    world_size: int
+    manifest: Manifest
+    schema_hash: str
+    context_len: int
+    snapshot_interval_steps: int
+    period_steps: int
+    max_steps: int
+    horizon: Horizon
+    predictor: str
+    predictor_options_json: str
+    max_relative_norm: float
+    resumed: bool
+    resume_step: int
+    resume_epoch: int
+    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ...) -> None: ...
+
+class OpenReply(_message.Message):
+    __slots__ = ("chunk_bytes", "service_version")
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    chunk_bytes: int
+    service_version: str
+    def __init__(self, chunk_bytes: _Optional[int] = ..., service_version: _Optional[str] = ...) -> None: ...
+
+class Shard(_message.Message):
+    __slots__ = ("parameter", "start", "stop")
+    PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    parameter: int
+    start: int
+    stop: int
+    def __init__(self, parameter: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
+
+class JoinRequest(_message.Message):
+    __slots__ = ("session_id", "rank", "upload_shards", "fetch_shards")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    rank: int
+    upload_shards: _containers.RepeatedCompositeFieldContainer[Shard]
+    fetch_shards: _containers.RepeatedCompositeFieldContainer[Shard]
+    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., upload_shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., fetch_shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ...) -> None: ...
+
+class JoinReply(_message.Message):
+    __slots__ = ("chunk_bytes", "endpoints")
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    chunk_bytes: int
+    endpoints: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, chunk_bytes: _Optional[int] = ..., endpoints: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ChunkKey(_message.Message):
+    __slots__ = ("session_id", "rank", "id", "epoch")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    rank: int
+    id: int
+    epoch: int
+    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., id: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class Chunk(_message.Message):
+    __slots__ = ("key", "offset_bytes", "crc32", "data")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    key: ChunkKey
+    offset_bytes: int
+    crc32: int
+    data: bytes
+    def __init__(self, key: _Optional[_Union[ChunkKey, _Mapping]] = ..., offset_bytes: _Optional[int] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class UploadReply(_message.Message):
+    __slots__ = ("received_bytes",)
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    received_bytes: int
+    def __init__(self, received_bytes: _Optional[int] = ...) -> None: ...
+
+class CommitRequest(_message.Message):
+    __slots__ = ("session_id", "rank", "step", "epoch", "num_bytes", "digest")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    rank: int
+    step: int
+    epoch: int
+    num_bytes: int
+    digest: bytes
+    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., step: _Optional[int] = ..., epoch: _Optional[int] = ..., num_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class CommitReply(_message.Message):
+    __slots__ = ("snapshot_committed",)
+    SNAPSHOT_COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    snapshot_committed: bool
+    def __init__(self, snapshot_committed: _Optional[bool] = ...) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ("session_id", "rank")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    rank: int
+    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class SnapshotCommitted(_message.Message):
+    __slots__ = ("step", "epoch", "digest")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    epoch: int
+    digest: bytes
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class SnapshotAborted(_message.Message):
+    __slots__ = ("step", "epoch", "reason")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    epoch: int
+    reason: str
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class PredictionPublished(_message.Message):
+    __slots__ = ("version", "base_step", "epoch", "horizon_intervals", "digest", "relative_norm", "nowcast_seconds", "predictor")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BASE_STEP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    HORIZON_INTERVALS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_NORM_FIELD_NUMBER: _ClassVar[int]
+    NOWCAST_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTOR_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    base_step: int
+    epoch: int
+    horizon_intervals: int
+    digest: int
+    relative_norm: float
+    nowcast_seconds: float
+    predictor: str
+    def __init__(self, version: _Optional[int] = ..., base_step: _Optional[int] = ..., epoch: _Optional[int] = ..., horizon_intervals: _Optional[int] = ..., digest: _Optional[int] = ..., relative_norm: _Optional[float] = ..., nowcast_seconds: _Optional[float] = ..., predictor: _Optional[str] = ...) -> None: ...
+
+class PredictionFailed(_message.Message):
+    __slots__ = ("base_step", "reason")
+    BASE_STEP_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    base_step: int
+    reason: str
+    def __init__(self, base_step: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class SessionEvent(_message.Message):
+    __slots__ = ("committed", "aborted", "published", "failed")
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    ABORTED_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    committed: SnapshotCommitted
+    aborted: SnapshotAborted
+    published: PredictionPublished
+    failed: PredictionFailed
+    def __init__(self, committed: _Optional[_Union[SnapshotCommitted, _Mapping]] = ..., aborted: _Optional[_Union[SnapshotAborted, _Mapping]] = ..., published: _Optional[_Union[PredictionPublished, _Mapping]] = ..., failed: _Optional[_Union[PredictionFailed, _Mapping]] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("session_id", "rank", "version", "offset_bytes")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    rank: int
+    version: int
+    offset_bytes: int
+    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., version: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
+
+class ReportRequest(_message.Message):
+    __slots__ = ("session_id", "rank", "version", "outcome", "step", "epoch", "weight", "reason")
+    class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        OUTCOME_UNSPECIFIED: _ClassVar[ReportRequest.Outcome]
+        APPLIED: _ClassVar[ReportRequest.Outcome]
+        ACCEPTED: _ClassVar[ReportRequest.Outcome]
+        ROLLED_BACK: _ClassVar[ReportRequest.Outcome]
+        REJECTED: _ClassVar[ReportRequest.Outcome]
+    OUTCOME_UNSPECIFIED: ReportRequest.Outcome
+    APPLIED: ReportRequest.Outcome
+    ACCEPTED: ReportRequest.Outcome
+    ROLLED_BACK: ReportRequest.Outcome
+    REJECTED: ReportRequest.Outcome
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    rank: int
+    version: int
+    outcome: ReportRequest.Outcome
+    step: int
+    epoch: int
+    weight: float
+    reason: str
+    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., version: _Optional[int] = ..., outcome: _Optional[_Union[ReportRequest.Outcome, str]] = ..., step: _Optional[int] = ..., epoch: _Optional[int] = ..., weight: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ReportReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SessionStatus(_message.Message):
+    __slots__ = ("session_id", "run_id", "predictor", "world_size", "num_joined", "num_parameters", "epoch", "history_steps", "num_committed", "num_aborted", "num_published", "num_failed", "num_applied", "num_rolled_back", "idle_seconds", "context_len")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    PREDICTOR_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_JOINED_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_ABORTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_PUBLISHED_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAILED_FIELD_NUMBER: _ClassVar[int]
+    NUM_APPLIED_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROLLED_BACK_FIELD_NUMBER: _ClassVar[int]
+    IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_LEN_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    run_id: str
+    predictor: str
+    world_size: int
+    num_joined: int
+    num_parameters: int
+    epoch: int
+    history_steps: _containers.RepeatedScalarFieldContainer[int]
+    num_committed: int
+    num_aborted: int
+    num_published: int
+    num_failed: int
+    num_applied: int
+    num_rolled_back: int
+    idle_seconds: float
+    context_len: int
+    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., predictor: _Optional[str] = ..., world_size: _Optional[int] = ..., num_joined: _Optional[int] = ..., num_parameters: _Optional[int] = ..., epoch: _Optional[int] = ..., history_steps: _Optional[_Iterable[int]] = ..., num_committed: _Optional[int] = ..., num_aborted: _Optional[int] = ..., num_published: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_applied: _Optional[int] = ..., num_rolled_back: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., context_len: _Optional[int] = ...) -> None: ...
+
+class StatusReply(_message.Message):
+    __slots__ = ("service_version", "uptime_seconds", "history_bytes", "history_budget_bytes", "sessions")
+    SERVICE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    service_version: str
+    uptime_seconds: float
+    history_bytes: int
+    history_budget_bytes: int
+    sessions: _containers.RepeatedCompositeFieldContainer[SessionStatus]
+    def __init__(self, service_version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., history_bytes: _Optional[int] = ..., history_budget_bytes: _Optional[int] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ...) -> None: ...

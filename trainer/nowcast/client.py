@@ -1,0 +1,241 @@
+"""A rank's calls to the service. The home of grpc on the training side; runs in the courier, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from sidecast.errors import SidecastError
+from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos.codec import ChunkFrame, buffer_digest, decode_chunk, encode_chunk, split_chunks
+from sidecast.protos.shards import ShardSpec
+
+SERVICE_NAME = "sidecast.v1.Nowcaster"
+KEEPALIVE_MS = 20_000
+
+
+class RefusedError(SidecastError):
+    """The service understood and will not; asking again is of no use."""
+
+
+class UnavailableError(SidecastError):
+    """The service did not answer, or not in time; it may later."""
+
+
+class ReopenError(SidecastError):
+    """The service does not know the session: it was restarted."""
+
+
+class OutdatedError(SidecastError):
+    """The call does not fit the session's state: a stale epoch, an aborted snapshot, a replaced prediction."""
+
+
+class CorruptError(SidecastError):
+    """Bytes were damaged on the way; they can be sent again."""
+
+
+_ERRORS: dict[grpc.StatusCode, type[SidecastError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: RefusedError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: RefusedError,
+    grpc.StatusCode.UNAUTHENTICATED: RefusedError,
+    grpc.StatusCode.UNIMPLEMENTED: RefusedError,
+    grpc.StatusCode.NOT_FOUND: ReopenError,
+    grpc.StatusCode.FAILED_PRECONDITION: OutdatedError,
+    grpc.StatusCode.DATA_LOSS: CorruptError,
+}
+
+
+def _translated(error: grpc.RpcError) -> SidecastError:
+    code = error.code()
+    return _ERRORS.get(code, UnavailableError)(f"{error.details()} ({code.name})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """How to reach the service: plain values, since they travel to the courier as JSON."""
+
+    endpoint: str
+    token_file: str | None
+    tls_ca: str | None
+    connect_s: float
+    chunk_s: float
+    stream_s: float
+
+
+class NowcastClient:
+    """One rank's connection.
+
+    Args:
+        config: Where the service is and how long to wait for it.
+    """
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+        self._metadata: list[tuple[str, str]] = []
+        if config.token_file is not None:
+            self._metadata.append(("authorization", f"Bearer {Path(config.token_file).read_text().strip()}"))
+        options = [
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 5_000),
+            # Training hosts often have proxies for the web, which cannot carry this.
+            ("grpc.enable_http_proxy", 0),
+        ]
+        if config.tls_ca is None:
+            self._channel = grpc.insecure_channel(config.endpoint, options)
+        else:
+            credentials = grpc.ssl_channel_credentials(Path(config.tls_ca).read_bytes())
+            self._channel = grpc.secure_channel(config.endpoint, credentials, options)
+        self.chunk_bytes = 1 << 20
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def wait_reachable(self) -> None:
+        """Raises UnavailableError unless the service accepts a connection within the connect timeout."""
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=self._config.connect_s)
+        except grpc.FutureTimeoutError as error:
+            raise UnavailableError(
+                f"no nowcaster service at {self._config.endpoint} within {self._config.connect_s:g} s"
+            ) from error
+
+    def open(self, request: pb.OpenRequest) -> None:
+        """Announces the run (rank 0). May take as long as the predictor needs to set itself up."""
+        reply = self._call("Open", request, pb.OpenReply, self._config.stream_s)
+        self.chunk_bytes = reply.chunk_bytes
+
+    def join(
+        self, session_id: str, rank: int, upload_shards: Sequence[ShardSpec], fetch_shards: Sequence[ShardSpec]
+    ) -> None:
+        """Names this rank's ranges."""
+        request = pb.JoinRequest(
+            session_id=session_id,
+            rank=rank,
+            upload_shards=[_shard(item) for item in upload_shards],
+            fetch_shards=[_shard(item) for item in fetch_shards],
+        )
+        reply = self._call("Join", request, pb.JoinReply, self._config.chunk_s)
+        self.chunk_bytes = reply.chunk_bytes
+
+    def upload(self, key: pb.ChunkKey, buffer: memoryview) -> bool:
+        """Sends this rank's part of one snapshot and commits it.
+
+        Returns:
+            Whether this commit completed the snapshot.
+        """
+        sent: list[tuple[int, int, int]] = []
+
+        def frames() -> Iterator[ChunkFrame]:
+            for frame in split_chunks(key, buffer, self.chunk_bytes):
+                sent.append((frame.offset_bytes, len(frame.data), frame.crc32))
+                yield frame
+
+        feed = self._channel.stream_unary(
+            f"/{SERVICE_NAME}/Upload",
+            request_serializer=encode_chunk,
+            response_deserializer=pb.UploadReply.FromString,
+        )
+        try:
+            feed(frames(), timeout=self._config.stream_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _translated(error) from error
+        request = pb.CommitRequest(
+            session_id=key.session_id,
+            rank=key.rank,
+            step=key.id,
+            epoch=key.epoch,
+            num_bytes=len(buffer),
+            digest=buffer_digest(sent),
+        )
+        return bool(self._call("Commit", request, pb.CommitReply, self._config.chunk_s).snapshot_committed)
+
+    def watch(self, session_id: str, rank: int) -> Iterator[pb.SessionEvent]:
+        """Yields the session's events until the session ends; raises when the connection does."""
+        stream = self._channel.unary_stream(
+            f"/{SERVICE_NAME}/Watch",
+            request_serializer=pb.WatchRequest.SerializeToString,
+            response_deserializer=pb.SessionEvent.FromString,
+        )
+        try:
+            yield from stream(pb.WatchRequest(session_id=session_id, rank=rank), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _translated(error) from error
+
+    def fetch(self, session_id: str, rank: int, version: int, buffer: memoryview) -> int:
+        """Fills this rank's buffer with its ranges of a prediction.
+
+        Returns:
+            Bytes received.
+
+        Raises:
+            CorruptError: A chunk is damaged, out of place, or missing: the buffer then holds nothing of use.
+        """
+        stream = self._channel.unary_stream(
+            f"/{SERVICE_NAME}/Fetch",
+            request_serializer=pb.FetchRequest.SerializeToString,
+            response_deserializer=decode_chunk,
+        )
+        position = 0
+        request = pb.FetchRequest(session_id=session_id, rank=rank, version=version)
+        try:
+            for frame in stream(request, timeout=self._config.stream_s, metadata=self._metadata):
+                end = position + len(frame.data)
+                if frame.offset_bytes != position or end > len(buffer):
+                    raise CorruptError(f"version {version}: a chunk at byte {frame.offset_bytes} came at {position}")
+                if frame.key.id != version or not frame.is_intact():
+                    raise CorruptError(f"version {version}: the chunk at byte {position} fails its checksum or version")
+                buffer[position:end] = frame.data
+                position = end
+        except grpc.RpcError as error:
+            raise _translated(error) from error
+        if position != len(buffer):
+            raise CorruptError(f"version {version}: {position} of {len(buffer)} bytes came")
+        return position
+
+    def report(self, request: pb.ReportRequest) -> None:
+        """Tells what was done with a prediction."""
+        self._call("Report", request, pb.ReportReply, self._config.chunk_s)
+
+    def _call(self, method: str, request: Message, reply: Any, timeout_s: float) -> Any:
+        call = self._channel.unary_unary(
+            f"/{SERVICE_NAME}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=reply.FromString,
+        )
+        try:
+            return call(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _translated(error) from error
+
+
+def open_request(
+    fields: Mapping[str, Any], parameters: Sequence[tuple[str, Sequence[int]]], config_json: str
+) -> pb.OpenRequest:
+    """Builds the announcement from plain values.
+
+    Args:
+        fields: Scalar fields of OpenRequest by name, ``horizon`` and ``aliases`` as mappings.
+        parameters: ``(fqn, shape)`` of every parameter, in manifest order.
+        config_json: The model's configuration.
+    """
+    scalars = {name: value for name, value in fields.items() if name not in ("horizon", "aliases")}
+    return pb.OpenRequest(
+        **scalars,
+        horizon=pb.Horizon(**fields["horizon"]),
+        manifest=pb.Manifest(
+            parameters=[pb.Parameter(fqn=fqn, shape=shape) for fqn, shape in parameters],
+            config_json=config_json,
+            aliases=fields["aliases"],
+        ),
+    )
+
+
+def _shard(shard: ShardSpec) -> pb.Shard:
+    return pb.Shard(parameter=shard.parameter, start=shard.start, stop=shard.stop)

@@ -1,0 +1,209 @@
+"""The ``"nowcaster"`` section of a ds_config, checked and frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from sidecast.errors import ConfigError
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HorizonConfig:
+    """How far ahead nowcasts look."""
+
+    schedule: Literal["constant", "power"] | None = None
+    """``power`` falls from ``max`` to 1 over the run; None: ``power`` if ``max_steps`` is known, else ``constant``."""
+    max: int | None = None
+    """First horizon in snapshot intervals; None: the predictor's own."""
+    power: float = 2.0
+    """How fast the horizon falls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeoutConfig:
+    """The trainer's rungs of the timeout ladder: connect < chunk < stream (< nowcast < session, on the service)."""
+
+    connect_s: float = 5.0
+    """To reach the service once."""
+    chunk_s: float = 15.0
+    """For one small call, and between two messages of a stream."""
+    stream_s: float = 120.0
+    """For the upload or download of one rank's part of one snapshot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NowcasterConfig:
+    """All settings of the hook. Steps are optimizer steps that were applied."""
+
+    enabled: bool = True
+    """False: the engine is returned untouched."""
+    endpoint: str = "127.0.0.1:50051"
+    """HOST:PORT of the service."""
+    require: bool = False
+    """True: an unreachable service is an error at start instead of a warning."""
+    predictor: str = "linear"
+    """Name of the predictor."""
+    predictor_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the predictor."""
+    context_len: int = 5
+    """States per nowcast."""
+    period_steps: int = 1000
+    """Steps between nowcasts; a multiple of ``context_len``."""
+    max_steps: int | None = None
+    """Length of the run, for horizons that fall over it."""
+    horizon: HorizonConfig = field(default_factory=HorizonConfig)
+    """How far ahead nowcasts look."""
+    mode: Literal["async", "sync"] = "async"
+    """``sync`` waits for the prediction at its base step, as the paper does."""
+    sync_deadline_s: float = 60.0
+    """``sync`` mode: go on without the prediction after this long."""
+    vote_interval_steps: int | None = None
+    """Steps between votes; None: a twentieth of the snapshot interval, at least 1."""
+    vote_lag_steps: int = 1
+    """Steps from launching a vote to reading it; below ``vote_interval_steps``, or 0 to block."""
+    max_staleness_steps: int | None = None
+    """A prediction whose base is older is dropped; None: just below the snapshot interval, which is also the most."""
+    max_weight: float = 1.0
+    """Fraction of the predicted jump that is applied at staleness 0."""
+    max_relative_norm: float = 0.5
+    """Largest accepted ||jump|| / ||parameters||."""
+    probation_steps: int | None = None
+    """After so many steps a jump is judged; None: half the period; 0: never."""
+    rollback: Literal["host", "off"] = "host"
+    """Where the copy for undoing a jump on probation is kept."""
+    acceptance_sigmas: float = 3.0
+    """A jump is undone if the loss after it is above the trend before it by so many standard errors."""
+    max_rollbacks: int = 2
+    """So many rollbacks in a row suspend jumps for the rest of the run."""
+    record_dir: str | None = None
+    """Folder for the apply log and the applied deltas, from which the run can be replayed without a service."""
+    replay_dir: str | None = None
+    """Replay that folder's jumps instead of asking a service."""
+    metrics_port: int | None = None
+    """Prometheus port of local rank 0, the next one for local rank 1, and so on; 0 picks free ones; None: none."""
+    run_name: str = "default"
+    """Label of this run in metrics and status."""
+    token_file: str | None = None
+    """File with the service's shared secret."""
+    tls_ca: str | None = None
+    """PEM certificate of the authority that signed the service's; needed off loopback."""
+    timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
+    """The timeout ladder."""
+
+    @property
+    def interval_steps(self) -> int:
+        """Steps between snapshots."""
+        return self.period_steps // self.context_len
+
+    @property
+    def resolved_vote_interval_steps(self) -> int:
+        if self.vote_interval_steps is not None:
+            return self.vote_interval_steps
+        return max(1, self.interval_steps // 20)
+
+    @property
+    def resolved_max_staleness_steps(self) -> int:
+        return self.interval_steps - 1 if self.max_staleness_steps is None else self.max_staleness_steps
+
+    @property
+    def resolved_probation_steps(self) -> int:
+        return self.period_steps // 2 if self.probation_steps is None else self.probation_steps
+
+    def __post_init__(self) -> None:
+        def check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
+            if not is_allowed:
+                raise ConfigError(f"nowcaster.{name} is {value!r}; allowed: {allowed}")
+
+        check("context_len", self.context_len, self.context_len >= 2, "2 or more")
+        check("period_steps", self.period_steps, self.period_steps >= self.context_len, "context_len or more")
+        check(
+            "period_steps",
+            self.period_steps,
+            self.period_steps % self.context_len == 0,
+            f"a multiple of context_len ({self.context_len})",
+        )
+        check("max_steps", self.max_steps, self.max_steps is None or self.max_steps > 0, "a positive number or null")
+        check("horizon.max", self.horizon.max, self.horizon.max is None or self.horizon.max >= 1, "1 or more, or null")
+        check("horizon.power", self.horizon.power, self.horizon.power > 0, "a positive number")
+        if self.horizon.schedule == "power":
+            check(
+                "max_steps", self.max_steps, self.max_steps is not None, "a number, since horizon.schedule is 'power'"
+            )
+        votes = self.resolved_vote_interval_steps
+        check("vote_interval_steps", votes, 1 <= votes <= self.interval_steps, f"1 to {self.interval_steps}")
+        check("vote_lag_steps", self.vote_lag_steps, 0 <= self.vote_lag_steps <= votes, f"0 to {votes}")
+        stale = self.resolved_max_staleness_steps
+        # A later jump would fall behind the next window's first snapshot and cost that window.
+        check("max_staleness_steps", stale, 0 <= stale < self.interval_steps, f"0 to {self.interval_steps - 1}")
+        probation = self.resolved_probation_steps
+        check("probation_steps", probation, 0 <= probation < self.period_steps, f"0 to {self.period_steps - 1}")
+        check("max_weight", self.max_weight, 0 < self.max_weight <= 1, "more than 0, at most 1")
+        check("max_relative_norm", self.max_relative_norm, self.max_relative_norm > 0, "a positive number")
+        check("acceptance_sigmas", self.acceptance_sigmas, self.acceptance_sigmas > 0, "a positive number")
+        check("max_rollbacks", self.max_rollbacks, self.max_rollbacks >= 1, "1 or more")
+        check("sync_deadline_s", self.sync_deadline_s, self.sync_deadline_s > 0, "a positive number")
+        check("endpoint", self.endpoint, self.endpoint.rpartition(":")[2].isdigit(), "HOST:PORT")
+        ladder = self.timeouts
+        check(
+            "timeouts",
+            dataclasses.asdict(ladder),
+            0 < ladder.connect_s < ladder.chunk_s < ladder.stream_s,
+            "0 < connect_s < chunk_s < stream_s",
+        )
+        if self.replay_dir is not None:
+            check("replay_dir", self.replay_dir, Path(self.replay_dir).is_dir(), "an existing folder")
+            check("record_dir", self.record_dir, self.record_dir is None, "null, since replay_dir is set")
+
+
+def courier_environment() -> dict[str, str]:
+    """What a courier inherits: paths and locale. It needs no device, and no rank variables of the launcher."""
+    kept = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "LANG", "LC_ALL", "HOME", "TMPDIR")
+    return {name: os.environ[name] for name in kept if name in os.environ}
+
+
+def parse_section(section: Mapping[str, Any]) -> NowcasterConfig:
+    """Reads the section.
+
+    Raises:
+        ConfigError: An unknown key, or a value of the wrong kind or out of range, named with what is allowed.
+    """
+    return _parse(NowcasterConfig, section, "nowcaster")
+
+
+def _parse(kind: type[Section], section: Mapping[str, Any], path: str) -> Section:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{path} is {section!r}; allowed: an object")
+    hints = get_type_hints(kind)
+    for key in section:
+        if key not in hints:
+            raise ConfigError(f"{path} has an unknown key {key!r}; allowed: {', '.join(sorted(hints))}")
+    return kind(**{key: _value(hints[key], value, f"{path}.{key}") for key, value in section.items()})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None and type(None) in get_args(hint):
+            return None
+        (hint,) = (item for item in get_args(hint) if item is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return _parse(hint, value, path)  # type: ignore[arg-type]
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{path} is {value!r}; allowed: {', '.join(repr(item) for item in get_args(hint))}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    kind = Mapping if get_origin(hint) is not None else hint
+    # bool is an int to Python, not to a user.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Mapping: "an object"}
+        raise ConfigError(f"{path} is {value!r}; allowed: {names[kind]}")
+    return value

@@ -1,0 +1,80 @@
+"""A rank's Prometheus series, served by its courier. Labels never hold a step, a version or a parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+TRANSFER_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120)
+_LABELS = ("run", "rank", "stage")
+
+
+class CourierMetrics:
+    """All series of one rank.
+
+    Args:
+        run_name: Value of the ``run`` label.
+        rank: Value of the ``rank`` label.
+        stage: ZeRO stage, value of the ``stage`` label.
+    """
+
+    def __init__(self, run_name: str, rank: int, stage: int) -> None:
+        self.labels = (run_name, str(rank), str(stage))
+        self._registry = CollectorRegistry()
+        self.snapshots = self._counter("snapshots", "Snapshots by how they ended", "state")
+        self.uploaded_bytes = self._counter("uploaded_bytes", "Snapshot bytes sent and committed")
+        self.fetched_bytes = self._counter("fetched_bytes", "Prediction bytes received")
+        self.upload_seconds = self._histogram("upload_seconds", "One rank's upload and commit of one snapshot")
+        self.fetch_seconds = self._histogram("fetch_seconds", "One rank's download of one prediction")
+        self.connected = self._gauge("connected", "1 while joined to the service").labels(*self.labels)
+        # Kept by the trainer, which sends its totals over now and then.
+        self._totals = {
+            "blocked_s": self._counter("blocked_seconds", "Time the training loop spent in the hook"),
+            "staging_s": self._counter("staging_seconds", "Of it, copying snapshots"),
+            "train_s": self._counter("train_seconds", "Wall time since the hook was attached"),
+            "num_applied": self._counter("jumps_applied", "Nowcasts applied"),
+            "num_accepted": self._counter("jumps_accepted", "Nowcasts that passed probation"),
+            "num_rolled_back": self._counter("jumps_rolled_back", "Nowcasts undone"),
+            "num_rejected": self._counter("jumps_rejected", "Predictions not applied"),
+            "num_courier_deaths": self._counter("courier_deaths", "Couriers that had to be replaced"),
+        }
+        self._seen = dict.fromkeys(self._totals, 0.0)
+        self._levels = {
+            "step": self._gauge("step", "Optimizer steps applied"),
+            "loss": self._gauge("loss", "Mean training loss between the last two votes, over all ranks"),
+            "suspended": self._gauge("suspended", "1 once jumps are suspended"),
+        }
+
+    def update(self, values: Mapping[str, float]) -> None:
+        """Takes over what the trainer counted.
+
+        Args:
+            values: Totals since the hook was attached, and levels, by name.
+        """
+        for name, value in values.items():
+            if name in self._totals:
+                self._totals[name].labels(*self.labels).inc(max(0.0, value - self._seen[name]))
+                self._seen[name] = value
+            else:
+                self._levels[name].labels(*self.labels).set(value)
+
+    def serve(self, port: int | None) -> int | None:
+        """Serves the series over HTTP; port 0 picks a free one.
+
+        Returns:
+            The port, or None if there is to be none.
+        """
+        if port is None:
+            return None
+        server, _ = start_http_server(port, registry=self._registry)
+        return int(server.server_port)
+
+    def _counter(self, name: str, text: str, *more: str) -> Counter:
+        return Counter(f"sidecast_trainer_{name}", text, [*_LABELS, *more], registry=self._registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"sidecast_trainer_{name}", text, _LABELS, registry=self._registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"sidecast_trainer_{name}", text, _LABELS, buckets=TRANSFER_BUCKETS_S, registry=self._registry)

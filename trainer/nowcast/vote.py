@@ -1,0 +1,114 @@
+"""All ranks agree on what to apply: one small collective on a CPU group, launched at one step and read at a later one.
+
+Every rank votes at every vote step, whatever its state. Nobody asks whether a vote has completed: ranks would
+then act on different steps. It is launched at step s and awaited at s + lag, by when it has long been over.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+NO_VERSION = -1
+_FIELDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """What one rank says.
+
+    Attributes:
+        version: Prediction that it holds, whole and checked; NO_VERSION for none.
+        digest: Of that prediction, 63 bits.
+        epoch: Epoch of that prediction's base.
+        loss_sum: Sum of its micro-batch losses since its last ballot.
+        num_losses: How many those are.
+    """
+
+    version: int = NO_VERSION
+    digest: int = 0
+    epoch: int = 0
+    loss_sum: float = 0.0
+    num_losses: int = 0
+
+    def encode(self) -> list[int]:
+        (bits,) = struct.unpack("<q", struct.pack("<d", self.loss_sum))
+        return [self.version, self.digest, self.epoch, bits, self.num_losses]
+
+    @classmethod
+    def decode(cls, row: Sequence[int]) -> Ballot:
+        (loss_sum,) = struct.unpack("<d", struct.pack("<q", row[3]))
+        return cls(row[0], row[1], row[2], loss_sum, row[4])
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What all ranks read from one vote: the same everywhere.
+
+    Attributes:
+        version: The version that every rank holds with one digest and epoch; NO_VERSION if they differ.
+        digest: Its digest.
+        epoch: Its epoch.
+        mean_loss: Over all micro-batches of all ranks; None if nobody saw any.
+        num_losses: How many those were.
+    """
+
+    version: int
+    digest: int
+    epoch: int
+    mean_loss: float | None
+    num_losses: int
+
+
+def decide(ballots: Sequence[Ballot]) -> Decision:
+    """Counts the ballots of all ranks."""
+    first = ballots[0]
+    is_unanimous = all(
+        (item.version, item.digest, item.epoch) == (first.version, first.digest, first.epoch) for item in ballots
+    )
+    num_losses = sum(item.num_losses for item in ballots)
+    return Decision(
+        version=first.version if is_unanimous else NO_VERSION,
+        digest=first.digest if is_unanimous else 0,
+        epoch=first.epoch if is_unanimous else 0,
+        mean_loss=sum(item.loss_sum for item in ballots) / num_losses if num_losses else None,
+        num_losses=num_losses,
+    )
+
+
+class VoteBox:
+    """Runs votes over a process group of its own, so that they never mix with the trainer's collectives.
+
+    Args:
+        group: A gloo group of all ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._rank = dist.get_rank(group)
+        # A sum over rows that are zero but for one's own is a gather, and runs in place.
+        self._rows = torch.zeros(dist.get_world_size(group), _FIELDS, dtype=torch.int64)
+        self._work: dist.Work | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a vote has been launched and not read yet."""
+        return self._work is not None
+
+    def launch(self, ballot: Ballot) -> None:
+        """Casts this rank's ballot without waiting for the others."""
+        assert self._work is None
+        self._rows.zero_()
+        self._rows[self._rank] = torch.tensor(ballot.encode(), dtype=torch.int64)
+        self._work = dist.all_reduce(self._rows, group=self._group, async_op=True)
+
+    def read(self) -> Decision:
+        """Waits for the launched vote and counts it."""
+        assert self._work is not None
+        self._work.wait()
+        self._work = None
+        return decide([Ballot.decode(row) for row in self._rows.tolist()])
