@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sidecast.predictors.base import History, check_history, fp32
+from sidecast.predictors.base import History, check_history, fp32_states
 
 
 class LinearPredictor:
@@ -26,6 +26,6 @@ class LinearPredictor:
         weights_C = centred / centred.square().sum() * horizon_intervals
         start = 0
         for spec in history.manifest.parameters:
-            states_CN = fp32(history.tensor(spec.fqn))
+            states_CN = fp32_states(self, history, spec.fqn)
             out[start : start + spec.numel] = weights_C @ states_CN
             start += spec.numel
