@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sidecast.errors import ConfigError
+from sidecast.nowcaster_service.checkpoints.history import manifest_of, stage_history
+from sidecast.nowcaster_service.checkpoints.opening import open_checkpoint
 from sidecast.nowcaster_service.commands import predict
 
 
@@ -85,6 +87,16 @@ def test_writes_the_wanted_dtype_and_config(files: list[str], command: Callable[
     assert {tensor.dtype for tensor in predicted.values() if tensor.is_floating_point()} == {torch.bfloat16}
     assert predicted["count"].dtype == torch.int64
     assert json.loads((out / "config.json").read_text()) == {"model_type": "llama", "dtype": "bfloat16"}
+
+
+def test_no_predictor_can_change_what_never_changed(files: list[str], tmp_path: Path) -> None:
+    checkpoints = [open_checkpoint(Path(file)) for file in files]
+    staged = stage_history(checkpoints, manifest_of(checkpoints[-1], None), tmp_path)
+    staged.delta.fill_(1.0)
+    assert {name for name in checkpoints[-1].tensors if staged.change_of(name) is not None} == {
+        "layers.0.weight",
+        "layers.1.weight",
+    }
 
 
 def test_force_overwrites(files: list[str], command: Callable[..., Path]) -> None:
