@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -43,7 +42,7 @@ class SmallModel:
             values = vector_P[position : position + spec.numel]
             parameters[spec.fqn] = torch.from_numpy(values).reshape(spec.shape)
             position += spec.numel
-        with torch.no_grad(), patch("torch.nn.functional.softmax", _softmax):
+        with torch.no_grad():
             output = functional_call(self.module, parameters, self.inputs)
         for name in ("logits", "last_hidden_state"):
             output = getattr(output, name, output)
@@ -65,6 +64,8 @@ def hugging_face(model_class: str, config: Any, *inputs: Tensor) -> SmallModel:
     for part in module.modules():
         if type(part).__name__.endswith("RMSNorm"):
             part.forward = partial(_rms_norm, part)
+        if type(part).__name__ == "MixtralTopKRouter":
+            part.forward = partial(_route, part)
     shapes = [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
     return SmallModel(module, ModelManifest.from_shapes(shapes, config.to_dict()), inputs)
 
@@ -74,9 +75,11 @@ def _rms_norm(module: Any, x: Tensor) -> Tensor:
     return module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
 
 
-def _softmax(x: Tensor, dim: int, **_: Any) -> Tensor:
-    # The library's router asks for fp32 here.
-    return torch.softmax(x, dim)
+def _route(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # So does its router.
+    logits = nn.functional.linear(x.reshape(-1, module.hidden_dim), module.weight)
+    score, expert = torch.topk(torch.softmax(logits, dim=-1), module.top_k, dim=-1)
+    return logits, score / score.sum(dim=-1, keepdim=True), expert
 
 
 def token_ids(vocab_size: int, length: int = 7) -> Tensor:
