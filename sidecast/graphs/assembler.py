@@ -9,6 +9,8 @@ from sidecast.errors import ConfigError
 from sidecast.graphs.topology import Block, BlockKind, EdgeType, NodeLayer, NodeRange, ParameterView, Topology
 from sidecast.manifest import ModelManifest
 
+MAX_KERNEL_ELEMENTS = 9
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixSlice:
@@ -147,6 +149,33 @@ class TopologyAssembler:
             fqn=matrix.fqn, offset=matrix.offset, source_stride=source_stride, target_stride=target_stride
         )
         self.parametric(name, edge_type, source, target, view, source_major=not is_reversed)
+
+    def kernel(
+        self,
+        matrix: MatrixSlice,
+        num_elements: int,
+        inputs: NodeRange,
+        outputs: NodeRange,
+        kind: BlockKind = BlockKind.DENSE,
+    ) -> None:
+        """Appends a matrix of kernels, each of consecutive elements, on parallel edges of at most nine elements.
+
+        The published weights have room for nine elements on an edge. A diagonal matrix has one kernel an output.
+        """
+        if not self.use(matrix.fqn, matrix.shape):
+            return
+        edge_type = EdgeType.CONV if num_elements > 1 else EdgeType.FULLY_CONNECTED
+        for first in range(0, num_elements, MAX_KERNEL_ELEMENTS):
+            view = ParameterView(
+                fqn=matrix.fqn,
+                offset=matrix.offset + first,
+                source_stride=matrix.input_stride,
+                target_stride=0 if kind is BlockKind.DIAGONAL else matrix.output_stride,
+                kernel_stride=1,
+                num_kernel_elements=min(MAX_KERNEL_ELEMENTS, num_elements - first),
+            )
+            name = f"{matrix.fqn}.elements{first}" if num_elements > MAX_KERNEL_ELEMENTS else matrix.fqn
+            self.parametric(name, edge_type, inputs, outputs, view, kind)
 
     def linear(
         self, fqn: str, inputs: NodeRange, outputs: NodeRange, edge_type: EdgeType = EdgeType.FULLY_CONNECTED
