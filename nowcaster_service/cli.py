@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from sidecast.errors import SidecastError
 
-COMMANDS = ("serve", "status")
+COMMANDS = ("serve", "status", "predict")
 
 
 def build_parser() -> argparse.ArgumentParser:

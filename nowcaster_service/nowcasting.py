@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sidecast.errors import SidecastError
 from sidecast.manifest import ModelManifest
-from sidecast.predictors.base import History, Predictor
-from sidecast.predictors.registry import create_predictor
+from sidecast.predictors.base import History, ModelPredictor, Predictor
+from sidecast.predictors.registry import create_predictor, takes_weights
 from sidecast.protos.codec import buffer_digest
 
 DIGEST_BLOCK_BYTES = 1 << 24
@@ -91,7 +91,8 @@ class Nowcasting:
                     refusal=f"context_len is {request.context_len}; predictor {request.predictor!r} needs "
                     f"{predictor.context_len}"
                 )
-            predictor.prepare(ModelManifest.from_json(request.manifest_json))
+            if isinstance(predictor, ModelPredictor):
+                predictor.prepare(ModelManifest.from_json(request.manifest_json))
         except SidecastError as error:
             return PredictorAnswer(refusal=str(error))
         return PredictorAnswer(max_horizon=predictor.max_horizon)
@@ -121,7 +122,8 @@ class Nowcasting:
     def _predictor(self, request: PredictorRequest) -> Predictor:
         key = (request.predictor, repr(sorted(request.options.items())))
         if key not in self._predictors:
-            self._predictors[key] = create_predictor(request.predictor, weights=self._weights, options=request.options)
+            weights = self._weights if takes_weights(request.predictor) else None
+            self._predictors[key] = create_predictor(request.predictor, weights=weights, options=request.options)
         return self._predictors[key]
 
 

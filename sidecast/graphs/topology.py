@@ -5,8 +5,12 @@ Shape suffixes: V nodes, S source range, T target range, F kernel elements.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from enum import Enum, IntEnum
+from functools import cached_property
+from typing import Any
 
 from sidecast.manifest import ParameterSpec
 
@@ -113,6 +117,22 @@ class Block:
         return len(self.source) * (len(self.target) if self.kind is BlockKind.DENSE else 1)
 
 
+@dataclass(frozen=True, slots=True)
+class NodeLayer:
+    """Nodes that play one role: a residual stream, a head's queries, the node of one norm weight.
+
+    Attributes:
+        name: Unique in its topology.
+        nodes: Which nodes they are.
+        is_boundary: Nodes that a symmetry of the network leaves where they are: tokens, positions, inputs, outputs,
+            rotary dimensions, and the constant-one sources of biases and norm weights.
+    """
+
+    name: str
+    nodes: NodeRange
+    is_boundary: bool = False
+
+
 @dataclass(frozen=True)
 class Topology:
     """A neural graph without its weights: immutable, hashable, built from names, shapes and configuration.
@@ -125,6 +145,9 @@ class Topology:
         num_nodes: V.
         blocks: In edge order.
         parameters: The model's parameters, in manifest order.
+        layers: What the nodes are, in node order; together they cover every node once.
+        absent: Names of parameters that the architecture has and the manifest lacks, because they are frozen: their
+            nodes are there, their edges are not.
     """
 
     family: str
@@ -132,10 +155,62 @@ class Topology:
     num_nodes: int
     blocks: tuple[Block, ...]
     parameters: tuple[ParameterSpec, ...]
+    layers: tuple[NodeLayer, ...] = ()
+    absent: tuple[str, ...] = ()
 
     SELF_LOOP_CONSTANT = 2.0
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     @property
     def num_edges(self) -> int:
         """E, self-loops included."""
         return sum(block.num_edges for block in self.blocks) + self.num_nodes
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex digest of everything in the topology: equal topologies have equal digests on every machine."""
+        return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical JSON: equal topologies give equal text."""
+        return json.dumps(asdict(self), default=_enum_value, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Topology:
+        data = json.loads(text)
+        return cls(
+            family=data["family"],
+            layout=data["layout"],
+            num_nodes=data["num_nodes"],
+            blocks=tuple(_block(block) for block in data["blocks"]),
+            parameters=tuple(ParameterSpec(spec["fqn"], tuple(spec["shape"])) for spec in data["parameters"]),
+            layers=tuple(
+                NodeLayer(layer["name"], NodeRange(**layer["nodes"]), layer["is_boundary"]) for layer in data["layers"]
+            ),
+            absent=tuple(data["absent"]),
+        )
+
+
+def _enum_value(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    raise TypeError(f"{value!r} has no place in a topology's JSON")
+
+
+def _block(data: dict[str, Any]) -> Block:
+    view = data["view"]
+    if view is not None:
+        shape = view["transposed_shape"]
+        view = ParameterView(**{**view, "transposed_shape": None if shape is None else tuple(shape)})
+    return Block(
+        name=data["name"],
+        edge_type=EdgeType(data["edge_type"]),
+        source=NodeRange(**data["source"]),
+        target=NodeRange(**data["target"]),
+        kind=BlockKind(data["kind"]),
+        view=view,
+        constant=data["constant"],
+        source_major=data["source_major"],
+    )

@@ -67,14 +67,6 @@ class Predictor(Protocol):
     context_len: int | None
     max_horizon: int
 
-    def prepare(self, manifest: ModelManifest) -> None:
-        """Builds, and may keep, what depends on the model alone, so that the first nowcast is not slower.
-
-        Raises:
-            ConfigError: The model is not one that this predictor can work on.
-        """
-        ...
-
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
         """Writes the predicted change, prediction - newest state.
 
@@ -85,6 +77,19 @@ class Predictor(Protocol):
 
         Raises:
             ConfigError: The history, model or horizon is not one that this predictor can work on.
+        """
+        ...
+
+
+@runtime_checkable
+class ModelPredictor(Protocol):
+    """A predictor that depends on the model's architecture, as those on neural graphs do."""
+
+    def prepare(self, manifest: ModelManifest) -> None:
+        """Builds and keeps what depends on the model alone, so that the first nowcast is not slower.
+
+        Raises:
+            ConfigError: The model is not one that this predictor can work on.
         """
         ...
 
@@ -102,6 +107,20 @@ def check_history(predictor: Predictor, history: History, horizon_intervals: int
         raise ConfigError(f"horizon is {horizon_intervals}; it must be at least 1 snapshot interval")
 
 
-def fp32(states: Sequence[Tensor]) -> Tensor:
-    """Stacks flat states into one fp32 tensor (C, N)."""
-    return torch.stack([state.to(torch.float32) for state in states])
+def fp32_states(predictor: Predictor, history: History, fqn: str) -> Tensor:
+    """The states of one parameter in fp32, (C, N).
+
+    Raises:
+        ConfigError: A value is not finite; predictions from such a history would be noise.
+    """
+    states_CN = torch.stack([state.to(torch.float32) for state in history.tensor(fqn)])
+    if not states_CN.isfinite().all():
+        raise non_finite(predictor.name, fqn)
+    return states_CN
+
+
+def non_finite(predictor: str, fqn: str) -> ConfigError:
+    """The refusal of a history with NaN or infinite values."""
+    return ConfigError(
+        f"parameter {fqn!r} has NaN or infinite values in the history; predictor {predictor!r} needs finite ones"
+    )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sidecast.manifest import ModelManifest
-from sidecast.predictors.base import History, check_history, fp32
+from sidecast.predictors.base import History, check_history, fp32_states
 
 
 class LinearPredictor:
@@ -20,9 +19,6 @@ class LinearPredictor:
     context_len = None
     max_horizon = 5
 
-    def prepare(self, manifest: ModelManifest) -> None:
-        """Any model will do."""
-
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
         check_history(self, history, horizon_intervals)
         context_len = history.context_len
@@ -30,6 +26,6 @@ class LinearPredictor:
         weights_C = centred / centred.square().sum() * horizon_intervals
         start = 0
         for spec in history.manifest.parameters:
-            states_CN = fp32(history.tensor(spec.fqn))
+            states_CN = fp32_states(self, history, spec.fqn)
             out[start : start + spec.numel] = weights_C @ states_CN
             start += spec.numel

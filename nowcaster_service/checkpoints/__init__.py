@@ -1,0 +1,1 @@
+"""Saved checkpoints of any supported format, read tensor by tensor; one file per format."""

@@ -1,0 +1,71 @@
+"""Reads the pickled files of a training run without running, or even importing, anything that they name.
+
+Built on ``torch.load(weights_only=True)``, which builds tensors and plain values only. DeepSpeed also pickles a few
+objects of its own; these become inert stand-ins, so that DeepSpeed need not be installed.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sidecast.errors import ConfigError
+
+# Values that trainers keep next to the weights (arguments, random states): of no use here, harmless as stand-ins.
+_STAND_IN_NAMES = frozenset(
+    {
+        "argparse.Namespace",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+        "numpy.core.multiarray.scalar",
+    }
+)
+_STAND_IN_PACKAGE = "deepspeed."
+
+
+class StandIn:
+    """Takes the place of an object whose class is not to be imported; keeps what it was called with, does nothing.
+
+    Attributes:
+        arguments: What the pickled object was made from; for an enum member its value.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        # Without it the unpickler would set attributes that the file chooses.
+        del state
+
+
+def load_inert(path: Path) -> Any:
+    """Loads a file that ``torch.save`` wrote, its tensors memory-mapped.
+
+    Raises:
+        ConfigError: It is damaged, no such file, or names code outside the short list that gets stand-ins.
+    """
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        refused = sorted(name for name in named if not _gets_stand_in(name))
+        if refused:
+            raise ConfigError(
+                f"{path} is refused: its pickle names {refused[0]!r}, which could run code; "
+                f"only tensors, plain values and DeepSpeed's own records are read"
+            )
+        stand_ins: list[Any] = [(StandIn, name) for name in named]
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+
+
+def _gets_stand_in(name: str) -> bool:
+    return name.startswith(_STAND_IN_PACKAGE) or name in _STAND_IN_NAMES

@@ -1,0 +1,159 @@
+"""Collects the nodes and blocks of one topology and accounts for every parameter of the manifest."""
+
+from __future__ import annotations
+
+from math import prod
+
+from sidecast.errors import ConfigError
+from sidecast.graphs.topology import Block, BlockKind, EdgeType, NodeLayer, NodeRange, ParameterView, Topology
+from sidecast.manifest import ModelManifest
+
+
+class TopologyAssembler:
+    """What a graph builder writes to: nodes in order, blocks in order, each parameter used once.
+
+    A builder names every parameter that the architecture has. One that the manifest lacks is frozen: its nodes
+    stay and its edges are left out. One that no builder named is refused, or set apart, by ``finish``.
+
+    Attributes:
+        manifest: The parameters and the configuration.
+    """
+
+    def __init__(self, manifest: ModelManifest) -> None:
+        self.manifest = manifest
+        self._num_nodes = 0
+        self._layers: list[NodeLayer] = []
+        self._blocks: list[Block] = []
+        self._known: dict[str, None] = {}
+        self._absent: dict[str, None] = {}
+
+    def nodes(self, count: int, name: str, *, is_boundary: bool = False) -> NodeRange:
+        """Appends ``count`` nodes that play one role."""
+        nodes = NodeRange(self._num_nodes, self._num_nodes + count)
+        self._num_nodes = nodes.stop
+        if count:
+            self._layers.append(NodeLayer(name, nodes, is_boundary))
+        return nodes
+
+    def has(self, fqn: str) -> bool:
+        """Whether the manifest lists this parameter."""
+        return fqn in self.manifest.by_name
+
+    def use(self, fqn: str, shape: tuple[int, ...]) -> bool:
+        """Claims a parameter of the architecture; False if the manifest lacks it (it is frozen).
+
+        Raises:
+            ConfigError: The manifest gives it another shape than the configuration implies.
+        """
+        spec = self.manifest.by_name.get(fqn)
+        if spec is None:
+            self._absent[fqn] = None
+            return False
+        if spec.shape != shape:
+            raise ConfigError(f"parameter {fqn!r} has shape {spec.shape}; the model's configuration implies {shape}")
+        self._known[fqn] = None
+        return True
+
+    def structural(
+        self,
+        name: str,
+        edge_type: EdgeType,
+        source: NodeRange,
+        target: NodeRange,
+        kind: BlockKind = BlockKind.DENSE,
+    ) -> None:
+        """Appends edges that carry no parameter but the constant 1."""
+        self._append(Block(name=name, edge_type=edge_type, source=source, target=target, kind=kind))
+
+    def parametric(
+        self,
+        name: str,
+        edge_type: EdgeType,
+        source: NodeRange,
+        target: NodeRange,
+        view: ParameterView,
+        kind: BlockKind = BlockKind.DENSE,
+        source_major: bool = True,
+    ) -> None:
+        """Appends the edges of a parameter, or of a part of one, that was claimed by ``use``."""
+        self._append(
+            Block(
+                name=name,
+                edge_type=edge_type,
+                source=source,
+                target=target,
+                kind=kind,
+                view=view,
+                source_major=source_major,
+            )
+        )
+
+    def linear(
+        self, fqn: str, source: NodeRange, target: NodeRange, edge_type: EdgeType = EdgeType.FULLY_CONNECTED
+    ) -> None:
+        """Appends a weight of shape (outputs, inputs), as in ``torch.nn.Linear``."""
+        if self.use(fqn, (len(target), len(source))):
+            view = ParameterView(fqn=fqn, source_stride=1, target_stride=len(source))
+            self.parametric(fqn, edge_type, source, target, view)
+
+    def reversed_linear(
+        self, fqn: str, inputs: NodeRange, outputs: NodeRange, edge_type: EdgeType = EdgeType.KEY
+    ) -> None:
+        """Appends a weight of shape (outputs, inputs) whose edges run from its outputs to its inputs."""
+        if self.use(fqn, (len(outputs), len(inputs))):
+            view = ParameterView(fqn=fqn, source_stride=len(inputs), target_stride=1)
+            self.parametric(fqn, edge_type, outputs, inputs, view, source_major=False)
+
+    def lookup(self, fqn: str, source: NodeRange, target: NodeRange, edge_type: EdgeType) -> None:
+        """Appends a table of shape (rows, columns), one source node a row, one target node a column."""
+        if self.use(fqn, (len(source), len(target))):
+            view = ParameterView(fqn=fqn, source_stride=len(target), target_stride=1)
+            self.parametric(fqn, edge_type, source, target, view)
+
+    def vector(self, fqn: str, source: NodeRange, target: NodeRange, edge_type: EdgeType) -> None:
+        """Appends a vector on the edges from one node to as many target nodes."""
+        if self.use(fqn, (len(target),)):
+            self.parametric(fqn, edge_type, source, target, ParameterView(fqn=fqn, target_stride=1))
+
+    def _append(self, block: Block) -> None:
+        if len(block.source) and len(block.target):
+            self._blocks.append(block)
+
+    def finish(self, family: str, layout: str, *, isolate_unknown: bool = False) -> Topology:
+        """The topology of everything added.
+
+        Args:
+            family: Name of the builder.
+            layout: Name of the layout.
+            isolate_unknown: Give each parameter that the builder did not claim nodes of its own, apart from the
+                rest of the graph, instead of refusing it.
+
+        Raises:
+            ConfigError: A parameter was not claimed, and ``isolate_unknown`` is not set.
+        """
+        unknown = [spec.fqn for spec in self.manifest.parameters if spec.fqn not in self._known]
+        if unknown and not isolate_unknown:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise ConfigError(
+                f"the {family!r} graph builder does not know parameter {unknown[0]!r}{more}; "
+                "unknown_parameters='isolate' predicts such parameters apart from the rest of the graph"
+            )
+        for fqn in unknown:
+            self._isolate(fqn)
+        return Topology(
+            family=family,
+            layout=layout,
+            num_nodes=self._num_nodes,
+            blocks=tuple(self._blocks),
+            parameters=self.manifest.parameters,
+            layers=tuple(self._layers),
+            absent=tuple(self._absent),
+        )
+
+    def _isolate(self, fqn: str) -> None:
+        shape = self.manifest.spec(fqn).shape
+        columns = prod(shape[1:]) if len(shape) > 1 else 1
+        source = self.nodes(columns, f"{fqn}.inputs", is_boundary=True)
+        target = self.nodes(shape[0] if shape else 1, f"{fqn}.outputs", is_boundary=True)
+        edge_type = EdgeType.FULLY_CONNECTED if len(shape) > 1 else EdgeType.BIAS
+        self.parametric(fqn, edge_type, source, target, ParameterView(fqn=fqn, source_stride=1, target_stride=columns))

@@ -1,0 +1,14 @@
+"""Qwen3: Llama with normalised queries and keys."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from sidecast.graphs.builders.llama_official import draw_llama_official
+from sidecast.graphs.registry import GraphBuilder
+
+BUILDER = GraphBuilder(
+    family="qwen3",
+    model_types=("qwen3",),
+    layouts={"official": partial(draw_llama_official, has_qk_norm=True)},
+)

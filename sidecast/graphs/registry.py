@@ -1,0 +1,92 @@
+"""Which builder draws which model's graph; other packages add builders by entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+
+from sidecast.errors import ConfigError
+from sidecast.graphs.assembler import TopologyAssembler
+from sidecast.graphs.model_config import ModelConfig
+from sidecast.graphs.topology import Topology
+from sidecast.manifest import ModelManifest
+
+LAYOUTS = ("official", "symmetric")
+ENTRY_POINT_GROUP = "sidecast.graph_builders"
+
+DrawLayout = Callable[[TopologyAssembler, ModelConfig], None]
+"""Adds the nodes and blocks of a model, read from the assembler's manifest and the configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphBuilder:
+    """How to draw one family of models.
+
+    Attributes:
+        family: Its name in the topology.
+        model_types: Values of ``model_type`` in a model's configuration that it stands for.
+        layouts: One function for each layout that the family has.
+    """
+
+    family: str
+    model_types: tuple[str, ...]
+    layouts: Mapping[str, DrawLayout]
+
+
+@cache
+def graph_builders() -> dict[str, GraphBuilder]:
+    """Every known builder by model type: ours, and those of installed packages, which may not replace ours.
+
+    Raises:
+        ConfigError: Two builders claim one model type.
+    """
+    from sidecast.graphs.builders import BUILDERS
+
+    builders: dict[str, GraphBuilder] = {}
+    loaded = [entry_point.load() for entry_point in entry_points(group=ENTRY_POINT_GROUP)]
+    for builder in (*BUILDERS, *loaded):
+        for model_type in builder.model_types:
+            if model_type in builders:
+                raise ConfigError(
+                    f"graph builders {builders[model_type].family!r} and {builder.family!r} "
+                    f"both claim model_type {model_type!r}"
+                )
+            builders[model_type] = builder
+    return builders
+
+
+def build_topology(manifest: ModelManifest, layout: str = "official", *, unknown_parameters: str = "error") -> Topology:
+    """Draws the neural graph of a model from names, shapes and configuration alone.
+
+    Args:
+        manifest: The model's trainable parameters and its configuration.
+        layout: ``official``, as the published weights know it, or ``symmetric``.
+        unknown_parameters: What becomes of a parameter that the builder does not know: ``error`` refuses the
+            model, ``isolate`` gives it nodes of its own.
+
+    Returns:
+        The topology. Parameters that the manifest lacks are frozen: named in ``absent``, without edges.
+
+    Raises:
+        ConfigError: The model type, layout, a shape or a parameter is not one that the builder knows.
+    """
+    if unknown_parameters not in ("error", "isolate"):
+        raise ConfigError(f"unknown_parameters is {unknown_parameters!r}; allowed: error, isolate")
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout is {layout!r}; allowed: {', '.join(LAYOUTS)}")
+    config = ModelConfig(manifest.config)
+    builder = graph_builders().get(config.model_type)
+    if builder is None:
+        raise ConfigError(
+            f"no graph builder for model_type {config.model_type!r}; supported: {', '.join(sorted(graph_builders()))}"
+        )
+    draw = builder.layouts.get(layout)
+    if draw is None:
+        raise ConfigError(
+            f"model_type {config.model_type!r} has no {layout!r} layout; it has: {', '.join(builder.layouts)}"
+        )
+    assembler = TopologyAssembler(manifest)
+    draw(assembler, config)
+    return assembler.finish(builder.family, layout, isolate_unknown=unknown_parameters == "isolate")

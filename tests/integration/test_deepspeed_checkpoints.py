@@ -1,0 +1,131 @@
+"""DeepSpeed checkpoints of every stage, saved by two ranks and read without DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sidecast.errors import ConfigError
+from sidecast.nowcaster_service.checkpoints.opening import open_checkpoint
+
+CASES = (
+    "stage0_fp32",
+    "stage0_bf16",
+    "stage1_fp32",
+    "stage1_bf16_optimizer",
+    "stage2_round_robin",
+    "stage3_bf16",
+)
+WORKER = Path(__file__).with_name("save_zero_checkpoints.py")
+FROZEN_AND_BUFFERS = {"frozen.weight", "frozen.bias", "scale", "count"}
+
+PREDICT_WITHOUT_DEEPSPEED = """
+import argparse, sys
+sys.modules["deepspeed"] = None  # importing it now raises
+from sidecast.nowcaster_service.commands import predict
+parser = argparse.ArgumentParser()
+predict.add_parser(parser.add_subparsers(required=True))
+for arguments in sys.stdin.read().splitlines():
+    assert predict.run(parser.parse_args(arguments.split("|"))) == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``<case>/global_step{1,2,3}`` and ``<case>/expected_{1,2,3}.safetensors``."""
+    out = tmp_path_factory.mktemp("zero")
+    ranks = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_SIZE": "2",
+            # Read by DeepSpeed, but the ranks meet through a file.
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+        }
+        with (out / f"rank{rank}.log").open("wb") as log:
+            command = [sys.executable, str(WORKER), str(out)]
+            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        statuses = [rank.wait(timeout=240) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    logs = "\n".join((out / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
+    assert statuses == [0, 0], logs
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_deepspeeds_own_weights_bit_for_bit(saved: Path, case: str) -> None:
+    for step in (1, 2, 3):
+        checkpoint = open_checkpoint(saved / case / f"global_step{step}")
+        expected = load_file(saved / case / f"expected_{step}.safetensors")
+        names = {name: name for name in checkpoint.tensors} | dict(checkpoint.aliases)
+        assert names.keys() == expected.keys()
+        for alias, name in names.items():
+            stored = checkpoint.tensors[name]
+            tensor = stored.read()
+            assert (tuple(tensor.shape), tensor.dtype) == (stored.shape, stored.dtype)
+            assert torch.equal(tensor.float(), expected[alias].float()), alias
+        assert checkpoint.step == step
+        assert checkpoint.aliases == {"head.weight": "embed.weight"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tells_parameters_from_frozen_ones_and_buffers(saved: Path, case: str) -> None:
+    tensors = open_checkpoint(saved / case / "global_step1").tensors
+    untrained = {name for name, tensor in tensors.items() if not tensor.trainable}
+    # In fp32, stage 0 stores nothing that tells a frozen parameter; predict sees that it does not change.
+    assert untrained == ({"scale", "count"} if case == "stage0_fp32" else FROZEN_AND_BUFFERS)
+
+
+def test_the_save_folder_opens_at_its_latest_step(saved: Path) -> None:
+    assert open_checkpoint(saved / "stage3_bf16").step == 3
+
+
+def test_predicts_without_deepspeed(saved: Path, tmp_path: Path) -> None:
+    commands = []
+    for case in CASES:
+        steps = [str(saved / case / f"global_step{step}") for step in (1, 2, 3)]
+        commands.append(
+            "|".join(["predict", *steps, "--horizon", "4", "--weight", "0.5", "--out", f"{tmp_path}/{case}"])
+        )
+    script = [sys.executable, "-c", PREDICT_WITHOUT_DEEPSPEED]
+    result = subprocess.run(script, input="\n".join(commands), capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "ZeRO stage 3, 2 ranks, step 3" in result.stdout
+    for case in CASES:
+        first, _, last = (load_file(saved / case / f"expected_{step}.safetensors") for step in (1, 2, 3))
+        predicted = load_file(tmp_path / case / "model.safetensors")
+        assert predicted.keys() == last.keys()
+        for name, tensor in predicted.items():
+            if name in FROZEN_AND_BUFFERS:
+                assert torch.equal(tensor, last[name].to(tensor.dtype)), name
+                continue
+            assert tensor.dtype == torch.float32
+            # With three states the least-squares slope is half the difference of the outer two.
+            assert not torch.equal(tensor, last[name]), name
+            torch.testing.assert_close(tensor, last[name] + 0.5 * 4 * (last[name] - first[name]) / 2)
+
+
+def test_refuses_a_checkpoint_that_lacks_a_ranks_file(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "global_step1"
+    folder.mkdir()
+    for file in (saved / "stage2_round_robin" / "global_step1").iterdir():
+        if "rank_1" not in file.name:
+            (folder / file.name).symlink_to(file)
+    with pytest.raises(ConfigError, match=r"has 1 \*_optim_states.pt files; its parameters are split over 2"):
+        open_checkpoint(folder)
