@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,8 @@ from types import TracebackType
 from sidecast.errors import SidecastError
 from sidecast.trainer.process_groups import end_group
 
-ERROR_MARK = "sidecast: "
+REFUSAL = re.compile(r"sidecast: (?:error: )?(.+)")
+EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
 
 
 class ChildFailedError(SidecastError):
@@ -37,10 +39,19 @@ class Child:
         """What to raise about a child that has ended and should not have, in one line."""
         code = self.process.wait()
         end = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        lines = self.log_path.read_text(errors="replace").splitlines()
-        reasons = [line.partition(ERROR_MARK)[2] for line in lines if line.startswith(ERROR_MARK)]
-        reason = f": {reasons[-1].removeprefix('error: ')}" if reasons else ""
-        return ChildFailedError(f"{self.name} {end}{reason} (its log: {self.log_path})")
+        reason = last_reason(self.log_path.read_text(errors="replace").splitlines())
+        return ChildFailedError(f"{self.name} {end}{f': {reason}' if reason else ''} (its log: {self.log_path})")
+
+
+def last_reason(lines: Iterable[str]) -> str | None:
+    """What a log says about why its process failed: our own refusal, or else the last exception's line."""
+    refusal = exception = None
+    for line in lines:
+        if match := REFUSAL.match(line):
+            refusal = match[1]
+        elif match := EXCEPTION.match(line):
+            exception = match[1]
+    return refusal if refusal is not None else exception
 
 
 class Children:
