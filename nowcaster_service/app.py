@@ -28,6 +28,8 @@ from sidecast.nowcaster_service.servicer import Servicer
 
 EXPIRY_INTERVAL_S = 30.0
 STOP_GRACE_S = 2.0
+# Ray's calls to the ingress (address, stop) that may wait side by side; gRPC has an event loop of its own.
+INGRESS_CALLS = 4
 
 
 def engine_name(index: int) -> str:
@@ -155,13 +157,14 @@ class Application:
         else:
             ray.init(address=ray_address, logging_level=logging.WARNING)
         engine = ray.remote(num_cpus=1, num_gpus=config.engine_gpus, max_restarts=-1)(EngineActor)
-        ingress = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(IngressActor)
+        ingress = ray.remote(num_cpus=0, max_restarts=-1)(IngressActor)
         self._engines = [engine.options(name=engine_name(index)).remote(config) for index in range(config.num_engines)]
-        self._ingress = ingress.remote(config)
+        # Ray's types do not follow an actor class made by a call.
+        self._ingress: Any = ingress.options(max_concurrency=INGRESS_CALLS).remote(config)
 
     def address(self) -> str:
         """Where the gRPC server listens; waits until it does."""
-        return ray.get(self._ingress.address.remote())
+        return str(ray.get(self._ingress.address.remote()))
 
     def stop(self) -> None:
         """Ends the service and, if it was started here, Ray."""

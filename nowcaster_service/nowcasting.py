@@ -147,7 +147,7 @@ def _first_bad_tensor(manifest: ModelManifest, delta_P: Tensor) -> str:
 
 def _digest(delta_P: Tensor) -> int:
     """63 bits that name this very prediction; they fit the vote's int64 payload."""
-    data = memoryview(delta_P.numpy()).cast("B")
+    data = delta_P.numpy().data.cast("B")
     rows = []
     for start in range(0, len(data), DIGEST_BLOCK_BYTES):
         block = data[start : start + DIGEST_BLOCK_BYTES]

@@ -63,9 +63,14 @@ class Predictor(Protocol):
         max_horizon: Default first horizon of a run, in snapshot intervals.
     """
 
-    name: str
-    context_len: int | None
-    max_horizon: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def context_len(self) -> int | None: ...
+
+    @property
+    def max_horizon(self) -> int: ...
 
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
         """Writes the predicted change, prediction - newest state.

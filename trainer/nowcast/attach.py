@@ -110,10 +110,8 @@ def _agree(engine: Any, section: Any, group: dist.ProcessGroup) -> tuple[Nowcast
 
 
 def _model_config(engine: Any) -> dict[str, Any]:
-    config = getattr(engine.module, "config", None)
-    if hasattr(config, "to_json_string"):
-        return dict(json.loads(config.to_json_string(use_diff=False)))
-    return {}
+    to_json_string = getattr(getattr(engine.module, "config", None), "to_json_string", None)
+    return {} if to_json_string is None else dict(json.loads(to_json_string(use_diff=False)))
 
 
 def _new_session(group: dist.ProcessGroup, step: int, state: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -194,9 +192,9 @@ def _await_link(config: NowcasterConfig, courier: CourierHandle, group: dist.Pro
     said: list[Any] = [None] * dist.get_world_size(group)
     rank = dist.get_rank(group)
     # Others can only join what rank 0 has opened: they ask once it knows.
-    first = [_first_word(courier, config) if rank == 0 else None]
+    first: list[Any] = [_first_word(courier, config) if rank == 0 else None]
     dist.broadcast_object_list(first, src=0, group=group)
-    word = first[0]
+    word: tuple[str, str] = first[0]
     if rank != 0 and word[0] == "connected":
         word = _first_word(courier, config)
     dist.all_gather_object(said, word, group=group)

@@ -76,9 +76,9 @@ class NowcastClient:
 
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
-        self._metadata: list[tuple[str, str]] = []
+        self._metadata: tuple[tuple[str, str | bytes], ...] = ()
         if config.token_file is not None:
-            self._metadata.append(("authorization", f"Bearer {Path(config.token_file).read_text().strip()}"))
+            self._metadata = (("authorization", f"Bearer {Path(config.token_file).read_text().strip()}"),)
         options = [
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_permit_without_calls", 1),

@@ -188,8 +188,9 @@ class Courier:
 
     def _report(self, message: Message) -> None:
         fields = {key: value for key, value in message.items() if key not in ("type", "outcome")}
-        outcome = pb.ReportRequest.Outcome.Value(message["outcome"].upper())
-        request = pb.ReportRequest(session_id=self._session["session_id"], rank=self._rank, outcome=outcome, **fields)
+        request = pb.ReportRequest(
+            session_id=self._session["session_id"], rank=self._rank, outcome=message["outcome"].upper(), **fields
+        )
         try:
             if self._is_connected.is_set():
                 self._client.report(request)

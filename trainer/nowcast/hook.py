@@ -298,7 +298,7 @@ class Nowcaster:
         self._partition.apply(self._delta, weight)
         self.epoch += 1
         self.totals.num_applied += 1
-        details = {
+        details: dict[str, float | int | str] = {
             "version": held.version,
             "base_step": held.base_step,
             "staleness_steps": staleness_steps,

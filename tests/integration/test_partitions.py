@@ -1,0 +1,79 @@
+"""What a rank reads is what DeepSpeed holds, and what it writes is what every rank's model holds: the whole matrix."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from partition_cases import CASES_OF_WORLD_SIZE
+
+HERE = Path(__file__).resolve().parent
+TIMEOUT_S = 280
+
+
+class Matrix:
+    """The results of one process group per world size, each run once, when first asked for.
+
+    Args:
+        scratch: Folder for logs, checkpoints and results.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._logs: dict[int, str] = {}
+
+    def result(self, world_size: int, case: str) -> dict[str, str | None]:
+        """The checks of one case, by name, and what failed."""
+        if world_size not in self._logs:
+            self._logs[world_size] = self._run(world_size)
+        path = self._scratch / f"{world_size}" / f"{case}.json"
+        assert path.is_file(), f"the workers ended before this case did:\n{self._logs[world_size][-6000:]}"
+        return json.loads(path.read_text())
+
+    def _run(self, world_size: int) -> str:
+        folder = self._scratch / f"{world_size}"
+        folder.mkdir()
+        workers = []
+        for rank in range(world_size):
+            environment = {
+                **os.environ,
+                "RANK": f"{rank}",
+                "LOCAL_RANK": f"{rank}",
+                "WORLD_SIZE": f"{world_size}",
+                "DS_ACCELERATOR": "cpu",
+                "OMP_NUM_THREADS": "1",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+            command = [sys.executable, str(HERE / "partition_worker.py"), str(folder), str(folder)]
+            with (folder / f"rank{rank}.log").open("wb") as log:
+                workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            for worker in workers:
+                worker.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+        return "\n".join((folder / f"rank{rank}.log").read_text(errors="replace") for rank in range(world_size))
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    return Matrix(tmp_path_factory.mktemp("partitions"))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "case"),
+    [(world_size, case) for world_size, cases in CASES_OF_WORLD_SIZE.items() for case in cases],
+)
+def test_partition(matrix: Matrix, world_size: int, case: str) -> None:
+    checks = matrix.result(world_size, case)
+    assert {name: failure for name, failure in checks.items() if failure is not None} == {}
+    assert len(checks) == 9

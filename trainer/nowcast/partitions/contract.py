@@ -1,0 +1,109 @@
+"""What the rest of the hook may ask of a rank's part of the model, whatever optimizer holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from sidecast.manifest import ParameterSpec
+from sidecast.protos.shards import ShardSpec
+from sidecast.trainer.nowcast.partitions.rollback import RollbackCopy
+
+MergeMode = Literal["add", "replace"]
+
+
+class Partition(Protocol):
+    """One rank's part of the model being trained, in full precision.
+
+    Valid between optimizer steps. ``apply``, ``write`` and ``restore`` are collective: every rank calls them, in the
+    same order, also a rank that owns nothing.
+
+    Attributes:
+        parameters: Every parameter that the optimizer trains, with full shapes, in the order of
+            ``model.named_parameters()``; the same on every rank.
+        aliases: Further names of tied parameters, ``{alias: fqn}``.
+        upload_shards: What this rank uploads; all ranks together cover every element exactly once.
+        owned_shards: What this rank applies: everything where the optimizer is replicated (stage 0), otherwise
+            the same as ``upload_shards``.
+        master_dtype: Precision of the weights that the optimizer updates, normally ``torch.float32``.
+    """
+
+    @property
+    def parameters(self) -> tuple[ParameterSpec, ...]: ...
+
+    @property
+    def aliases(self) -> Mapping[str, str]: ...
+
+    @property
+    def upload_shards(self) -> tuple[ShardSpec, ...]: ...
+
+    @property
+    def owned_shards(self) -> tuple[ShardSpec, ...]: ...
+
+    @property
+    def master_dtype(self) -> torch.dtype: ...
+
+    def read(self, out: Tensor) -> None:
+        """Copies the upload shards, in their order.
+
+        With a side stream the copies are only enqueued on it: synchronise the stream before reading ``out``, and
+        before the next optimizer step overwrites the source.
+
+        Args:
+            out: Flat CPU float32 tensor of ``total_elements(upload_shards)`` elements.
+
+        Raises:
+            StalePartitionError: The optimizer's tensors are no longer the ones this partition was made from.
+            ValueError: ``out`` is of another dtype, device, layout or size.
+        """
+
+    def apply(self, delta: Tensor, weight: float, *, mode: MergeMode = "add", base: Tensor | None = None) -> None:
+        """Merges a prediction into the owned elements, then publishes them to the model on every rank.
+
+        Args:
+            delta: Prediction minus the snapshot it was made from; flat CPU float32, owned elements in order.
+            weight: Factor on ``delta``.
+            mode: ``add`` keeps what training did since (``now + weight * delta``); ``replace`` drops it
+                (``base + weight * delta``).
+            base: The snapshot the prediction was made from, like ``delta``; for ``replace`` only.
+
+        Raises:
+            StalePartitionError: As for ``read``.
+            ValueError: A tensor does not fit, or ``mode`` and ``base`` do not.
+        """
+
+    def write(self, values: Tensor) -> None:
+        """Sets the owned elements, then publishes them to the model on every rank.
+
+        Args:
+            values: Flat CPU float32, owned elements in order.
+
+        Raises:
+            StalePartitionError: As for ``read``.
+            ValueError: ``values`` does not fit.
+        """
+
+    def capture(self, copy: RollbackCopy) -> None:
+        """Keeps masters, optimizer state and loss scale as they are now, bit for bit.
+
+        Raises:
+            StalePartitionError: As for ``read``.
+            RollbackError: ``copy`` is too small; the message says by how much.
+        """
+
+    def restore(self, copy: RollbackCopy) -> None:
+        """Puts back what ``capture`` kept, then publishes it to the model on every rank.
+
+        Raises:
+            StalePartitionError: As for ``read``.
+            RollbackError: ``copy`` holds nothing, or was captured from other tensors.
+        """
+
+    def rollback_bytes(self) -> int:
+        """How large a ``RollbackCopy`` must be: 12 bytes per owned parameter with Adam.
+
+        Before the first optimizer step there is no state to measure; two moments per parameter are assumed then.
+        """

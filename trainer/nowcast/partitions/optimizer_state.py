@@ -1,0 +1,97 @@
+"""Everything of the optimizer that a rollback must put back, besides its place in the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidecast.trainer.nowcast.partitions.rollback import RollbackCopy, RollbackError, packed_bytes
+
+# What Adam keeps; assumed before the first step, when there is no state to measure yet.
+_ASSUMED_MOMENTS = 2
+_ASSUMED_STEP_BYTES = 4
+# The moving parts of DeepSpeed's loss scalers; their settings (window, factor, floor) never change.
+_LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class OptimizerState:
+    """Moments and step counters of each master, and the loss scale.
+
+    Args:
+        states: ``optimizer.state`` of every inner optimizer, keyed by master tensor.
+        loss_scaler: The object that holds DeepSpeed's fp16 loss scale, if any.
+    """
+
+    def __init__(self, states: Sequence[MutableMapping[Tensor, Any]], loss_scaler: Any | None) -> None:
+        self._states = states
+        self._loss_scaler = loss_scaler
+
+    def num_bytes(self, masters: Sequence[Tensor]) -> int:
+        """Size of a rollback copy of these masters with their state."""
+        sizes_bytes: list[int] = []
+        for master in masters:
+            sizes_bytes.append(master.nbytes)
+            entries = self._entries(master)
+            sizes_bytes += (
+                [value.nbytes for value in entries.values() if isinstance(value, Tensor)]
+                if entries
+                else [master.nbytes] * _ASSUMED_MOMENTS + [_ASSUMED_STEP_BYTES]
+            )
+        return packed_bytes(sizes_bytes)
+
+    def capture(self, masters: Sequence[Tensor], copy: RollbackCopy) -> None:
+        """Fills the copy with masters, state and loss scale."""
+        tensors: dict[str, Tensor] = {}
+        values: dict[str, Any] = {}
+        for index, master in enumerate(masters):
+            tensors[f"{index}"] = master
+            for key, value in self._entries(master).items():
+                (tensors if isinstance(value, Tensor) else values)[f"{index}.{key}"] = value
+        for field in _LOSS_SCALE_FIELDS:
+            if hasattr(self._loss_scaler, field):
+                values[field] = getattr(self._loss_scaler, field)
+        copy.save(tensors, values)
+
+    def restore(self, masters: Sequence[Tensor], copy: RollbackCopy) -> None:
+        """Puts masters, state and loss scale back, in place wherever a tensor still exists."""
+        tensors, values = copy.tensors(), copy.values()
+        held = [(name, tensors[name].shape) for name in tensors if "." not in name]
+        if held != [(f"{index}", master.shape) for index, master in enumerate(masters)]:
+            raise RollbackError("the rollback copy is empty or was captured from other tensors; nothing was restored")
+        for index, master in enumerate(masters):
+            master.detach().copy_(tensors[f"{index}"])
+            self._restore_entries(master, _without_prefix(tensors, f"{index}."), _without_prefix(values, f"{index}."))
+        for field in _LOSS_SCALE_FIELDS:
+            if field in values:
+                setattr(self._loss_scaler, field, values[field])
+
+    def _restore_entries(self, master: Tensor, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        state = self._state_of(master)
+        if not tensors and not values:
+            state.pop(master, None)
+            return
+        entries = state.setdefault(master, {})
+        for key in [key for key in entries if key not in tensors and key not in values]:
+            del entries[key]
+        for key, saved in tensors.items():
+            now = entries.get(key)
+            if isinstance(now, Tensor) and now.shape == saved.shape and now.dtype == saved.dtype:
+                now.copy_(saved)
+            else:
+                # Torch's step counters stay on the CPU; what has the master's shape lives beside the master.
+                device = master.device if saved.shape == master.shape else torch.device("cpu")
+                entries[key] = saved.to(device, copy=True)
+        entries.update(values)
+
+    def _entries(self, master: Tensor) -> dict[str, Any]:
+        return self._state_of(master).get(master, {})
+
+    def _state_of(self, master: Tensor) -> MutableMapping[Tensor, Any]:
+        return next((state for state in self._states if master in state), self._states[0])
+
+
+def _without_prefix(entries: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}

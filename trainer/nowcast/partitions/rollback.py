@@ -1,0 +1,107 @@
+"""A copy of tensors in one buffer that is allocated once and reused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidecast.errors import SidecastError
+
+# A multiple of every element size, so that each tensor can be viewed in place; also a cache line.
+_ALIGNMENT_BYTES = 64
+
+
+class RollbackError(SidecastError):
+    """A rollback copy does not fit, is empty, or belongs to other tensors."""
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def packed_bytes(sizes_bytes: Iterable[int]) -> int:
+    """How large a buffer must be to hold tensors of these sizes."""
+    return sum(_aligned(size) for size in sizes_bytes)
+
+
+class RollbackCopy:
+    """Named tensors and small values, kept bit for bit in memory given up front.
+
+    Args:
+        buffer: Flat CPU uint8 tensor; pinned, mapped from a file, or plain.
+
+    Raises:
+        ValueError: ``buffer`` is of another dtype, device or layout.
+    """
+
+    def __init__(self, buffer: Tensor) -> None:
+        if buffer.dtype != torch.uint8 or buffer.device.type != "cpu" or buffer.dim() != 1 or buffer.stride(0) != 1:
+            raise ValueError(f"rollback buffer is {buffer.dtype} on {buffer.device}; it must be flat uint8 on the CPU")
+        self._buffer = buffer
+        self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+        self._values: dict[str, Any] = {}
+
+    @classmethod
+    def allocate(cls, num_bytes: int, *, pin_memory: bool = False) -> RollbackCopy:
+        """Makes a copy in fresh host memory.
+
+        Args:
+            num_bytes: From ``Partition.rollback_bytes()``.
+            pin_memory: Page-locks it, for faster copies from a CUDA device.
+        """
+        return cls(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin_memory))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to restore."""
+        return not self._places
+
+    def clear(self) -> None:
+        """Forgets what was captured; the memory stays."""
+        self._places = {}
+        self._values = {}
+
+    def save(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Replaces what is held.
+
+        Args:
+            tensors: Of any dtype, shape and device.
+            values: Plain Python values.
+
+        Raises:
+            RollbackError: The buffer is too small.
+        """
+        needed_bytes = packed_bytes(tensor.nbytes for tensor in tensors.values())
+        if needed_bytes > self._buffer.numel():
+            raise RollbackError(f"the rollback copy needs {needed_bytes} bytes; it was given {self._buffer.numel()}")
+        self.clear()
+        places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+        offset = 0
+        for name, tensor in tensors.items():
+            places[name] = (offset, tensor.dtype, tuple(tensor.shape))
+            self._view(*places[name]).copy_(tensor.detach())
+            offset += _aligned(tensor.nbytes)
+        self._places, self._values = places, dict(values)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Views of the tensors held, valid until the next ``save``."""
+        return {name: self._view(*place) for name, place in self._places.items()}
+
+    def values(self) -> dict[str, Any]:
+        """The values held."""
+        return dict(self._values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors (views) and plain values only, for a checkpoint that ``torch.load(weights_only=True)`` reads."""
+        return {"tensors": self.tensors(), "values": self.values()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what another copy's ``state_dict`` held."""
+        self.save(state["tensors"], state["values"])
+
+    def _view(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        return self._buffer[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)

@@ -1,0 +1,94 @@
+"""Which layout fits the optimizer of an engine, decided by what it has, not by the stage in its settings."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from sidecast.errors import ConfigError
+from sidecast.trainer.nowcast.partitions.layout import Layout
+from sidecast.trainer.nowcast.partitions.masters import MasterPartition
+from sidecast.trainer.nowcast.partitions.optimizer_state import OptimizerState
+from sidecast.trainer.nowcast.partitions.replicated import ReplicatedLayout
+from sidecast.trainer.nowcast.partitions.sharded import ShardedLayout
+from sidecast.trainer.nowcast.partitions.support import require_supported, require_whole_world
+from sidecast.trainer.nowcast.partitions.trainable import TrainableParameters, trainable_parameters
+from sidecast.trainer.nowcast.partitions.windowed import WindowedLayout
+
+
+def partition_of(engine: Any, *, stream: torch.cuda.Stream | None = None) -> MasterPartition:
+    """Maps what this rank holds of the model.
+
+    Call it again after ``engine.load_checkpoint``; a partition that no longer fits raises instead of reading on.
+
+    Args:
+        engine: What ``deepspeed.initialize`` returned, with ZeRO stage 0 to 3.
+        stream: CUDA stream for the copies of ``read``; without one they block.
+
+    Raises:
+        ConfigError: The engine uses what is not supported (tensor, pipeline or expert parallelism, NVMe offload,
+            ...); one line names it and what is allowed.
+    """
+    require_supported(engine)
+    optimizer = engine.optimizer
+    trainable, layout = _layout_of(engine.module, optimizer)
+    if not trainable.specs:
+        raise ConfigError("the optimizer trains no parameter of the model; nowcasting needs at least one")
+    inner = [getattr(optimizer, "optimizer", optimizer)]
+    # Stage 3 with partial offload steps the sub-groups that stay on the device with a second optimizer.
+    if getattr(optimizer, "backup_optimizer", None) is not None:
+        inner.append(optimizer.backup_optimizer)
+    loss_scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    state = OptimizerState([each.state for each in inner], loss_scaler)
+    return MasterPartition(trainable, layout, state, stream)
+
+
+def _layout_of(module: nn.Module, optimizer: Any) -> tuple[TrainableParameters, Layout]:
+    def named(groups: Any) -> TrainableParameters:
+        return trainable_parameters(module, list(chain.from_iterable(groups)))
+
+    def windowed(groups: Any, flats: str, masters: str) -> tuple[TrainableParameters, Layout]:
+        for group in optimizer.real_dp_process_group:
+            require_whole_world(group)
+        ranks = [dist.get_rank(group) for group in optimizer.real_dp_process_group]
+        trainable = named(groups)
+        return trainable, WindowedLayout(
+            trainable, optimizer, groups, lambda: getattr(optimizer, flats), lambda: getattr(optimizer, masters), ranks
+        )
+
+    def replicated(groups: Any, masters: Any) -> tuple[TrainableParameters, Layout]:
+        trainable = named(groups)
+        return trainable, ReplicatedLayout(
+            trainable, groups, masters, rank=dist.get_rank(), world_size=dist.get_world_size()
+        )
+
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        require_whole_world(optimizer.dp_process_group)
+        trainable = named(optimizer.fp16_groups)
+        return trainable, ShardedLayout(trainable, optimizer)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return windowed(optimizer.bit16_groups, "bit16_groups_flat", "single_partition_of_fp32_groups")
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return windowed(optimizer.bf16_groups, "bf16_groups_flat", "fp32_groups_flat_partition")
+    if hasattr(optimizer, "fp32_groups_flat"):
+        return replicated(optimizer.fp16_groups, lambda: optimizer.fp32_groups_flat)
+    if hasattr(optimizer, "fp32_groups"):
+        return replicated(
+            [[parameter] for parameter in chain.from_iterable(optimizer.fp16_groups)],
+            lambda: list(chain.from_iterable(optimizer.fp32_groups)),
+        )
+    if isinstance(optimizer, torch.optim.Optimizer):
+
+        def parameters() -> list[nn.Parameter]:
+            held = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+            return [parameter for parameter in held if parameter.requires_grad and parameter.numel() > 0]
+
+        return replicated([[parameter] for parameter in parameters()], parameters)
+    raise ConfigError(
+        f"the engine's optimizer is a {type(optimizer).__name__}; nowcasting supports DeepSpeed's optimizers "
+        "of ZeRO stages 0 to 3, FP16_Optimizer, FP16_UnfusedOptimizer, BF16_Optimizer and torch.optim.Optimizer"
+    )
