@@ -67,6 +67,9 @@ class NinoPredictor:
         self._kernels = CpuKernels(_PRODUCT_DTYPES[precision])
         self._num_threads = num_threads
 
+    def prepare(self, manifest: ModelManifest) -> None:
+        self.plan(manifest, 1)
+
     def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan:
         """The passes of a prediction, for running them in this process or on several workers."""
         self._config.check_horizon(self.name, horizon_intervals)
