@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from sidecast.errors import ConfigError, SidecastError
-from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, require_ray_token
+from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, read_setting_file, require_ray_token
 
 GIB = 1 << 30
 PR_SET_PDEATHSIG = 1
@@ -137,14 +138,14 @@ def service_config(args: argparse.Namespace, history_dir: Path) -> ServiceConfig
         metrics_port=args.metrics_port,
         weights=None if args.weights is None else args.weights.resolve(),
         history_dir=history_dir,
-        history_budget_bytes=int(args.history_gib * GIB),
+        history_budget_bytes=int(args.history_gib * GIB) if math.isfinite(args.history_gib) else 0,
         chunk_bytes=args.chunk_kib << 10,
         num_engines=args.engines,
         engine_threads=args.engine_threads,
         engine_gpus=args.engine_gpus,
         nowcast_timeout_s=args.nowcast_timeout_s,
         session_timeout_s=args.session_timeout_s,
-        token=None if args.token_file is None else args.token_file.read_text().strip(),
+        token=None if args.token_file is None else read_setting_file("--token-file", args.token_file).decode().strip(),
         tls=tls,
     )
 
