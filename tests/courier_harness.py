@@ -90,19 +90,30 @@ def until(courier: CourierHandle, kind: str, seen: list[Message] | None = None) 
 
 
 class PacedCourier(CourierHandle):
-    """Brings a message at the step that a test wants it at: ``wait_for`` names a kind to wait for."""
+    """Brings predictions at the steps that a test wants them at, and not before.
 
-    wait_for: str = ""
+    Attributes:
+        is_pacing: Withhold predictions until they are waited for.
+        wait_for: Kind of message that the next ``receive`` is to wait for.
+    """
+
+    is_pacing = True
+    wait_for = ""
 
     def receive(self, timeout_s: float = 0.0) -> Iterator[Message]:
+        self._withheld: list[Message] = getattr(self, "_withheld", [])
         deadline_s = time.monotonic() + WAIT_S
-        for message in super().receive(timeout_s):
-            if message["type"] == self.wait_for:
-                self.wait_for = ""
-            yield message
-        while self.wait_for:
-            assert time.monotonic() < deadline_s, f"no {self.wait_for!r} from the courier"
-            for message in super().receive(1.0):
+        while True:
+            arrived = [*self._withheld, *super().receive(timeout_s)]
+            self._withheld = []
+            for message in arrived:
+                if message["type"] == "prediction" and self.is_pacing and self.wait_for != "prediction":
+                    self._withheld.append(message)
+                    continue
                 if message["type"] == self.wait_for:
                     self.wait_for = ""
                 yield message
+            if not self.wait_for:
+                return
+            assert time.monotonic() < deadline_s, f"no {self.wait_for!r} from the courier"
+            timeout_s = 1.0
