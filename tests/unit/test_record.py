@@ -1,0 +1,130 @@
+"""The apply log: what survives restarts and resumes, and what replaying it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sidecast.errors import ConfigError
+from sidecast.protos.shards import ShardSpec
+from sidecast.trainer.nowcast.partitions import RollbackCopy
+from sidecast.trainer.nowcast.record import Recorder, log_path, read_delta, read_log
+from sidecast.trainer.nowcast.replay import Replayer
+
+DELTA = memoryview(torch.tensor([1.0, 2.0]).numpy().tobytes())
+
+
+def session(name: str, resume_step: int = 0) -> dict[str, Any]:
+    return {"session_id": name, "resume_step": resume_step}
+
+
+def applied(step: int, weight: float = 1.0) -> dict[str, Any]:
+    return {"action": "applied", "step": step, "weight": weight}
+
+
+def steps(folder: Path) -> list[int]:
+    return [entry["step"] for entry in read_log(folder, 0)]
+
+
+class FakePartition:
+    """Two weights."""
+
+    owned_shards = (ShardSpec(0, 0, 2),)
+
+    def __init__(self) -> None:
+        self.weights = torch.zeros(2)
+
+    def apply(self, delta: torch.Tensor, weight: float) -> None:
+        self.weights += weight * delta
+
+    def rollback_bytes(self) -> int:
+        return 64
+
+    def capture(self, copy: RollbackCopy) -> None:
+        copy.save({"weights": self.weights}, {})
+
+    def restore(self, copy: RollbackCopy) -> None:
+        self.weights.copy_(copy.tensors()["weights"])
+
+
+def test_an_entry_told_twice_is_written_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        Recorder(tmp_path, 0).record(applied(10), DELTA, session("s"))
+    assert steps(tmp_path) == [10]
+
+
+def test_half_a_line_of_a_killed_courier_is_dropped(tmp_path: Path) -> None:
+    Recorder(tmp_path, 0).record(applied(10), DELTA, session("s"))
+    with log_path(tmp_path, 0).open("a") as stream:
+        stream.write('{"action": "app')
+    Recorder(tmp_path, 0).record(applied(20), DELTA, session("s"))
+    assert steps(tmp_path) == [10, 20]
+
+
+def test_a_resume_takes_back_the_future_that_it_gives_up(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, 0)
+    for step in (10, 20, 30):
+        recorder.record(applied(step), DELTA, session("before"))
+    recorder.record(applied(25), DELTA, session("after", resume_step=15))
+    recorder.record(applied(35), DELTA, session("after", resume_step=15))
+    assert steps(tmp_path) == [10, 25, 35]
+    recorder.record(applied(5), DELTA, session("another run"))
+    assert steps(tmp_path) == [5]
+
+
+def test_a_run_without_jumps_can_be_replayed(tmp_path: Path) -> None:
+    Recorder(tmp_path, 0)
+    replayer = Replayer(tmp_path, FakePartition(), rank=0, step=0)  # type: ignore[arg-type]
+    replayer.after_step(1)
+    assert replayer.summary() == {"num_applied": 0, "num_rolled_back": 0}
+
+
+def test_replays_jumps_and_rollbacks_at_their_steps(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, 0)
+    recorder.record(applied(2, 0.5), DELTA, session("s"))
+    recorder.record(applied(4), DELTA, session("s"))
+    recorder.record({"action": "rolled_back", "step": 5}, None, session("s"))
+    partition = FakePartition()
+    replayer = Replayer(tmp_path, partition, rank=0, step=0)  # type: ignore[arg-type]
+    seen = []
+    for step in range(1, 7):
+        replayer.after_step(step)
+        replayer.after_step(step)
+        seen.append(partition.weights.tolist())
+    assert seen == [[0, 0], [0.5, 1], [0.5, 1], [1.5, 3], [0.5, 1], [0.5, 1]]
+
+
+def test_a_replay_goes_on_from_a_checkpoint_but_cannot_undo_what_it_did_not_do(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, 0)
+    recorder.record(applied(2), DELTA, session("s"))
+    recorder.record({"action": "rolled_back", "step": 5}, None, session("s"))
+    partition = FakePartition()
+    replayer = Replayer(tmp_path, partition, rank=0, step=0)  # type: ignore[arg-type]
+    replayer.after_step(2)
+    replayer.resume(partition, 3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="the log undoes a jump at step 5"):
+        replayer.after_step(5)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "changed"])
+def test_a_delta_that_is_not_the_recorded_one_is_refused(tmp_path: Path, damage: str) -> None:
+    Recorder(tmp_path, 0).record(applied(2), DELTA, session("s"))
+    (entry,) = read_log(tmp_path, 0)
+    path = tmp_path / entry["file"]
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"\0" * (4 if damage == "short" else 8))
+    with pytest.raises(ConfigError, match=entry["file"]):
+        read_delta(tmp_path, entry, 8)
+
+
+def test_a_folder_without_this_ranks_log_or_with_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no applied-rank1\.jsonl"):
+        read_log(tmp_path, 1)
+    log_path(tmp_path, 1).write_text("{")
+    with pytest.raises(ConfigError, match=r"applied-rank1\.jsonl is damaged"):
+        read_log(tmp_path, 1)
