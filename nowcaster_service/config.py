@@ -89,8 +89,8 @@ class ServiceConfig:
             )
         for name, path in (
             ("--weights", self.weights),
-            ("--tls-cert", self.tls and self.tls.certificate),
-            ("--tls-key", self.tls and self.tls.private_key),
+            ("--tls-cert", None if self.tls is None else self.tls.certificate),
+            ("--tls-key", None if self.tls is None else self.tls.private_key),
         ):
             if path is not None and not path.is_file():
                 raise ConfigError(f"{name} {path} is not a file")
