@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.nowcast.acceptance import LossPoint, LossTrend, Verdict
 from sidecast.trainer.nowcast.channel import Message
@@ -395,6 +396,16 @@ class Nowcaster:
             self.is_suspended = state["is_suspended"]
             if state["probation"] is not None:
                 self._probation = Probation(*state["probation"])
+
+    @property
+    def parameters(self) -> tuple[ParameterSpec, ...]:
+        """What is nowcasted, in the order of the parameter vector."""
+        return self._partition.parameters
+
+    @property
+    def session_id(self) -> str:
+        """Under which the service knows this attach."""
+        return self._courier.session_id
 
     @property
     def shards(self) -> tuple[tuple[ShardSpec, ...], tuple[ShardSpec, ...]]:
