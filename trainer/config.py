@@ -206,7 +206,7 @@ def parse_settings(settings: type[Settings], values: Any, section: str) -> Setti
 
 
 def _coerce(hint: Any, value: Any, key: str) -> Any:
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return parse_settings(hint, value, key)
     allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     # bool is an int to Python, but 'true' steps are a mistake.
