@@ -137,8 +137,8 @@ class Verdict:
             verdict = f"It did not pay: {-saved_steps:,.0f} steps lost ({share:.1%})"
         else:
             verdict = (
-                f"About even: {saved_steps:+,.0f} steps saved, less than the {self.resolution_steps:,.0f} steps between "
-                "two validations"
+                f"About even: {saved_steps:+,.0f} steps saved, less than the {self.resolution_steps:,.0f} steps "
+                "between two validations"
             )
         return f"{verdict}. The run with nowcasts reached {target} at step {self.steps:,.0f}."
 
