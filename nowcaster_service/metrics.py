@@ -1,10 +1,16 @@
-"""The service's Prometheus series. Labels never hold a step, a version or a parameter name."""
+"""The service's Prometheus series. Labels never hold a step, a version or a parameter name.
+
+``run_id`` is the identity that a run keeps over resumes; the trainer's ``sidecast_trainer_run_info`` gives its name.
+"""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 NOWCAST_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300)
+SNAPSHOT_STATES = ("committed", "aborted")
+PREDICTION_RESULTS = ("published", "failed")
+JUMP_OUTCOMES = ("applied", "accepted", "rolled_back", "rejected")
 
 
 class ServiceMetrics:
@@ -17,35 +23,63 @@ class ServiceMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.sessions = Gauge("sidecast_service_sessions", "Open sessions", registry=registry)
-        self.ranks = Gauge("sidecast_service_ranks", "Ranks that have joined", ["run"], registry=registry)
+        self.ranks = Gauge("sidecast_service_ranks", "Ranks that have joined", ["run_id"], registry=registry)
         self.history_bytes = Gauge("sidecast_service_history_bytes", "Bytes of history in use", registry=registry)
         self.history_budget_bytes = Gauge(
             "sidecast_service_history_budget_bytes", "Bytes of history allowed", registry=registry
         )
         self.received_bytes = Counter(
-            "sidecast_service_received_bytes", "Snapshot bytes received", ["run"], registry=registry
+            "sidecast_service_received_bytes", "Snapshot bytes received", ["run_id"], registry=registry
         )
-        self.sent_bytes = Counter("sidecast_service_sent_bytes", "Prediction bytes sent", ["run"], registry=registry)
+        self.sent_bytes = Counter("sidecast_service_sent_bytes", "Prediction bytes sent", ["run_id"], registry=registry)
         self.snapshots = Counter(
-            "sidecast_service_snapshots", "Snapshots by how they ended", ["run", "state"], registry=registry
+            "sidecast_service_snapshots", "Snapshots by how they ended", ["run_id", "state"], registry=registry
         )
         self.predictions = Counter(
-            "sidecast_service_predictions", "Nowcasts by result", ["run", "result"], registry=registry
+            "sidecast_service_predictions", "Nowcasts by result", ["run_id", "result"], registry=registry
         )
         self.jumps = Counter(
-            "sidecast_service_jumps", "What trainers did with predictions", ["run", "outcome"], registry=registry
+            "sidecast_service_jumps", "What trainers did with predictions", ["run_id", "outcome"], registry=registry
         )
         self.nowcast_seconds = Histogram(
             "sidecast_service_nowcast_seconds",
             "From a complete window to a published prediction",
-            ["run", "predictor"],
+            ["run_id", "predictor"],
             buckets=NOWCAST_BUCKETS_S,
             registry=registry,
         )
         self.relative_norm = Gauge(
-            "sidecast_service_jump_relative_norm", "||delta|| / ||base|| of the newest", ["run"], registry=registry
+            "sidecast_service_jump_relative_norm", "||delta|| / ||base|| of the newest", ["run_id"], registry=registry
         )
         self.snapshot_step = Gauge(
-            "sidecast_service_snapshot_step", "Step of the newest committed snapshot", ["run"], registry=registry
+            "sidecast_service_snapshot_step", "Step of the newest committed snapshot", ["run_id"], registry=registry
         )
         self.refused = Counter("sidecast_service_refused", "Refused calls by status", ["status"], registry=registry)
+        self._of_a_run = (
+            self.ranks,
+            self.received_bytes,
+            self.sent_bytes,
+            self.snapshots,
+            self.predictions,
+            self.jumps,
+            self.nowcast_seconds,
+            self.relative_norm,
+            self.snapshot_step,
+        )
+
+    def begin_run(self, run_id: str) -> None:
+        """Shows a run's counters from zero on: Prometheus sees no increase in a series that begins at one."""
+        for counter in (self.received_bytes, self.sent_bytes):
+            counter.labels(run_id)
+        for counter, values in (
+            (self.snapshots, SNAPSHOT_STATES),
+            (self.predictions, PREDICTION_RESULTS),
+            (self.jumps, JUMP_OUTCOMES),
+        ):
+            for value in values:
+                counter.labels(run_id, value)
+
+    def forget_run(self, run_id: str) -> None:
+        """Drops the series of a run that is over, so that a long-lived service does not collect them."""
+        for metric in self._of_a_run:
+            metric.remove_by_labels({"run_id": run_id})

@@ -286,6 +286,7 @@ class Servicer:
         self._sessions[session_id] = session
         self._last_seen_s[session_id] = self._clock()
         self._metrics.sessions.set(len(self._sessions))
+        self._metrics.begin_run(settings.run_id)
         log.info(
             "session %s of run %s: %d ranks, %d parameters, predictor %s, horizons %s",
             session_id,
@@ -311,7 +312,10 @@ class Servicer:
             is_idle = now_s - self._last_seen_s[session_id] > self._config.session_timeout_s
             if is_idle and not self._watchers.get(session_id):
                 log.info("session %s expired", session_id)
+                run_id = self._sessions[session_id].settings.run_id
                 self._end(session_id)
+                # A run has one session at a time: a resume ends the one before.
+                self._metrics.forget_run(run_id)
 
     # --- nowcasts
 

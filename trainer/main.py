@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed
 import deepspeed.comm as dist
 import torch
+from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
 import sidecast
@@ -177,14 +178,14 @@ def _overrides(arguments: argparse.Namespace) -> list[tuple[str, Any]]:
 
 def _check_deepspeed_config(ds_config: dict[str, Any]) -> None:
     try:
-        deepspeed.DeepSpeedConfig(ds_config)
+        DeepSpeedConfig(ds_config)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(
             f"DeepSpeed refuses the configuration: {error.title} {key} = {first['input']!r}: {first['msg']}"
         ) from error
-    except (deepspeed.DeepSpeedConfigError, AssertionError, ValueError) as error:
+    except (DeepSpeedConfigError, AssertionError, ValueError) as error:
         raise ConfigError(f"DeepSpeed refuses the configuration: {str(error).splitlines()[0]}") from error
 
 

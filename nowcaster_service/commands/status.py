@@ -28,10 +28,12 @@ def run(args: argparse.Namespace) -> int:
     from sidecast.protos import nowcast_pb2 as pb
     from sidecast.protos import nowcast_pb2_grpc
 
+    # Hosts often have proxies for the web, which cannot carry this.
+    options = [("grpc.enable_http_proxy", 0)]
     if args.tls_ca is None:
-        channel = grpc.insecure_channel(args.endpoint)
+        channel = grpc.insecure_channel(args.endpoint, options)
     else:
-        channel = grpc.secure_channel(args.endpoint, grpc.ssl_channel_credentials(args.tls_ca.read_bytes()))
+        channel = grpc.secure_channel(args.endpoint, grpc.ssl_channel_credentials(args.tls_ca.read_bytes()), options)
     metadata = []
     if args.token_file is not None:
         metadata.append(("authorization", f"Bearer {args.token_file.read_text().strip()}"))

@@ -90,7 +90,7 @@ class NowcasterConfig:
     metrics_port: int | None = None
     """Prometheus port of local rank 0, the next one for local rank 1, and so on; 0 picks free ones; None: none."""
     run_name: str = "default"
-    """Label of this run in metrics and status."""
+    """Label of this run in its metrics."""
     token_file: str | None = None
     """File with the service's shared secret."""
     tls_ca: str | None = None

@@ -66,6 +66,7 @@ class Courier:
         self._slots = [map_inherited(fd, hello["upload_bytes"]) for fd in hello["slot_descriptors"]]
         self._prediction = map_inherited(hello["prediction_descriptor"], hello["fetch_bytes"])
         self._metrics = CourierMetrics(hello["run_name"], self._rank, hello["stage"])
+        self._metrics.begin_session(hello["session"]["run_id"])
         self._recorder = Recorder(hello["record_dir"], self._rank) if hello["record_dir"] else None
         # The session to keep open; replaced by a resume. `_changed` wakes the link thread.
         self._session: Mapping[str, Any] = hello["session"]
@@ -99,6 +100,7 @@ class Courier:
                     self._metrics.update(message["values"])
                 case "session":
                     self._session = message["session"]
+                    self._metrics.begin_session(self._session["run_id"])
                     self._is_connected.clear()
                     self._changed.set()
                 case unknown:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
 
 TRANSFER_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120)
+SNAPSHOT_STATES = ("committed", "aborted", "dropped")
 _LABELS = ("run", "rank", "stage")
 
 
@@ -21,13 +22,21 @@ class CourierMetrics:
 
     def __init__(self, run_name: str, rank: int, stage: int) -> None:
         self.labels = (run_name, str(rank), str(stage))
-        self._registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         self.snapshots = self._counter("snapshots", "Snapshots by how they ended", "state")
         self.uploaded_bytes = self._counter("uploaded_bytes", "Snapshot bytes sent and committed")
         self.fetched_bytes = self._counter("fetched_bytes", "Prediction bytes received")
         self.upload_seconds = self._histogram("upload_seconds", "One rank's upload and commit of one snapshot")
         self.fetch_seconds = self._histogram("fetch_seconds", "One rank's download of one prediction")
         self.connected = self._gauge("connected", "1 while joined to the service").labels(*self.labels)
+        # Prometheus sees no increase in a series that begins at one: all begin at zero.
+        for state in SNAPSHOT_STATES:
+            self.snapshots.labels(*self.labels, state)
+        for metric in (self.uploaded_bytes, self.fetched_bytes, self.upload_seconds, self.fetch_seconds):
+            metric.labels(*self.labels)
+        self._run = Info(
+            "sidecast_trainer_run", "The run's identity in the service's series", _LABELS, registry=self.registry
+        ).labels(*self.labels)
         # Kept by the trainer, which sends its totals over now and then.
         self._totals = {
             "blocked_s": self._counter("blocked_seconds", "Time the training loop spent in the hook"),
@@ -45,6 +54,10 @@ class CourierMetrics:
             "loss": self._gauge("loss", "Mean training loss between the last two votes, over all ranks"),
             "suspended": self._gauge("suspended", "1 once jumps are suspended"),
         }
+
+    def begin_session(self, run_id: str) -> None:
+        """Names the run as the service knows it; a resume may change that."""
+        self._run.info({"run_id": run_id})
 
     def update(self, values: Mapping[str, float]) -> None:
         """Takes over what the trainer counted.
@@ -67,14 +80,14 @@ class CourierMetrics:
         """
         if port is None:
             return None
-        server, _ = start_http_server(port, registry=self._registry)
+        server, _ = start_http_server(port, registry=self.registry)
         return int(server.server_port)
 
     def _counter(self, name: str, text: str, *more: str) -> Counter:
-        return Counter(f"sidecast_trainer_{name}", text, [*_LABELS, *more], registry=self._registry)
+        return Counter(f"sidecast_trainer_{name}", text, [*_LABELS, *more], registry=self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"sidecast_trainer_{name}", text, _LABELS, registry=self._registry)
+        return Gauge(f"sidecast_trainer_{name}", text, _LABELS, registry=self.registry)
 
     def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"sidecast_trainer_{name}", text, _LABELS, buckets=TRANSFER_BUCKETS_S, registry=self._registry)
+        return Histogram(f"sidecast_trainer_{name}", text, _LABELS, buckets=TRANSFER_BUCKETS_S, registry=self.registry)
