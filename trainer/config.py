@@ -172,6 +172,11 @@ def load_config(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) ->
             raise ConfigError(f"section {key!r} in {name_or_path} is not read by this job; {REFUSED_SECTIONS[key]}")
         if key not in OWN_SECTIONS and (close := difflib.get_close_matches(key, OWN_SECTIONS, n=1, cutoff=0.75)):
             raise ConfigError(f"unknown section {key!r} in {name_or_path}; did you mean {close[0]!r}?")
+    if not isinstance(sections.get("optimizer"), dict):
+        raise ConfigError(
+            f"section 'optimizer' in {name_or_path} is {json.dumps(sections.get('optimizer'))}; "
+            "it must be DeepSpeed's object of an optimizer's type and params"
+        )
     training = parse_settings(TrainingConfig, sections.pop("training", {}), "training")
     nowcaster = sections.get("nowcaster")
     if isinstance(nowcaster, dict):
