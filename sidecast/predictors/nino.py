@@ -57,7 +57,7 @@ class NinoPredictor:
         if num_threads is not None and num_threads < 1:
             raise ConfigError(f"num_threads is {num_threads}; it must be at least 1")
         self.name = "nino" if weights.config.gnn else "wnn_plus"
-        self.context_len = weights.config.context_len
+        self.context_len: int | None = weights.config.context_len
         self.max_horizon = weights.config.max_horizon
         self._config = weights.config
         self._network = fuse(weights) if weights.config.gnn else fuse_mlp(weights)
