@@ -14,7 +14,7 @@ from sidecast.predictors.base import History, check_history
 from sidecast.predictors.block_parts import in_degrees, split_topology
 from sidecast.predictors.graph_cache import GraphCache
 from sidecast.predictors.nino_fusion import fuse, fuse_mlp
-from sidecast.predictors.nino_kernels import CpuKernels
+from sidecast.predictors.nino_kernels import CpuKernels, Kernels
 from sidecast.predictors.nino_passes import ChangePass, ConvolutionPass, FirstConvolutionPass
 from sidecast.predictors.passes import BlockPass, PassPlan, run_plan
 from sidecast.predictors.scaling_pass import ScaledReader, ScalingPass
@@ -37,6 +37,7 @@ class NinoPredictor:
         upd_scale: Share of the predicted scaled change that is used, for all parameters or by name pattern.
         precision: Of the products of hidden vectors: ``fp32``, or ``bf16`` for processors that have it.
         num_threads: Threads to work on; torch's number of intra-op threads if None.
+        kernels: Does the tiles; those for the CPU in the given precision if None.
 
     Source: NiNo (arXiv 2409.04434), section 4.
     """
@@ -50,6 +51,7 @@ class NinoPredictor:
         upd_scale: StepLength = 1.0,
         precision: str = "fp32",
         num_threads: int | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         check_step_length("upd_scale", upd_scale)
         if precision not in _PRODUCT_DTYPES:
@@ -64,7 +66,7 @@ class NinoPredictor:
         self._graphs = graphs
         self._layout = layout
         self._upd_scale = upd_scale
-        self._kernels = CpuKernels(_PRODUCT_DTYPES[precision])
+        self._kernels = kernels if kernels is not None else CpuKernels(_PRODUCT_DTYPES[precision])
         self._num_threads = num_threads
 
     def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan:

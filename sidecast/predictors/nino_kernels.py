@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.nn.functional import silu
 from sidecast.predictors.nino_fusion import Affine
 
 TILE_EDGES = 1_024
-"""Two hidden vectors of each edge of a tile take 1 MiB in fp32: measured best with caches of 0.5 MiB and more."""
+"""Two hidden vectors of each edge of a tile take 1 MiB in fp32; smaller tiles spend more on starting operators."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,36 @@ class Layer:
     weight: Tensor
     source_SD: Tensor | None
     target_TD: Tensor
+
+
+class Kernels(Protocol):
+    """The tile loops, on whatever device their tensors are."""
+
+    def message_sums(
+        self, features_XTS: Tensor, layers: Sequence[Layer], scale_DD: Tensor, gain_SD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sums over the sources of each target: of the hidden vectors h, and of (h @ scale) * gain.
+
+        Args:
+            features_XTS: Edge features of a part.
+            layers: Hidden layers, each followed by SiLU.
+            scale_DD: Applied to the last hidden vector.
+            gain_SD: A factor for each source.
+
+        Returns:
+            Both sums, (T, D) fp32.
+        """
+        ...
+
+    def changes(self, features_XTS: Tensor, layers: Sequence[Layer], output: Affine) -> Tensor:
+        """Predicted scaled changes (T, S, F) of the parameters on the edges of a part.
+
+        Args:
+            features_XTS: Edge features of a part.
+            layers: Hidden layers, each followed by SiLU.
+            output: Last layer, one column for each kernel element.
+        """
+        ...
 
 
 class _Scratch:
@@ -63,17 +94,7 @@ class CpuKernels:
     def message_sums(
         self, features_XTS: Tensor, layers: Sequence[Layer], scale_DD: Tensor, gain_SD: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Sums over the sources of each target: of the hidden vectors h, and of (h @ scale) * gain.
-
-        Args:
-            features_XTS: Edge features of a part.
-            layers: Hidden layers, each followed by SiLU.
-            scale_DD: Applied to the last hidden vector.
-            gain_SD: A factor for each source.
-
-        Returns:
-            Both sums, (T, D) fp32.
-        """
+        """See ``Kernels.message_sums``."""
         dim = gain_SD.shape[1]
         hidden_TD, gained_TD = torch.zeros(2, features_XTS.shape[1], dim)
         layers, scale_DD = self._in_product_dtype(layers), scale_DD.to(self._product_dtype)
@@ -87,13 +108,7 @@ class CpuKernels:
         return hidden_TD, gained_TD
 
     def changes(self, features_XTS: Tensor, layers: Sequence[Layer], output: Affine) -> Tensor:
-        """Predicted scaled changes (T, S, F) of the parameters on the edges of a part.
-
-        Args:
-            features_XTS: Edge features of a part.
-            layers: Hidden layers, each followed by SiLU.
-            output: Last layer, one column for each kernel element.
-        """
+        """See ``Kernels.changes``."""
         _, num_targets, num_sources = features_XTS.shape
         layers, weight_DF = self._in_product_dtype(layers), output.weight.to(self._product_dtype)
         scratch = _Scratch(self._tile_edges, output.weight.shape[0], self._product_dtype)

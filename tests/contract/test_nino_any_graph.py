@@ -157,11 +157,10 @@ def test_any_cut_into_parts(
 
 
 @pytest.mark.parametrize("tile_edges", [1, 3, 8])
-def test_any_tile(tile_edges: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_tile(tile_edges: int) -> None:
     weights = network_weights()
     expected = delta(PlainNinoPredictor(weights, graphs=graphs()), history())
-    predictor = NinoPredictor(weights, graphs=graphs())
-    monkeypatch.setattr(predictor, "_kernels", CpuKernels(tile_edges=tile_edges))
+    predictor = NinoPredictor(weights, graphs=graphs(), kernels=CpuKernels(tile_edges=tile_edges))
     torch.testing.assert_close(delta(predictor, history()), expected, rtol=1e-4, atol=1e-5)
 
 
