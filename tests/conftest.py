@@ -11,6 +11,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Published weights and golden cases are not ours to commit; this is where our own machines keep them.
 NINO_DATA = Path(os.environ.get("SIDECAST_NINO_DATA", REPOSITORY.parent / "shared" / "data" / "nino"))
 
+if not Path("/dev/nvidiactl").exists():
+    # Without a GPU, Triton kernels run in its interpreter. Triton reads this when it is first imported, by whomever.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def nino_data() -> Path:
