@@ -211,7 +211,7 @@ def _bands(topology: Topology, joined: dict[tuple[int, int, EdgeType], list[Bloc
         number
         for (source, target, _), blocks in joined.items()
         for number in (source, target)
-        if any(block.kind is BlockKind.DIAGONAL and block.name.endswith(".res") for block in blocks)
+        if any(block.kind is BlockKind.DIAGONAL and block.name.rsplit(".", 1)[-1].startswith("res") for block in blocks)
     }
     columns: dict[int, list[int]] = defaultdict(list)
     for number in range(len(topology.layers)):
