@@ -9,7 +9,7 @@ DEMO ?=
 
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: demo test lint types proto proto-check unit bench clean help
+.PHONY: demo test lint types proto proto-check docs docs-check unit clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -17,7 +17,7 @@ help: ## what can be made
 demo: $(VENV)/.installed ## train a small Llama with nowcasting and write runs/demo/report.html
 	$(BIN)/python -m sidecast.trainer.demo $(DEMO)
 
-test: lint types proto-check unit ## lint, types, generated code and all tests
+test: lint types proto-check docs-check unit ## lint, types, generated code and all tests
 
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest
@@ -38,6 +38,12 @@ proto: $(VENV)/.installed ## regenerate protos/*_pb2*
 
 proto-check: $(VENV)/.installed
 	$(BIN)/python protos/generate.py --check
+
+docs: $(VENV)/.installed ## regenerate the tables of docs/settings.md
+	$(BIN)/python docs/generate_settings.py
+
+docs-check: $(VENV)/.installed
+	$(BIN)/python docs/generate_settings.py --check
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "sidecast needs Python 3.11 ($(PYTHON) not found; set PYTHON=...)"; exit 1; }

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from sidecast.errors import SidecastError
 
-COMMANDS = ("serve", "status", "predict")
+COMMANDS = ("serve", "status", "predict", "graph")
 
 
 def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:

@@ -16,6 +16,10 @@ from sidecast.manifest import ModelManifest
 MODEL_TYPES = {
     "llama": "llama",
     "qwen3": "qwen3",
+    "gpt2": "gpt2",
+    "convnet": "sequential",
+    "convmixed": "sequential",
+    "mlp": "sequential",
 }
 GOLDEN_NAMES = (
     "llama_gqa_tied",
@@ -26,6 +30,12 @@ GOLDEN_NAMES = (
     "llama_wide_heads",
     "qwen3_gqa_tied",
     "qwen3_wide_heads",
+    "gpt2",
+    "gpt2_inner",
+    "convnet",
+    "convnet_mixed",
+    "convnet_wnnplus_h32",
+    "mlp",
 )
 
 

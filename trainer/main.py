@@ -18,7 +18,7 @@ from typing import Any
 import deepspeed
 import deepspeed.comm as dist
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
 import sidecast

@@ -100,7 +100,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: Something that the user gave cannot be used; one line says what.
     """
-    torch.set_grad_enabled(False)
     if not 0.0 < args.weight <= 1.0:
         raise ConfigError(f"--weight is {args.weight:g}; it must be above 0 and at most 1")
     if args.horizon is not None and args.horizon < 1:
@@ -115,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     newest = checkpoints[-1]
     manifest = manifest_of(newest, config)
     try:
-        with tempfile.TemporaryDirectory(prefix=".sidecast-predict-", dir=_scratch_folder(args)) as scratch:
+        folder = _scratch_folder(args)
+        with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".sidecast-predict-", dir=folder) as scratch:
             staged = stage_history(checkpoints, manifest, Path(scratch))
             predictor.predict(staged.history, horizon_intervals, staged.delta)
             path = write_nowcast(

@@ -2,11 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 from sidecast.errors import ConfigError
 from sidecast.graphs.topology import Block, BlockKind, EdgeType, NodeLayer, NodeRange, ParameterView, Topology
 from sidecast.manifest import ModelManifest
+
+MAX_KERNEL_ELEMENTS = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixSlice:
+    """A matrix of inputs x outputs inside a parameter, whichever way it is stored.
+
+    Attributes:
+        fqn: The parameter.
+        shape: Shape of the entire parameter.
+        offset: Element number of the matrix's first element.
+        input_stride: Elements from one input to the next.
+        output_stride: Elements from one output to the next.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    offset: int = 0
+    input_stride: int
+    output_stride: int
+
+    @classmethod
+    def linear(cls, fqn: str, num_inputs: int, num_outputs: int) -> MatrixSlice:
+        """All of a weight of shape (outputs, inputs), as in ``torch.nn.Linear``."""
+        return cls(fqn=fqn, shape=(num_outputs, num_inputs), input_stride=1, output_stride=num_inputs)
+
+    @classmethod
+    def transposed(cls, fqn: str, num_inputs: int, num_outputs: int) -> MatrixSlice:
+        """All of a weight of shape (inputs, outputs)."""
+        return cls(fqn=fqn, shape=(num_inputs, num_outputs), input_stride=num_outputs, output_stride=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorSlice:
+    """A run of consecutive elements inside a parameter of any shape."""
+
+    fqn: str
+    shape: tuple[int, ...]
+    offset: int = 0
 
 
 class TopologyAssembler:
@@ -88,32 +129,75 @@ class TopologyAssembler:
             )
         )
 
+    def matrix(
+        self,
+        name: str,
+        matrix: MatrixSlice,
+        inputs: NodeRange,
+        outputs: NodeRange,
+        edge_type: EdgeType,
+        *,
+        is_reversed: bool = False,
+    ) -> None:
+        """Appends a matrix: edges from its inputs to its outputs, or the other way round."""
+        if not self.use(matrix.fqn, matrix.shape):
+            return
+        source, target = (outputs, inputs) if is_reversed else (inputs, outputs)
+        strides = (matrix.input_stride, matrix.output_stride)
+        source_stride, target_stride = strides[::-1] if is_reversed else strides
+        view = ParameterView(
+            fqn=matrix.fqn, offset=matrix.offset, source_stride=source_stride, target_stride=target_stride
+        )
+        self.parametric(name, edge_type, source, target, view, source_major=not is_reversed)
+
+    def kernel(
+        self,
+        matrix: MatrixSlice,
+        num_elements: int,
+        inputs: NodeRange,
+        outputs: NodeRange,
+        kind: BlockKind = BlockKind.DENSE,
+    ) -> None:
+        """Appends a matrix of kernels, each of consecutive elements, on parallel edges of at most nine elements.
+
+        The published weights have room for nine elements on an edge. A diagonal matrix has one kernel an output.
+        """
+        if not self.use(matrix.fqn, matrix.shape):
+            return
+        edge_type = EdgeType.CONV if num_elements > 1 else EdgeType.FULLY_CONNECTED
+        for first in range(0, num_elements, MAX_KERNEL_ELEMENTS):
+            view = ParameterView(
+                fqn=matrix.fqn,
+                offset=matrix.offset + first,
+                source_stride=matrix.input_stride,
+                target_stride=0 if kind is BlockKind.DIAGONAL else matrix.output_stride,
+                kernel_stride=1,
+                num_kernel_elements=min(MAX_KERNEL_ELEMENTS, num_elements - first),
+            )
+            name = f"{matrix.fqn}.elements{first}" if num_elements > MAX_KERNEL_ELEMENTS else matrix.fqn
+            self.parametric(name, edge_type, inputs, outputs, view, kind)
+
     def linear(
-        self, fqn: str, source: NodeRange, target: NodeRange, edge_type: EdgeType = EdgeType.FULLY_CONNECTED
+        self, fqn: str, inputs: NodeRange, outputs: NodeRange, edge_type: EdgeType = EdgeType.FULLY_CONNECTED
     ) -> None:
         """Appends a weight of shape (outputs, inputs), as in ``torch.nn.Linear``."""
-        if self.use(fqn, (len(target), len(source))):
-            view = ParameterView(fqn=fqn, source_stride=1, target_stride=len(source))
-            self.parametric(fqn, edge_type, source, target, view)
+        self.matrix(fqn, MatrixSlice.linear(fqn, len(inputs), len(outputs)), inputs, outputs, edge_type)
 
-    def reversed_linear(
-        self, fqn: str, inputs: NodeRange, outputs: NodeRange, edge_type: EdgeType = EdgeType.KEY
-    ) -> None:
-        """Appends a weight of shape (outputs, inputs) whose edges run from its outputs to its inputs."""
-        if self.use(fqn, (len(outputs), len(inputs))):
-            view = ParameterView(fqn=fqn, source_stride=len(inputs), target_stride=1)
-            self.parametric(fqn, edge_type, outputs, inputs, view, source_major=False)
-
-    def lookup(self, fqn: str, source: NodeRange, target: NodeRange, edge_type: EdgeType) -> None:
-        """Appends a table of shape (rows, columns), one source node a row, one target node a column."""
-        if self.use(fqn, (len(source), len(target))):
-            view = ParameterView(fqn=fqn, source_stride=len(target), target_stride=1)
-            self.parametric(fqn, edge_type, source, target, view)
+    def lookup(self, fqn: str, rows: NodeRange, columns: NodeRange, edge_type: EdgeType) -> None:
+        """Appends a table or a weight of shape (inputs, outputs)."""
+        self.matrix(fqn, MatrixSlice.transposed(fqn, len(rows), len(columns)), rows, columns, edge_type)
 
     def vector(self, fqn: str, source: NodeRange, target: NodeRange, edge_type: EdgeType) -> None:
         """Appends a vector on the edges from one node to as many target nodes."""
-        if self.use(fqn, (len(target),)):
-            self.parametric(fqn, edge_type, source, target, ParameterView(fqn=fqn, target_stride=1))
+        self.vector_part(fqn, VectorSlice(fqn=fqn, shape=(len(target),)), source, target, edge_type)
+
+    def vector_part(
+        self, name: str, vector: VectorSlice, source: NodeRange, target: NodeRange, edge_type: EdgeType
+    ) -> None:
+        """Appends a run of a parameter's elements on the edges from one node to as many target nodes."""
+        if self.use(vector.fqn, vector.shape):
+            view = ParameterView(fqn=vector.fqn, offset=vector.offset, target_stride=1)
+            self.parametric(name, edge_type, source, target, view)
 
     def _append(self, block: Block) -> None:
         if len(block.source) and len(block.target):

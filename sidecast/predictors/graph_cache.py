@@ -7,8 +7,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from sidecast.graphs import build_topology
+from sidecast.graphs.positional import laplacian_encoding
 from sidecast.graphs.topology import Topology
 from sidecast.manifest import ModelManifest
 
@@ -22,11 +25,10 @@ class NeuralGraph:
 
 
 def build_graph(manifest: ModelManifest, layout: str, lpe_dim: int) -> NeuralGraph:
-    """The graph of a model by its registered builder, with its Laplacian encoding."""
-    from sidecast.graphs import build_topology
-    from sidecast.graphs.positional import laplacian_encoding
-
+    """The graph of a model by its registered builder, with its Laplacian encoding (unless ``lpe_dim`` is 0)."""
     topology = build_topology(manifest, layout)
+    if lpe_dim == 0:
+        return NeuralGraph(topology, torch.empty(topology.num_nodes, 0))
     return NeuralGraph(topology, laplacian_encoding(topology, lpe_dim))
 
 

@@ -1,6 +1,7 @@
 """NiNo and WNN+ as trainable PyTorch Geometric modules, with the tensor names of the published checkpoints.
 
-Shape suffixes: V nodes, E edges, D hidden, F kernel elements, C context, K horizons.
+Shape suffixes: V nodes, E edges, D hidden, X edge features (kernel elements x context),
+C context, K horizons.
 """
 
 from __future__ import annotations
@@ -101,13 +102,12 @@ class NinoNetwork(nn.Module):
         self.gnn = GraphNetwork(dim, config.num_layers)
 
     def forward(
-        self, features_EFC: Tensor, edge_index: Tensor, edge_type_E: Tensor, lpe_V8: Tensor, *, trimmed: bool = True
+        self, features_EX: Tensor, edge_index: Tensor, edge_type_E: Tensor, lpe_V8: Tensor, *, trimmed: bool = True
     ) -> Tensor:
         """Predicts scaled changes.
 
         Args:
-            features_EFC: Scaled states on each edge, fp32; fewer kernel elements than the network has are padded
-                with zeros.
+            features_EX: Scaled states on each edge, fp32, kernel-element-major; columns beyond those given count as 0.
             edge_index: Source and target node of each edge, (2, E), int64.
             edge_type_E: Rows of the edge-type embedding.
             lpe_V8: Positional encoding of the nodes.
@@ -118,9 +118,8 @@ class NinoNetwork(nn.Module):
         """
         if self.training:
             lpe_V8 = lpe_V8 * (torch.randint(0, 2, lpe_V8.shape[1:], device=lpe_V8.device) * 2 - 1)
-        num_columns = features_EFC.shape[1] * features_EFC.shape[2]
         projection = self.edge_proj.fc[0]
-        edges_ED = features_EFC.flatten(1) @ projection.weight[:, :num_columns].T + projection.bias
+        edges_ED = features_EX @ projection.weight[:, : features_EX.shape[1]].T + projection.bias
         edges_ED = self.gnn(
             self.node_proj(lpe_V8), edge_index, edges_ED + self.layer_embed(edge_type_E), trimmed=trimmed
         )

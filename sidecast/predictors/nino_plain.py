@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sidecast.graphs.export import EdgeList, edge_features, from_edges, to_edges
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import History, Predictor, check_history, fp32_states
-from sidecast.predictors.edge_list import EdgeList, expand_edges
 from sidecast.predictors.graph_cache import GraphCache, NeuralGraph
 from sidecast.predictors.nino_network import WnnPlusNetwork, load_network
 from sidecast.predictors.step_length import StepLength, check_step_length, step_length
@@ -58,13 +58,11 @@ class PlainNinoPredictor:
         config = self._network.config
         config.check_horizon(self.name, horizon_intervals)
         graph = self._graphs.graph(history.manifest, self._layout, config.lpe_dim)
-        edges = expand_edges(graph.topology)
+        edges = to_edges(graph.topology)
         scaled_PC, scales = scale_history(self, history)
-        change_P = torch.zeros_like(out, dtype=torch.float32)
         with torch.inference_mode():
             change_EF = self._scaled_change(graph, edges, scaled_PC, horizon_intervals)
-        carried = edges.element_EF >= 0
-        change_P[edges.element_EF[carried]] = change_EF[carried]
+        change_P = from_edges(graph.topology, edges, change_EF)
         start = 0
         for spec, scale in zip(history.manifest.parameters, scales, strict=True):
             stop = start + spec.numel
@@ -73,23 +71,14 @@ class PlainNinoPredictor:
             start = stop
 
     def _scaled_change(self, graph: NeuralGraph, edges: EdgeList, scaled_PC: Tensor, horizon_intervals: int) -> Tensor:
-        features_EFC = edge_features(edges, scaled_PC)
-        num_features = features_EFC.shape[1]
+        features_EX = edge_features(edges, scaled_PC)
+        num_kernel_elements = edges.element_EF.shape[1]
         if isinstance(self._network, WnnPlusNetwork):
-            types = edges.edge_type_E[:, None].expand(-1, num_features)
-            return self._network(features_EFC, types)[..., horizon_intervals - 1]
-        change_EFK = self._network(
-            features_EFC, edges.edge_index, edges.edge_type_E, graph.lpe_VL, trimmed=self._trimmed
-        )
-        return change_EFK[:, :num_features, horizon_intervals - 1]
-
-
-def edge_features(edges: EdgeList, scaled_PC: Tensor) -> Tensor:
-    """Features of every edge, (E, F, C): the scaled states of its parameters, or its constant."""
-    features_EFC = scaled_PC[edges.element_EF.clamp(min=0)]
-    features_EFC[edges.element_EF < 0] = 0.0
-    features_EFC[:, 0] += edges.constant_E[:, None]
-    return features_EFC
+            features_EFC = features_EX.unflatten(1, (num_kernel_elements, -1))
+            types_EF = edges.type_E[:, None].expand(-1, num_kernel_elements)
+            return self._network(features_EFC, types_EF)[..., horizon_intervals - 1]
+        change_EFK = self._network(features_EX, edges.index_2E, edges.type_E, graph.lpe_VL, trimmed=self._trimmed)
+        return change_EFK[:, :num_kernel_elements, horizon_intervals - 1]
 
 
 def scale_history(predictor: Predictor, history: History) -> tuple[Tensor, list[Scale]]:

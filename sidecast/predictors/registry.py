@@ -17,6 +17,8 @@ keyword arguments, and the path of a weights file as ``weights`` if it needs one
 
 _BUILT_IN = {
     "linear": "sidecast.predictors.linear:LinearPredictor",
+    "nino": "sidecast.predictors.nino:create",
+    "wnn_plus": "sidecast.predictors.nino:create_wnn_plus",
     "nino_plain": "sidecast.predictors.nino_plain:create",
 }
 

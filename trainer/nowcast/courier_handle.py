@@ -68,6 +68,10 @@ class CourierHandle:
         """A staging slot that the courier does not need any more; None while it needs all."""
         return self._free_slots.pop() if self._free_slots else None
 
+    def return_slot(self, slot: int) -> None:
+        """Gives back a slot that was not handed to the courier."""
+        self._free_slots.append(slot)
+
     def post(self, message: Message) -> bool:
         """Tells the courier something without waiting; False if it could not be told."""
         if self._channel is None:

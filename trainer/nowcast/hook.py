@@ -23,7 +23,7 @@ from sidecast.trainer.nowcast.config import NowcasterConfig
 from sidecast.trainer.nowcast.courier_handle import CourierHandle
 from sidecast.trainer.nowcast.events import EventKind, NowcastEvent
 from sidecast.trainer.nowcast.losses import LossMeter
-from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy
+from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy, StalePartitionError
 from sidecast.trainer.nowcast.schedule import Schedule, jump_weight
 from sidecast.trainer.nowcast.vote import Ballot, Decision, VoteBox
 
@@ -194,7 +194,13 @@ class Nowcaster:
             self._drop("the courier has not sent the snapshots before")
             return
         started_s = time.perf_counter()
-        self._partition.read(self._slots[slot])
+        try:
+            self._partition.read(self._slots[slot])
+        except StalePartitionError as error:
+            # Somebody moved the optimizer's tensors; training is none the worse for a missing snapshot.
+            self._courier.return_slot(slot)
+            self._drop(str(error))
+            return
         self.totals.staging_s += time.perf_counter() - started_s
         self.totals.num_staged += 1
         if self._courier.post({"type": "snapshot", "slot": slot, "step": self.step, "epoch": self.epoch}):

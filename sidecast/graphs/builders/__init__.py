@@ -1,8 +1,18 @@
 """One file per family of models; each draws its layouts."""
 
-from sidecast.graphs.builders import llama, qwen3
+from sidecast.graphs.builders import bert, gpt2, llama, mixtral, module_graph, qwen3, sequential, vit
 from sidecast.graphs.registry import GraphBuilder
 
-BUILDERS: tuple[GraphBuilder, ...] = (llama.BUILDER, qwen3.BUILDER)
+BUILDERS: tuple[GraphBuilder, ...] = (
+    llama.BUILDER,
+    llama.QWEN2_BUILDER,
+    qwen3.BUILDER,
+    mixtral.BUILDER,
+    gpt2.BUILDER,
+    bert.BUILDER,
+    vit.BUILDER,
+    sequential.BUILDER,
+    module_graph.BUILDER,
+)
 
 __all__ = ["BUILDERS"]

@@ -6,7 +6,7 @@ Source: NiNo (arXiv 2409.04434), published checkpoints and the graphs that they 
 from __future__ import annotations
 
 from sidecast.errors import ConfigError
-from sidecast.graphs.assembler import TopologyAssembler
+from sidecast.graphs.assembler import MatrixSlice, TopologyAssembler
 from sidecast.graphs.model_config import AttentionShape, ModelConfig
 from sidecast.graphs.topology import BlockKind, EdgeType, NodeRange, ParameterView
 
@@ -74,7 +74,8 @@ def _attention(
     assembler.linear(f"{name}.q_proj.weight", stream, queries, EdgeType.QUERY)
     head_edges(assembler, f"{name}.q_proj", heads, queries, shape.num_heads, shape.head_dim)
     key_nodes = NodeRange(queries.start, queries.start + shape.kv_width)
-    assembler.reversed_linear(f"{name}.k_proj.weight", stream, key_nodes)
+    key = MatrixSlice.linear(f"{name}.k_proj.weight", shape.hidden, shape.kv_width)
+    assembler.matrix(key.fqn, key, stream, key_nodes, EdgeType.KEY, is_reversed=True)
     assembler.linear(f"{name}.v_proj.weight", stream, values, EdgeType.VALUE)
     head_edges(assembler, f"{name}.v_proj", heads, values, shape.num_kv_heads, shape.head_dim)
     assembler.structural(f"{name}.v_proj.res", EdgeType.RESIDUAL, stream, attended, BlockKind.DIAGONAL)

@@ -96,12 +96,25 @@ class RollbackCopy:
         return dict(self._values)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors (views) and plain values only, for a checkpoint that ``torch.load(weights_only=True)`` reads."""
-        return {"tensors": self.tensors(), "values": self.values()}
+        """The memory itself and plain values, for a checkpoint that ``torch.load(weights_only=True)`` reads."""
+        places = {name: (offset, str(dtype), shape) for name, (offset, dtype, shape) in self._places.items()}
+        return {"buffer": self._buffer, "places": places, "values": self.values()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what another copy's ``state_dict`` held."""
-        self.save(state["tensors"], state["values"])
+        """Takes over what another copy's ``state_dict`` held.
+
+        Raises:
+            RollbackError: The buffer is too small.
+        """
+        saved = state["buffer"]
+        if saved.numel() > self._buffer.numel():
+            raise RollbackError(f"the rollback copy needs {saved.numel()} bytes; it was given {self._buffer.numel()}")
+        self._buffer[: saved.numel()].copy_(saved)
+        self._places = {
+            name: (offset, getattr(torch, dtype.removeprefix("torch.")), tuple(shape))
+            for name, (offset, dtype, shape) in state["places"].items()
+        }
+        self._values = dict(state["values"])
 
     def _view(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         return self._buffer[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)

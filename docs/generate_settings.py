@@ -1,0 +1,54 @@
+"""Writes the tables of settings.md from the settings' own documentation, or checks that they are current."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SOURCE = REPOSITORY / "trainer" / "nowcast" / "config.py"
+PAGE = REPOSITORY / "docs" / "settings.md"
+BEGIN, END = "<!-- generated: begin -->\n", "<!-- generated: end -->\n"
+TITLES = {"NowcasterConfig": "nowcaster", "HorizonConfig": "nowcaster.horizon", "TimeoutConfig": "nowcaster.timeouts"}
+JSON_NAMES = {"None": "null", "True": "true", "False": "false", "field(default_factory=dict)": "{}"}
+
+
+def tables() -> str:
+    """All tables, in Markdown."""
+    classes = {node.name: node for node in ast.parse(SOURCE.read_text()).body if isinstance(node, ast.ClassDef)}
+    return "\n".join(_table(title, classes[name]) for name, title in TITLES.items())
+
+
+def _table(title: str, settings: ast.ClassDef) -> str:
+    lines = [f"### `{title}`", "", "| key | default | meaning |", "| --- | --- | --- |"]
+    for setting, text in zip(settings.body, settings.body[1:], strict=False):
+        if not (isinstance(setting, ast.AnnAssign) and setting.value is not None and isinstance(text, ast.Expr)):
+            continue
+        default = ast.unparse(setting.value)
+        shown = JSON_NAMES.get(default, default).replace("'", '"')
+        shown = "below" if shown.startswith("field(") else f"`{shown}`"
+        assert isinstance(setting.target, ast.Name)
+        meaning = ast.literal_eval(text.value).replace("``", "`").replace("|", "\\|").replace("None:", "null:")
+        lines.append(f"| `{setting.target.id}` | {shown} | {' '.join(meaning.split())} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare; exit 1 if the page is stale")
+    is_check = parser.parse_args().check
+    page = PAGE.read_text()
+    before, _, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2]
+    current = f"{before}{BEGIN}{tables()}{END}{after}"
+    if is_check and current != page:
+        sys.stderr.write("docs/settings.md is stale; run `make docs`\n")
+        return 1
+    PAGE.write_text(current)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,83 @@
+"""Vision transformers of the ``transformers`` library (version 5 names).
+
+There is no published graph of this family, so there is no official layout.
+"""
+
+from __future__ import annotations
+
+from sidecast.graphs.assembler import MatrixSlice, TopologyAssembler, VectorSlice
+from sidecast.graphs.builders.symmetric_parts import (
+    AttentionWeights,
+    Projection,
+    attach,
+    attach_part,
+    attention,
+    layer_norm,
+    mlp,
+    next_stream,
+    project,
+)
+from sidecast.graphs.model_config import AttentionShape, ModelConfig
+from sidecast.graphs.registry import GraphBuilder
+from sidecast.graphs.topology import EdgeType, NodeRange
+
+
+def draw_vit(assembler: TopologyAssembler, config: ModelConfig) -> None:
+    """Draws a vision transformer so that its symmetries are the graph's."""
+    shape = AttentionShape.from_config(config)
+    prefix = "vit." if any(spec.fqn.startswith("vit.") for spec in assembler.manifest.parameters) else ""
+    stream = _embeddings(assembler, config, f"{prefix}embeddings", shape.hidden)
+    for layer in range(config.count("num_hidden_layers")):
+        name = f"{prefix}layers.{layer}"
+        projections = tuple(f"{name}.attention.{part}_proj" for part in "qkvo")
+        weights = AttentionWeights.separate(
+            (projections[0], projections[1], projections[2], projections[3]),
+            shape,
+            has_bias=config.flag("qkv_bias", True),
+            has_output_bias=True,
+        )
+        layer_norm(assembler, f"{name}.layernorm_before", stream)
+        attended = next_stream(assembler, f"{name}.attention", stream)
+        attention(assembler, f"{name}.attention", weights, shape, stream, attended, has_rotary=False)
+        layer_norm(assembler, f"{name}.layernorm_after", attended)
+        stream = next_stream(assembler, f"{name}.mlp", attended)
+        inner = config.count("intermediate_size")
+        into = Projection.linear(f"{name}.mlp.fc1", shape.hidden, inner, has_bias=True)
+        out_of = Projection.linear(f"{name}.mlp.fc2", inner, shape.hidden, has_bias=True)
+        mlp(assembler, f"{name}.mlp", into, out_of, inner, attended, stream)
+    layer_norm(assembler, f"{prefix}layernorm", stream)
+    for head in (f"{prefix}pooler.dense", "classifier"):
+        if assembler.has(f"{head}.weight"):
+            num_outputs = assembler.manifest.spec(f"{head}.weight").shape[0]
+            outputs = assembler.nodes(num_outputs, f"{head}.outputs", is_boundary=True)
+            project(assembler, head, Projection.linear(head, shape.hidden, num_outputs, has_bias=True), stream, outputs)
+
+
+def _embeddings(assembler: TopologyAssembler, config: ModelConfig, name: str, width: int) -> NodeRange:
+    num_channels, patch, image = config.count("num_channels"), config.count("patch_size"), config.count("image_size")
+    num_positions = (image // patch) ** 2 + 1
+    channels = assembler.nodes(num_channels, "channels", is_boundary=True)
+    positions = assembler.nodes(num_positions, "positions", is_boundary=True)
+    stream = assembler.nodes(width, "embeddings.stream")
+    projection = f"{name}.patch_embeddings.projection"
+    kernels = MatrixSlice(
+        fqn=f"{projection}.weight",
+        shape=(width, num_channels, patch, patch),
+        input_stride=patch * patch,
+        output_stride=num_channels * patch * patch,
+    )
+    assembler.kernel(kernels, patch * patch, channels, stream)
+    attach(assembler, f"{projection}.bias", stream, EdgeType.BIAS)
+    for token in ("cls_token", "mask_token"):
+        fqn = f"{name}.{token}"
+        if token == "cls_token" or assembler.has(fqn):
+            vector = VectorSlice(fqn=fqn, shape=(1, 1, width))
+            attach_part(assembler, fqn, vector, stream, EdgeType.TOKEN_EMBEDDING)
+    table = MatrixSlice(
+        fqn=f"{name}.position_embeddings", shape=(1, num_positions, width), input_stride=width, output_stride=1
+    )
+    assembler.matrix(table.fqn, table, positions, stream, EdgeType.POSITION_EMBEDDING)
+    return stream
+
+
+BUILDER = GraphBuilder(family="vit", model_types=("vit",), layouts={"symmetric": draw_vit})

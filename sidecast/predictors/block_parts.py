@@ -1,0 +1,213 @@
+"""Rectangular parts of a neural graph: the unit of work of predictors that read a history piece by piece.
+
+Shape suffixes: C context, F kernel elements, S source nodes, T target nodes, V nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sidecast.errors import ConfigError
+from sidecast.graphs.topology import Block, BlockKind, EdgeType, ParameterView, Topology
+
+MAX_SCALARS = 65_536
+"""Scalar parameters of one part: their states take 1.3 MB in fp32, and a processor some tens of milliseconds."""
+MAX_SOURCES = 1_024
+"""With the targets that this leaves, work on the nodes of a part stays below 2 % of that on its edges."""
+MAX_NODES = 4_096
+"""Nodes on one side of a part, so that hidden vectors of its nodes take a few megabytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPart:
+    """Some edges of a graph that are worked on together.
+
+    Attributes:
+        edge_type: Type of all these edges.
+        sources: Their source nodes, as a range or as an index tensor.
+        targets: Their target nodes, likewise.
+        num_sources: S.
+        num_targets: T.
+        paired: Source i goes to target i only (S = T), instead of every source to every target.
+        view: Where the parameters on the edges are, counted from the first edge of this part; None for structure.
+        constant: Structural edges only: the first edge feature.
+    """
+
+    edge_type: EdgeType
+    sources: slice | Tensor
+    targets: slice | Tensor
+    num_sources: int
+    num_targets: int
+    paired: bool = False
+    view: ParameterView | None = None
+    constant: float = 0.0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Targets and sources of each: (T, S), or (T, 1) for pairs."""
+        return self.num_targets, 1 if self.paired else self.num_sources
+
+    @property
+    def num_kernel_elements(self) -> int:
+        return self.view.num_kernel_elements if self.view is not None else 1
+
+    @property
+    def num_scalars(self) -> int:
+        """Features to compute: scalar parameters, or structural edges. What a part costs."""
+        rows, columns = self.grid
+        return rows * columns * self.num_kernel_elements
+
+    def strides(self) -> tuple[int, int, int]:
+        """Steps of the parameter view along (T, S, F)."""
+        assert self.view is not None
+        if self.paired:
+            return self.view.source_stride, 0, self.view.kernel_stride
+        return self.view.target_stride, self.view.source_stride, self.view.kernel_stride
+
+    def add_to(self, sums_VD: Tensor, values_TD: Tensor) -> None:
+        """Adds one row for each target to the sums of its node."""
+        if isinstance(self.targets, slice):
+            sums_VD[self.targets] += values_TD
+        else:
+            sums_VD.index_add_(0, self.targets, values_TD)
+
+
+def split_topology(topology: Topology, *, max_scalars: int = MAX_SCALARS) -> list[BlockPart]:
+    """Divides all edges of a graph, self-loops included, into parts of bounded size.
+
+    Raises:
+        ConfigError: Some parameter is on no edge, or on several.
+    """
+    structural: dict[tuple[EdgeType, float], list[Tensor]] = {}
+    parts, carried = [], 0
+    for block in topology.blocks:
+        if block.num_edges == 0:
+            continue
+        if block.view is None:
+            structural.setdefault((block.edge_type, block.constant), []).append(_pairs(block))
+        else:
+            carried += block.num_edges * block.view.num_kernel_elements
+            parts.extend(_split_block(block, max_scalars))
+    num_elements = sum(spec.numel for spec in topology.parameters)
+    if carried != num_elements:
+        raise ConfigError(
+            f"the {topology.layout!r} graph of this {topology.family!r} model carries {carried} scalar parameters; "
+            f"the model has {num_elements}"
+        )
+    nodes = torch.arange(topology.num_nodes)
+    structural.setdefault((EdgeType.SELF_LOOP, topology.SELF_LOOP_CONSTANT), []).append(torch.stack([nodes, nodes]))
+    for (edge_type, constant), pairs in structural.items():
+        for source, target in (piece.unbind() for piece in torch.cat(pairs, dim=1).split(MAX_NODES, dim=1)):
+            parts.append(
+                BlockPart(
+                    edge_type=edge_type,
+                    sources=source,
+                    targets=target,
+                    num_sources=len(source),
+                    num_targets=len(target),
+                    paired=True,
+                    constant=constant,
+                )
+            )
+    return parts
+
+
+def in_degrees(topology: Topology) -> Tensor:
+    """Incoming edges of each node, its self-loop included, (V,) fp32."""
+    degrees_V = torch.ones(topology.num_nodes)
+    for block in topology.blocks:
+        degrees_V[block.target.start : block.target.stop] += len(block.source) if block.kind is BlockKind.DENSE else 1
+    return degrees_V
+
+
+def _pairs(block: Block) -> Tensor:
+    source = torch.arange(block.source.start, block.source.stop)
+    target = torch.arange(block.target.start, block.target.stop)
+    if block.kind is BlockKind.DIAGONAL:
+        return torch.stack([source, target])
+    return torch.cartesian_prod(source, target).T.reshape(2, -1)
+
+
+def _split_block(block: Block, max_scalars: int) -> Iterator[BlockPart]:
+    view = block.view
+    assert view is not None
+    max_edges = max(1, max_scalars // view.num_kernel_elements)
+    num_sources, num_targets = len(block.source), len(block.target)
+    if block.kind is BlockKind.DIAGONAL:
+        source_step = target_step = min(num_sources, max_edges, MAX_NODES)
+    elif view.transposed_shape is not None:
+        # Positions run along the targets, so that a part of all targets reads one narrow band of columns.
+        target_step = min(num_targets, max_edges, MAX_NODES)
+        source_step = min(num_sources, max(1, max_edges // target_step), MAX_NODES)
+    else:
+        source_step = min(num_sources, max_edges, MAX_SOURCES)
+        target_step = min(num_targets, max(1, max_edges // source_step), MAX_NODES)
+    for source in range(0, num_sources, source_step):
+        sources = min(source_step, num_sources - source)
+        diagonal = block.kind is BlockKind.DIAGONAL
+        for target in [source] if diagonal else range(0, num_targets, target_step):
+            targets = min(target_step, num_targets - target)
+            offset = view.offset + source * view.source_stride
+            if not diagonal:
+                offset += target * view.target_stride
+            yield BlockPart(
+                edge_type=block.edge_type,
+                sources=slice(block.source.start + source, block.source.start + source + sources),
+                targets=slice(block.target.start + target, block.target.start + target + targets),
+                num_sources=sources,
+                num_targets=targets,
+                paired=diagonal,
+                view=replace(view, offset=offset),
+            )
+
+
+def read_part(part: BlockPart, states: Sequence[Tensor], parameter_start: int) -> list[Tensor]:
+    """The states of the parameters on the edges of a part.
+
+    Args:
+        part: A part with a view.
+        states: C parameter vectors.
+        parameter_start: Where the part's parameter begins in them.
+
+    Returns:
+        C tensors (T, S, F): strided views of the states, or copies if elements are scattered.
+    """
+    index = _scattered_index(part)
+    if index is not None:
+        return [state[parameter_start:][index] for state in states]
+    return [_strided(part, state, parameter_start) for state in states]
+
+
+def write_part(part: BlockPart, values_TSF: Tensor, out: Tensor, parameter_start: int) -> None:
+    """Writes one value for each parameter on the edges of a part into a parameter vector."""
+    index = _scattered_index(part)
+    if index is not None:
+        out[parameter_start:][index] = values_TSF
+    else:
+        _strided(part, out, parameter_start).copy_(values_TSF)
+
+
+def _strided(part: BlockPart, vector: Tensor, parameter_start: int) -> Tensor:
+    assert part.view is not None
+    step = vector.stride(0)
+    first = vector.storage_offset() + (parameter_start + part.view.offset) * step
+    strides = tuple(stride * step for stride in part.strides())
+    return vector.as_strided((*part.grid, part.num_kernel_elements), strides, first)
+
+
+def _scattered_index(part: BlockPart) -> Tensor | None:
+    view = part.view
+    assert view is not None
+    if view.transposed_shape is None:
+        return None
+    axes = [
+        torch.arange(count) * stride
+        for count, stride in zip((*part.grid, part.num_kernel_elements), part.strides(), strict=True)
+    ]
+    position = view.offset + axes[0][:, None, None] + axes[1][:, None] + axes[2]
+    rows, columns = view.transposed_shape
+    return position % rows * columns + position // rows

@@ -1,0 +1,159 @@
+"""NiNo and WNN+ exactly, at the speed of the hardware: fused, tile by tile, in memory that does not grow with edges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sidecast.errors import ConfigError
+from sidecast.graphs.topology import Topology
+from sidecast.manifest import ModelManifest
+from sidecast.predictors.base import History, check_history
+from sidecast.predictors.block_parts import in_degrees, split_topology
+from sidecast.predictors.graph_cache import GraphCache
+from sidecast.predictors.nino_fusion import fuse, fuse_mlp
+from sidecast.predictors.nino_kernels import CpuKernels
+from sidecast.predictors.nino_passes import ChangePass, ConvolutionPass, FirstConvolutionPass
+from sidecast.predictors.passes import BlockPass, PassPlan, run_plan
+from sidecast.predictors.scaling_pass import ScaledReader, ScalingPass
+from sidecast.predictors.step_length import StepLength, check_step_length
+from sidecast.predictors.weights import NinoWeights, load_weights
+
+_PRODUCT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class NinoPredictor:
+    """NiNo (or WNN+, if the weights are such), evaluated in passes over the blocks of the neural graph.
+
+    The same function as the published module, to round-off. The history is read part by part, once for the scales
+    and once for each convolution and for the output; beyond it, memory is some hidden vectors for each *node*.
+
+    Args:
+        weights: The network.
+        graphs: Where graphs are kept between calls.
+        layout: Graph layout, ``official`` or ``symmetric``.
+        upd_scale: Share of the predicted scaled change that is used, for all parameters or by name pattern.
+        precision: Of the products of hidden vectors: ``fp32``, or ``bf16`` for processors that have it.
+        num_threads: Threads to work on; torch's number of intra-op threads if None.
+
+    Source: NiNo (arXiv 2409.04434), section 4.
+    """
+
+    def __init__(
+        self,
+        weights: NinoWeights,
+        *,
+        graphs: GraphCache,
+        layout: str = "official",
+        upd_scale: StepLength = 1.0,
+        precision: str = "fp32",
+        num_threads: int | None = None,
+    ) -> None:
+        check_step_length("upd_scale", upd_scale)
+        if precision not in _PRODUCT_DTYPES:
+            raise ConfigError(f"precision is {precision!r}; allowed: {', '.join(_PRODUCT_DTYPES)}")
+        if num_threads is not None and num_threads < 1:
+            raise ConfigError(f"num_threads is {num_threads}; it must be at least 1")
+        self.name = "nino" if weights.config.gnn else "wnn_plus"
+        self.context_len = weights.config.context_len
+        self.max_horizon = weights.config.max_horizon
+        self._config = weights.config
+        self._network = fuse(weights) if weights.config.gnn else fuse_mlp(weights)
+        self._graphs = graphs
+        self._layout = layout
+        self._upd_scale = upd_scale
+        self._kernels = CpuKernels(_PRODUCT_DTYPES[precision])
+        self._num_threads = num_threads
+
+    def prepare(self, manifest: ModelManifest) -> None:
+        self.plan(manifest, 1)
+
+    def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan:
+        """The passes of a prediction, for running them in this process or on several workers."""
+        self._config.check_horizon(self.name, horizon_intervals)
+        graph = self._graphs.graph(manifest, self._layout, self._config.lpe_dim if self._config.gnn else 0)
+        self._check_kernels(graph.topology)
+        reader = ScaledReader(manifest, self._config.context_len)
+        passes: list[BlockPass] = [ScalingPass(self.name, manifest)]
+        if self._network.convolutions:
+            degree_V = in_degrees(graph.topology)
+            passes.append(FirstConvolutionPass(self._network, reader, graph.lpe_VL, degree_V))
+            passes += [
+                ConvolutionPass(self._network, layer, reader, degree_V, self._kernels)
+                for layer in range(1, len(self._network.convolutions))
+            ]
+        passes.append(
+            ChangePass(
+                self._network,
+                horizon_intervals,
+                reader,
+                self._upd_scale,
+                self._kernels,
+                by_element=not self._config.gnn,
+            )
+        )
+        return PassPlan(split_topology(graph.topology), passes)
+
+    def _check_kernels(self, topology: Topology) -> None:
+        limit = self._config.max_kernel_elements
+        for block in topology.blocks:
+            if self._config.gnn and block.view is not None and block.view.num_kernel_elements > limit:
+                raise ConfigError(
+                    f"parameter {block.view.fqn!r} has kernels of {block.view.num_kernel_elements} elements; "
+                    f"these weights of predictor {self.name!r} take at most {limit}"
+                )
+
+    def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
+        check_history(self, history, horizon_intervals)
+        num_threads = torch.get_num_threads() if self._num_threads is None else self._num_threads
+        with torch.inference_mode():
+            run_plan(self.plan(history.manifest, horizon_intervals), history, out, num_threads)
+
+
+def create(
+    *,
+    weights: Path,
+    layout: str = "official",
+    upd_scale: StepLength = 1.0,
+    precision: str = "fp32",
+    num_threads: int | None = None,
+) -> NinoPredictor:
+    """NiNo with the weights of a file."""
+    return _create("nino", True, weights, layout, upd_scale, precision, num_threads)
+
+
+def create_wnn_plus(
+    *,
+    weights: Path,
+    layout: str = "official",
+    upd_scale: StepLength = 1.0,
+    precision: str = "fp32",
+    num_threads: int | None = None,
+) -> NinoPredictor:
+    """WNN+ with the weights of a file."""
+    return _create("wnn_plus", False, weights, layout, upd_scale, precision, num_threads)
+
+
+def _create(
+    name: str,
+    gnn: bool,
+    weights: Path,
+    layout: str,
+    upd_scale: StepLength,
+    precision: str,
+    num_threads: int | None,
+) -> NinoPredictor:
+    loaded = load_weights(weights)
+    if loaded.config.gnn is not gnn:
+        other = "wnn_plus" if gnn else "nino"
+        raise ConfigError(f"weights file {weights} is for predictor {other!r}, not for {name!r}")
+    return NinoPredictor(
+        loaded,
+        graphs=GraphCache(),
+        layout=layout,
+        upd_scale=upd_scale,
+        precision=precision,
+        num_threads=num_threads,
+    )

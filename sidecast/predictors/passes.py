@@ -1,0 +1,127 @@
+"""Predictions as a list of passes over the parts of a graph, on one thread or many.
+
+A pass maps every part, given what earlier passes found, and sums what the parts contribute. The sums are
+associative, so that parts may be divided over threads or machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from sidecast.manifest import ModelManifest
+from sidecast.predictors.base import History, Predictor
+from sidecast.predictors.block_parts import BlockPart
+
+Found = Mapping[str, Tensor]
+"""What the passes so far have found, by name: scales of the parameters, states of the nodes."""
+
+
+@dataclass(frozen=True)
+class PartContext:
+    """What a pass reads and writes while it works on parts.
+
+    Attributes:
+        manifest: Where each parameter is in the states.
+        states: C parameter vectors, newest last.
+        found: Results of earlier passes.
+        out: The predicted change, which the last pass writes.
+    """
+
+    manifest: ModelManifest
+    states: Sequence[Tensor]
+    found: Found
+    out: Tensor
+
+
+class BlockPass(Protocol):
+    """One pass over all parts."""
+
+    def zeros(self) -> Tensor | None:
+        """A sum of no contributions; None if the pass writes its result and sums nothing."""
+        ...
+
+    def map(self, part: BlockPart, context: PartContext) -> Tensor | None:
+        """Works on one part; may run on several threads at once. Returns its contribution."""
+        ...
+
+    def add(self, part: BlockPart, contribution: Tensor, sums: Tensor) -> None:
+        """Adds a contribution to the sums, in place."""
+        ...
+
+    def finish(self, sums: Tensor, context: PartContext) -> Found:
+        """What follows from the sums of all parts; takes the place of ``context.found``."""
+        ...
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """How to predict: every pass over all parts, in this order."""
+
+    parts: Sequence[BlockPart]
+    passes: Sequence[BlockPass]
+
+
+class PassPredictor(Predictor, Protocol):
+    """A predictor whose work can be divided."""
+
+    def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan:
+        """The same plan for the same model and horizon, on every machine."""
+        ...
+
+
+Result = TypeVar("Result")
+Argument = TypeVar("Argument")
+
+
+def ordered_map(
+    function: Callable[[Argument], Result], arguments: Iterable[Argument], num_threads: int
+) -> Iterator[Result]:
+    """Maps on several threads, each with single-threaded operators; results come in the order of the arguments."""
+    if num_threads == 1:
+        yield from map(function, arguments)
+        return
+    intra_op_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads, "sidecast-pass", initializer=lambda: torch.set_num_threads(1)) as pool:
+        try:
+            yield from pool.map(function, arguments)
+        finally:
+            # The number is also the default for threads that start later, in the host's code too.
+            torch.set_num_threads(intra_op_threads)
+
+
+def run_pass(
+    block_pass: BlockPass, parts: Sequence[BlockPart], context: PartContext, num_threads: int
+) -> Tensor | None:
+    """One pass over some parts; returns their sums. The order of summation does not depend on the threads."""
+    sums = block_pass.zeros()
+    contributions = ordered_map(lambda part: block_pass.map(part, context), parts, num_threads)
+    for part, contribution in zip(parts, contributions, strict=True):
+        if sums is not None and contribution is not None:
+            block_pass.add(part, contribution, sums)
+    return sums
+
+
+def run_plan(plan: PassPlan, history: History, out: Tensor, num_threads: int) -> None:
+    """Runs a plan in this process."""
+    context = PartContext(history.manifest, history.states, {}, out)
+    for block_pass in plan.passes:
+        sums = run_pass(block_pass, plan.parts, context, num_threads)
+        if sums is not None:
+            context = PartContext(history.manifest, history.states, block_pass.finish(sums, context), out)
+
+
+def divide_parts(parts: Sequence[BlockPart], num_workers: int) -> list[list[BlockPart]]:
+    """Divides parts among workers by cost, the largest first to the least loaded; each share keeps the parts' order."""
+    loads = [0] * num_workers
+    shares: list[list[int]] = [[] for _ in range(num_workers)]
+    for index in sorted(range(len(parts)), key=lambda i: (-parts[i].num_scalars, i)):
+        worker = loads.index(min(loads))
+        loads[worker] += parts[index].num_scalars
+        shares[worker].append(index)
+    return [[parts[index] for index in sorted(share)] for share in shares]
