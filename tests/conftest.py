@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,19 @@ def nino_data() -> Path:
             pytest.fail(f"CI must not skip: {reason}")
         pytest.skip(reason)
     return NINO_DATA
+
+
+@pytest.fixture(scope="session")
+def find_tool() -> Callable[[str], str]:
+    """Finds an installed program; skips without it, but fails under CI."""
+
+    def find(name: str) -> str:
+        path = shutil.which(name)
+        if path is not None:
+            return path
+        reason = f"{name} is not installed"
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must not skip: {reason}")
+        pytest.skip(reason)
+
+    return find

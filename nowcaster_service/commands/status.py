@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from sidecast.errors import SidecastError
+from sidecast.nowcaster_service.config import read_file, read_token
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,10 +34,12 @@ def run(args: argparse.Namespace) -> int:
     if args.tls_ca is None:
         channel = grpc.insecure_channel(args.endpoint, options)
     else:
-        channel = grpc.secure_channel(args.endpoint, grpc.ssl_channel_credentials(args.tls_ca.read_bytes()), options)
+        channel = grpc.secure_channel(
+            args.endpoint, grpc.ssl_channel_credentials(read_file("--tls-ca", args.tls_ca)), options
+        )
     metadata = []
     if args.token_file is not None:
-        metadata.append(("authorization", f"Bearer {args.token_file.read_text().strip()}"))
+        metadata.append(("authorization", f"Bearer {read_token('--token-file', args.token_file)}"))
     with channel:
         try:
             stub = nowcast_pb2_grpc.NowcasterStub(channel)

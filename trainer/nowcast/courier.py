@@ -215,7 +215,7 @@ class Courier:
                 break
         seconds = time.perf_counter() - started_s
         if reason:
-            self._metrics.snapshots.labels(*self._metrics.labels, "dropped").inc()
+            self._metrics.snapshots.labels(*self._metrics.labels, "unsent").inc()
         else:
             self._metrics.uploaded_bytes.labels(*self._metrics.labels).inc(len(self._slots[slot]))
             self._metrics.upload_seconds.labels(*self._metrics.labels).observe(seconds)

@@ -448,6 +448,7 @@ class Nowcaster:
             "blocked_s": self.totals.blocked_s,
             "staging_s": self.totals.staging_s,
             "train_s": time.perf_counter() - self._attached_s,
+            "num_dropped": self.totals.num_dropped,
             "num_applied": self.totals.num_applied,
             "num_accepted": self.totals.num_accepted,
             "num_rolled_back": self.totals.num_rolled_back,
