@@ -11,6 +11,7 @@ from pathlib import Path
 from sidecast.errors import ConfigError
 
 MIN_CHUNK_BYTES = 64 << 10
+MAX_PORT = 65_535
 # gRPC's default limit for a received message is 4 MiB; a chunk's key and framing need room below it.
 MAX_CHUNK_BYTES = (4 << 20) - (64 << 10)
 
@@ -65,6 +66,11 @@ class ServiceConfig:
                 f"--host {self.host} is reachable from other machines: --tls-cert, --tls-key and --token-file "
                 "are required (only loopback addresses may do without)"
             )
+        for name, port in (("--port", self.port), ("--metrics-port", self.metrics_port)):
+            if port is not None and not 0 < port <= MAX_PORT:
+                raise ConfigError(f"{name} is {port}; allowed: 1 to {MAX_PORT}")
+        if self.token == "":
+            raise ConfigError("--token-file holds an empty token; it must hold the shared secret")
         if not MIN_CHUNK_BYTES <= self.chunk_bytes <= MAX_CHUNK_BYTES:
             raise ConfigError(
                 f"chunk size is {self.chunk_bytes} bytes; allowed: {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES}"
@@ -73,6 +79,10 @@ class ServiceConfig:
             raise ConfigError(f"the history budget is {self.history_budget_bytes} bytes; it must be positive")
         if self.num_engines < 1:
             raise ConfigError(f"--engines is {self.num_engines}; it must be at least 1")
+        if self.engine_threads < 1:
+            raise ConfigError(f"--engine-threads is {self.engine_threads}; it must be at least 1")
+        if not self.engine_gpus >= 0:
+            raise ConfigError(f"--engine-gpus is {self.engine_gpus:g}; it must be 0 or more")
         if not 0 < self.nowcast_timeout_s < self.session_timeout_s:
             raise ConfigError(
                 f"timeouts must rise: nowcast ({self.nowcast_timeout_s:g} s) < session ({self.session_timeout_s:g} s)"

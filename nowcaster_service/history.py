@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import mmap
 import os
 import shutil
@@ -56,9 +58,11 @@ class VectorFile:
     def _release_if_unused(self) -> None:
         if self._is_deleted and self._num_pins == 0:
             self.path.unlink(missing_ok=True)
-            self.view.release()
-            self._map.close()
             self._store.used_bytes -= self.num_bytes
+            self.view.release()
+            # A fetch that is being ended may still refer to a slice; the mapping then goes with that.
+            with contextlib.suppress(BufferError):
+                self._map.close()
 
 
 class HistoryStore:
@@ -73,11 +77,15 @@ class HistoryStore:
         self.folder = folder
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
+        self._serial = itertools.count()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, mode=0o700)
 
-    def create(self, name: str, num_elements: int) -> VectorFile:
-        """Allocates one vector.
+    def create(self, num_elements: int) -> VectorFile:
+        """Allocates one vector, in a file of its own name.
+
+        Nothing that a client says goes into the name, and no name comes twice: truncating a file that an engine has
+        mapped would kill the engine.
 
         Raises:
             SaturatedError: The budget or the disk has no room for it.
@@ -88,6 +96,6 @@ class HistoryStore:
                 f"a vector of {num_bytes} bytes does not fit: {self.used_bytes} of {self.budget_bytes} bytes of "
                 "history are in use (sidecast serve --history-gib)"
             )
-        vector = VectorFile(self, self.folder / name, num_bytes)
+        vector = VectorFile(self, self.folder / f"{next(self._serial):09d}.f32", num_bytes)
         self.used_bytes += num_bytes
         return vector

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any, NoReturn, Protocol
 
 import grpc
@@ -51,6 +54,17 @@ _STATUS: dict[type[SidecastError], grpc.StatusCode] = {
 }
 SERVICE_NAME = "sidecast.v1.Nowcaster"
 AUTHORIZATION = "authorization"
+# Ended sessions of resumed runs whose couriers may still come back for them.
+MAX_SUPERSEDED = 1024
+MAX_NOWCASTS = 1_000_000
+
+
+_OUTCOMES = {
+    pb.ReportRequest.APPLIED: "applied",
+    pb.ReportRequest.ACCEPTED: "accepted",
+    pb.ReportRequest.ROLLED_BACK: "rolled_back",
+    pb.ReportRequest.REJECTED: "rejected",
+}
 
 
 class Engines(Protocol):
@@ -94,6 +108,7 @@ class Servicer:
         self._last_seen_s: dict[str, float] = {}
         self._watchers: dict[str, list[asyncio.Queue[pb.SessionEvent | None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._superseded: deque[str] = deque(maxlen=MAX_SUPERSEDED)
         metrics.history_budget_bytes.set(store.budget_bytes)
 
     # --- calls, in the order of nowcast.proto
@@ -101,8 +116,12 @@ class Servicer:
     async def open(self, request: pb.OpenRequest) -> pb.OpenReply:
         known = self._sessions.get(request.session_id)
         if known is None:
+            if request.session_id in self._superseded:
+                raise WrongStateError(f"session {request.session_id} was superseded by a later one of its run")
             settings = await self._settings(request)
-            self._begin(settings, request)
+            # A client that gave up waiting and asked again may have been faster.
+            if request.session_id not in self._sessions:
+                self._begin(settings, request)
         elif known.settings.manifest.schema_hash != request.schema_hash:
             raise MalformedError(f"session {request.session_id} is already open for another model")
         self._last_seen_s[request.session_id] = self._clock()
@@ -134,7 +153,7 @@ class Servicer:
             self._spawn(self._nowcast(session, task))
         return pb.CommitReply(snapshot_committed=session.counts.committed > num_committed)
 
-    async def watch(self, request: pb.WatchRequest) -> AsyncIterator[pb.SessionEvent]:
+    async def watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.SessionEvent, None]:
         session = self._session(request.session_id)
         queue: asyncio.Queue[pb.SessionEvent | None] = asyncio.Queue()
         queues = self._watchers.setdefault(request.session_id, [])
@@ -147,7 +166,7 @@ class Servicer:
         finally:
             queues.remove(queue)
 
-    async def fetch(self, request: pb.FetchRequest) -> AsyncIterator[ChunkFrame]:
+    async def fetch(self, request: pb.FetchRequest) -> AsyncGenerator[ChunkFrame, None]:
         session = self._session(request.session_id)
         plan, prediction = session.fetch_plan(request.rank, request.version)
         task = prediction.task
@@ -168,9 +187,9 @@ class Servicer:
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportReply:
         session = self._session(request.session_id)
-        outcome = pb.ReportRequest.Outcome.Name(request.outcome).lower()
-        if outcome not in ("applied", "accepted", "rolled_back", "rejected"):
-            raise MalformedError(f"outcome is {outcome!r}; allowed: applied, accepted, rolled_back, rejected")
+        outcome = _OUTCOMES.get(request.outcome)
+        if outcome is None:
+            raise MalformedError(f"outcome is {request.outcome}; allowed: {', '.join(_OUTCOMES.values())}")
         # All ranks do the same at the same step; rank 0 speaks for them in the counts.
         if request.rank == 0:
             setattr(session.counts, outcome, getattr(session.counts, outcome) + 1)
@@ -235,6 +254,17 @@ class Servicer:
         ):
             if not value:
                 raise MalformedError(f"{name} is {value!r}; it must not be empty or zero")
+        if request.context_len < 2:
+            raise MalformedError(f"context_len is {request.context_len}; allowed: 2 or more")
+        if request.period_steps % request.snapshot_interval_steps != 0:
+            raise MalformedError(
+                f"period_steps is {request.period_steps}; allowed: multiples of snapshot_interval_steps "
+                f"({request.snapshot_interval_steps})"
+            )
+        if request.max_steps // request.period_steps > MAX_NOWCASTS:
+            raise MalformedError(
+                f"max_steps is {request.max_steps}; allowed: {MAX_NOWCASTS} periods of {request.period_steps} steps"
+            )
         options = _json_object("predictor_options_json", request.predictor_options_json)
         answer = await self._engines.check(
             PredictorRequest(
@@ -283,6 +313,7 @@ class Servicer:
             if request.resumed:
                 session.adopt(superseded, request.resume_step, request.resume_epoch)
             self._end(superseded.settings.session_id)
+            self._superseded.append(superseded.settings.session_id)
         self._sessions[session_id] = session
         self._last_seen_s[session_id] = self._clock()
         self._metrics.sessions.set(len(self._sessions))
@@ -401,8 +432,10 @@ class Servicer:
     async def _authorize(self, context: grpc.aio.ServicerContext) -> None:
         if self._config.token is None:
             return
-        metadata = dict(context.invocation_metadata() or ())
-        if metadata.get(AUTHORIZATION) != f"Bearer {self._config.token}":
+        given = dict(context.invocation_metadata() or ()).get(AUTHORIZATION, "")
+        given_bytes = given if isinstance(given, bytes) else given.encode()
+        # In constant time: the time of a plain comparison tells how much of a guess is right.
+        if not hmac.compare_digest(given_bytes, f"Bearer {self._config.token}".encode()):
             self._metrics.refused.labels("UNAUTHENTICATED").inc()
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the call carries no token, or a wrong one")
 
@@ -427,12 +460,14 @@ class Servicer:
 
         return call
 
-    def _streaming(self, method: Callable[[Any], AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    def _streaming(self, method: Callable[[Any], AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             await self._authorize(context)
             try:
-                async for message in method(request):
-                    yield message
+                # Closed at once when the client goes away, so that a fetch does not pin its vector until collected.
+                async with aclosing(method(request)) as messages:
+                    async for message in messages:
+                        yield message
             except Exception as error:
                 await self._refuse(context, error)
 

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from sidecast.horizon import horizon_schedule
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.assembly import RankPlan
-from sidecast.nowcaster_service.errors import CorruptChunkError, MalformedError, WrongStateError
+from sidecast.nowcaster_service.errors import CorruptChunkError, MalformedError, SaturatedError, WrongStateError
 from sidecast.nowcaster_service.history import FP32_BYTES, HistoryStore, VectorFile
 from sidecast.protos.codec import ChunkFrame, buffer_digest
 from sidecast.protos.shards import ShardSpec, coverage_error
 
 # A second snapshot may begin before the last rank has finished the first; a third means that somebody gave up.
 MAX_RECEIVING = 2
-# Beside the c states of the window: two being received, the newest prediction, and one still being fetched.
-NUM_EXTRA_VECTORS = MAX_RECEIVING + 2
+# Beside the c states of the window: those being received, and a prediction each being made, published and, though
+# replaced, still fetched.
+NUM_EXTRA_VECTORS = MAX_RECEIVING + 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +200,9 @@ class Session:
         self._upload_plans: dict[int, RankPlan] = {}
         self._fetch_plans: dict[int, RankPlan] = {}
         self._snapshots: dict[int, Snapshot] = {}
+        # Snapshots up to this step have been committed, aborted or overtaken: none of them begins again.
+        self._last_ended_step = -1
+        self._nowcast_step: int | None = None
         self._is_closed = False
 
     # --- joining
@@ -246,9 +250,10 @@ class Session:
         """Stores one chunk of a snapshot; the same chunk again is harmless."""
         rank, step, epoch = frame.key.rank, frame.key.id, frame.key.epoch
         self._check_rank(rank)
-        snapshot = self._receiving(step, epoch)
-        if rank in snapshot.rank_digests:
+        known = self._snapshots.get(step)
+        if known is not None and known.epoch == epoch and rank in known.rank_digests:
             return
+        snapshot = self._receiving(step, epoch)
         if not frame.is_intact():
             raise CorruptChunkError(
                 f"chunk at byte {frame.offset_bytes} of rank {rank}'s part of step {step} fails its checksum"
@@ -288,12 +293,16 @@ class Session:
             return None
         snapshot.state = SnapshotState.COMMITTED
         snapshot.chunks.clear()
+        self._last_ended_step = max(self._last_ended_step, step)
         self.counts.committed += 1
         self._notify(SnapshotEvent(step, epoch, snapshot.digest))
         self._discard_before(step)
         return self._due_nowcast(step)
 
     def _receiving(self, step: int, epoch: int) -> Snapshot:
+        interval_steps = self.settings.snapshot_interval_steps
+        if step == 0 or step % interval_steps != 0:
+            raise MalformedError(f"a snapshot of step {step} was sent; allowed: multiples of {interval_steps}")
         if epoch < self.epoch:
             raise WrongStateError(f"step {step} belongs to epoch {epoch}; the session is in epoch {self.epoch}")
         if epoch > self.epoch:
@@ -303,10 +312,13 @@ class Session:
             if snapshot.state is not SnapshotState.RECEIVING:
                 raise WrongStateError(f"the snapshot of step {step} is {snapshot.state.value}")
             return snapshot
+        if step <= self._last_ended_step:
+            # Beginning it again for a straggler would push out the snapshot that all others are at.
+            raise WrongStateError(f"the snapshot of step {step} was aborted; later ones have begun")
         receiving = sorted(s for s, item in self._snapshots.items() if item.state is SnapshotState.RECEIVING)
         if len(receiving) >= MAX_RECEIVING:
             self._abort(receiving[0], f"not complete when the snapshot of step {step} began")
-        vector = self._store.create(f"{self.settings.session_id}-{step}.f32", self.settings.manifest.num_elements)
+        vector = self._store.create(self.settings.manifest.num_elements)
         snapshot = self._snapshots[step] = Snapshot(step, epoch, vector)
         return snapshot
 
@@ -314,6 +326,7 @@ class Session:
         snapshot = self._snapshots.pop(step)
         snapshot.state = SnapshotState.ABORTED
         snapshot.vector.delete()
+        self._last_ended_step = max(self._last_ended_step, step)
         self.counts.aborted += 1
         self._notify(SnapshotEvent(step, snapshot.epoch, b"", reason))
 
@@ -349,14 +362,24 @@ class Session:
         if missing:
             self.fail(step, f"the window lacks the snapshots of steps {missing}")
             return None
-        name = f"{settings.session_id}-delta-{step}.f32"
+        if self._nowcast_step is not None:
+            # A queue of nowcasts, each holding a window on disk, would outgrow what was budgeted at Open.
+            self.fail(step, f"the nowcast of step {self._nowcast_step} is still being made")
+            return None
+        try:
+            delta = self._store.create(settings.manifest.num_elements)
+        except SaturatedError as error:
+            # The snapshot is committed all the same: its commit must not be refused for the prediction's sake.
+            self.fail(step, str(error))
+            return None
+        self._nowcast_step = step
         task = NowcastTask(
             version=step // settings.period_steps,
             base_step=step,
             epoch=self.epoch,
             horizon_intervals=settings.horizon_at(step),
             states=tuple(self._snapshots[item].vector for item in window),
-            delta=self._store.create(name, settings.manifest.num_elements),
+            delta=delta,
         )
         for vector in task.states:
             vector.pin()
@@ -364,6 +387,7 @@ class Session:
 
     def finish(self, task: NowcastTask, prediction: Prediction | None, reason: str = "") -> None:
         """Takes a nowcast's result: publishes the prediction, or counts the failure."""
+        self._nowcast_step = None
         for vector in task.states:
             vector.unpin()
         if prediction is None or self._is_closed:
@@ -399,7 +423,8 @@ class Session:
     def adopt(self, earlier: Session, step: int, epoch: int) -> None:
         """Takes over the snapshots of a resumed run's earlier session: those of one epoch, up to a step."""
         self.epoch = epoch
-        self.counts = earlier.counts
+        # A copy: the earlier session may still count the end of a nowcast.
+        self.counts = replace(earlier.counts)
         if earlier.settings.manifest.schema_hash != self.settings.manifest.schema_hash:
             return
         for known in list(earlier._snapshots):

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from zlib import crc32
 
+from google.protobuf.message import DecodeError
+
 from sidecast.protos.nowcast_pb2 import ChunkKey
 
 # Field numbers and wire types of Chunk: key (1, length-delimited), offset_bytes (2, varint), crc32 (3, fixed32),
@@ -104,7 +106,10 @@ def decode_chunk(message: bytes) -> ChunkFrame:
             if len(field) != length:
                 raise CodecError(f"chunk message of {len(view)} bytes ends inside a field of {length} bytes")
             if tag == _KEY_TAG:
-                key = ChunkKey.FromString(bytes(field))
+                try:
+                    key = ChunkKey.FromString(bytes(field))
+                except DecodeError as error:
+                    raise CodecError(f"chunk message of {len(view)} bytes has a broken key: {error}") from error
             else:
                 data = field
             position += length

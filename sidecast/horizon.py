@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from sidecast.errors import ConfigError
 
+# Beyond these the schedule is a constant or a cliff in all but name, and its terms leave the range of a float.
+MIN_POWER = 0.05
+MAX_POWER = 50.0
+
 
 def horizon_schedule(num_nowcasts: int, max_horizon: int, power: float = 2.0) -> tuple[int, ...]:
     """The horizon of every nowcast of a run, falling from ``max_horizon`` to 1.
@@ -22,8 +26,8 @@ def horizon_schedule(num_nowcasts: int, max_horizon: int, power: float = 2.0) ->
         raise ConfigError(f"num_nowcasts is {num_nowcasts}; it must be at least 1")
     if max_horizon < 1:
         raise ConfigError(f"max_horizon is {max_horizon}; it must be at least 1 snapshot interval")
-    if power <= 0:
-        raise ConfigError(f"horizon power is {power}; it must be positive")
+    if not MIN_POWER <= power <= MAX_POWER:
+        raise ConfigError(f"horizon power is {power}; allowed: {MIN_POWER} to {MAX_POWER}")
     if num_nowcasts == 1:
         return (max_horizon,)
     start = max_horizon ** (1.0 / power)

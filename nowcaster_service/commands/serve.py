@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -137,7 +138,7 @@ def service_config(args: argparse.Namespace, history_dir: Path) -> ServiceConfig
         metrics_port=args.metrics_port,
         weights=None if args.weights is None else args.weights.resolve(),
         history_dir=history_dir,
-        history_budget_bytes=int(args.history_gib * GIB),
+        history_budget_bytes=int(args.history_gib * GIB) if math.isfinite(args.history_gib) else 0,
         chunk_bytes=args.chunk_kib << 10,
         num_engines=args.engines,
         engine_threads=args.engine_threads,
