@@ -146,7 +146,7 @@ class Courier:
                 self._changed.wait()
             except (ReopenError, OutdatedError) as error:
                 # Rank 0 has not opened the session yet, or the service was restarted: soon it will be there.
-                log.info("rank %d: %s", self._rank, error)
+                log.debug("rank %d: %s", self._rank, error)
             except (UnavailableError, CorruptError) as error:
                 if reported != str(error):
                     reported = str(error)
