@@ -108,6 +108,7 @@ def arrange(topology: Topology) -> Picture:
     ribbons = tuple(
         Ribbon(source, target, edge_type, f"{blocks[0].name}{_and_more(blocks)}")
         for (source, target, edge_type), blocks in joined.items()
+        if source != target
     )
     counts: dict[EdgeType, int] = defaultdict(int)
     for block in topology.blocks:

@@ -330,3 +330,18 @@ def test_other_packages_cannot_replace_ours(monkeypatch: pytest.MonkeyPatch, fre
     monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint(builder)])
     with pytest.raises(ConfigError, match="'llama' and 'theirs' both claim model_type 'llama'"):
         registry.graph_builders()
+
+
+def test_rows_of_a_recurrent_layer_lie_on_their_gates_nodes() -> None:
+    model = SMALL_MODELS["lstm"]()
+    graph = SmallGraph(model.topology())
+    position = 0
+    for spec in model.manifest.parameters:
+        elements, position = torch.arange(position, position + spec.numel), position + spec.numel
+        if not spec.fqn.endswith("_l0"):
+            continue
+        for number, gate in enumerate(("input", "forget", "cell", "output")):
+            rows = elements.reshape(spec.shape[0], -1)[number * 5 : number * 5 + 5]
+            for row, node in zip(rows, graph.layer(f"recurrent.l0.{gate}"), strict=True):
+                targets = graph.target[torch.isin(torch.from_numpy(graph.element_EF[:, 0]), row).numpy()]
+                assert set(targets.tolist()) == {int(node)}

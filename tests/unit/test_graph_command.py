@@ -96,9 +96,12 @@ def test_refusals_name_what_is_wrong(model_dir: Path, tmp_path: Path) -> None:
         run(bare, "--out", "graph.html")
 
 
-@pytest.mark.parametrize("name", sorted(SMALL_MODELS))
-def test_every_family_has_a_picture_inside_its_frame(name: str) -> None:
-    topology = SMALL_MODELS[name]().topology()
+PICTURES = [*((name, "symmetric") for name in sorted(SMALL_MODELS)), ("qwen3", "official"), ("gpt2", "official")]
+
+
+@pytest.mark.parametrize(("name", "layout"), PICTURES)
+def test_every_family_has_a_picture_inside_its_frame(name: str, layout: str) -> None:
+    topology = SMALL_MODELS[name]().topology(layout)
     picture = arrange(topology)
     assert len(picture.bands) == len(topology.layers)
     for patch in picture.patches:
