@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -120,9 +121,9 @@ class EnginePool:
         if num_workers < 1:
             raise ConfigError(f"num_workers is {num_workers}; it must be at least 1")
         self._predictor = predictor
-        # One at a time: a restarted worker would have lost its task.
+        # Never restarted: a new actor would not know its task, and the caller can repeat the nowcast.
         actor = ray.remote(PassWorker).options(num_cpus=num_cpus, max_restarts=0)
-        self._workers = [actor.remote(predictor, num_threads) for _ in range(num_workers)]
+        self._workers: list[Any] = [actor.remote(predictor, num_threads) for _ in range(num_workers)]
 
     def load(self, predictor: PassPredictor) -> None:
         """Gives all workers another predictor."""
@@ -155,9 +156,7 @@ class EnginePool:
         for worker in self._workers:
             ray.kill(worker)
 
-    def _tasks(
-        self, files: HistoryFiles, horizon_intervals: int, out_path: Path
-    ) -> list[tuple[ray.actor.ActorHandle, Task]]:
+    def _tasks(self, files: HistoryFiles, horizon_intervals: int, out_path: Path) -> list[tuple[Any, Task]]:
         return [
             (
                 worker,

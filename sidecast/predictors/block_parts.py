@@ -83,7 +83,8 @@ def split_topology(topology: Topology) -> list[BlockPart]:
         ConfigError: Some parameter is on no edge, or on several.
     """
     structural: dict[tuple[EdgeType, float], list[Tensor]] = {}
-    parts, carried = [], 0
+    parts: list[BlockPart] = []
+    carried = 0
     for block in topology.blocks:
         if block.num_edges == 0:
             continue
