@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 MIN_POINTS = 4
+ROUNDING = 1e-9
 
 
 class Verdict(Enum):
@@ -46,6 +47,7 @@ def judge(before: Sequence[LossPoint], after: Sequence[LossPoint], sigmas: float
     """
     if not all(math.isfinite(point.loss) for point in after):
         return Verdict.ROLL_BACK, "the loss is not finite"
+    before = [point for point in before if math.isfinite(point.loss)]
     if len(before) < MIN_POINTS or len(after) < MIN_POINTS:
         return Verdict.ACCEPT, f"too few losses to judge by ({len(before)} before, {len(after)} after)"
     x = [math.log(point.step) for point in before]
@@ -63,7 +65,9 @@ def judge(before: Sequence[LossPoint], after: Sequence[LossPoint], sigmas: float
     error = math.sqrt(variance * (1 / len(before) + 1 / len(after) + (mean_x_after - mean_x) ** 2 / spread))
     excess = mean_after - expected
     text = f"loss {mean_after:.4f} against {expected:.4f} expected, standard error {error:.4f}"
-    return (Verdict.ROLL_BACK if excess > sigmas * error else Verdict.ACCEPT), text
+    # Losses without any noise differ by rounding alone.
+    rounding = ROUNDING * abs(expected)
+    return (Verdict.ROLL_BACK if excess > sigmas * error + rounding else Verdict.ACCEPT), text
 
 
 class LossTrend:

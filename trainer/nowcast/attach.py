@@ -217,6 +217,8 @@ def _first_word(courier: CourierHandle, config: NowcasterConfig) -> tuple[str, s
         for message in courier.receive(left_s):
             if message["type"] in ("connected", "refused", "disconnected"):
                 return message["type"], message.get("reason", "")
+        if not courier.is_alive:
+            return "disconnected", "the nowcaster's courier process does not stay alive"
     return "disconnected", f"the nowcaster service at {config.endpoint} did not answer in time"
 
 

@@ -14,6 +14,11 @@ class SharedBuffer:
     ``memfd_create`` rather than ``multiprocessing.shared_memory``: nothing to unlink under the peer, and nothing
     left behind by a crash. Allocated up front: an unbacked page would end in SIGBUS at some later step.
 
+    Attributes:
+        map: The memory; what is made over it must refer to this object.
+        view: Its bytes, until ``close``.
+        descriptor: To be inherited; -1 once closed.
+
     Args:
         name: For /proc listings only.
         num_bytes: Size; 0 is allowed.
@@ -24,22 +29,27 @@ class SharedBuffer:
 
     def __init__(self, name: str, num_bytes: int) -> None:
         self.num_bytes = num_bytes
-        self.descriptor = os.memfd_create(name, 0)
+        self.descriptor = os.memfd_create(name)
         try:
             # A mapping needs a byte at least.
             os.posix_fallocate(self.descriptor, 0, max(1, num_bytes))
+            self.map = mmap.mmap(self.descriptor, max(1, num_bytes))
         except OSError as error:
             os.close(self.descriptor)
             raise ConfigError(
                 f"no memory for the nowcaster's {name} buffer of {num_bytes} bytes: {error.strerror}"
             ) from error
-        self._map = mmap.mmap(self.descriptor, max(1, num_bytes))
-        self.view = memoryview(self._map)[:num_bytes]
+        self.view = memoryview(self.map)[:num_bytes]
 
     def close(self) -> None:
-        """Gives up this side's mapping where nothing else refers to it, and the descriptor."""
+        """Gives up the descriptor; the memory goes once nothing refers to ``map`` any more.
+
+        The mapping is never closed here: a tensor made over it would then read unmapped memory.
+        """
         self.view.release()
-        os.close(self.descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 def map_inherited(descriptor: int, num_bytes: int) -> memoryview:

@@ -1,19 +1,23 @@
 """Small messages between a training rank and its courier, over a socket pair.
 
-The trainer's end never blocks: a courier that does not read (stopped, dying) costs messages, which are counted,
-and never a step. Frames are a 4-byte length and a JSON object.
+The trainer's end never blocks: what a courier that does not read (stopped, dying) is told waits in memory, within
+bounds. Frames are a 4-byte length and a JSON object.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import socket
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 _LENGTH = struct.Struct("<I")
+# What a courier that does not read may leave unread here; a stopped one gets a few messages per snapshot.
+MAX_UNSENT_BYTES = 16 << 20
 _READ_BYTES = 1 << 16
 
 Message = Mapping[str, Any]
@@ -37,7 +41,7 @@ class Channel:
         self.num_lost = 0
 
     def send(self, message: Message) -> None:
-        """Sends, waiting for room (courier, and the trainer before its first step).
+        """Sends, waiting for room (courier only).
 
         Raises:
             ChannelClosedError: The other side is gone.
@@ -47,17 +51,29 @@ class Channel:
         except OSError as error:
             raise ChannelClosedError(str(error)) from error
 
-    def post(self, message: Message) -> bool:
-        """Sends without ever waiting; False if the message was lost, which is counted."""
-        if self._flush():
-            self._unsent += _frame(message)
-            self._flush()
-            return True
-        self.num_lost += 1
-        return False
+    def post(self, message: Message, *, may_be_lost: bool = False) -> bool:
+        """Sends without ever waiting; what finds no room is kept and goes out with later calls.
+
+        Args:
+            message: What to say.
+            may_be_lost: Drop it rather than keep it.
+
+        Returns:
+            False if the message was lost, which is counted.
+
+        Raises:
+            ChannelClosedError: The other side is gone.
+        """
+        frame = _frame(message)
+        if not self._flush() and (may_be_lost or len(self._unsent) + len(frame) > MAX_UNSENT_BYTES):
+            self.num_lost += 1
+            return False
+        self._unsent += frame
+        self._flush()
+        return True
 
     def _flush(self) -> bool:
-        """Sends the rest of a frame that went out in part; True once nothing is left."""
+        """Sends what is kept, as far as there is room; True once nothing is left."""
         while self._unsent:
             try:
                 sent = self._socket.send(self._unsent)
@@ -74,9 +90,13 @@ class Channel:
         Raises:
             ChannelClosedError: Non-blocking only: the other side is gone.
         """
+        if not self._socket.getblocking():
+            with contextlib.suppress(ChannelClosedError):
+                # What it said before it went is still to be read.
+                self._flush()
         while True:
-            while (message := self._next()) is not None:
-                yield message
+            while self._has_message():
+                yield self._next()
             try:
                 data = self._socket.recv(_READ_BYTES)
             except BlockingIOError:
@@ -89,14 +109,16 @@ class Channel:
                 raise ChannelClosedError("the courier closed its end")
             self._received += data
 
-    def _next(self) -> Message | None:
+    def _has_message(self) -> bool:
         if len(self._received) < _LENGTH.size:
-            return None
+            return False
+        (length,) = _LENGTH.unpack_from(self._received)
+        return len(self._received) >= _LENGTH.size + length
+
+    def _next(self) -> Message:
         (length,) = _LENGTH.unpack_from(self._received)
         end = _LENGTH.size + length
-        if len(self._received) < end:
-            return None
-        message = json.loads(self._received[_LENGTH.size : end])
+        message: Message = json.loads(self._received[_LENGTH.size : end])
         del self._received[:end]
         return message
 
@@ -104,8 +126,31 @@ class Channel:
         self._socket.setblocking(blocking)
 
     def wait_readable(self, timeout_s: float) -> None:
-        """Returns once a message may be there, or after the timeout."""
-        select.select([self._socket], [], [], timeout_s)
+        """Returns once a message may be there, or after the timeout; goes on sending what was kept meanwhile.
+
+        Raises:
+            ChannelClosedError: The other side is gone.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        # Not select: it refuses descriptors of 1024 and above, which training processes reach.
+        poller = select.poll()
+        while not self._has_message() and (left_s := deadline_s - time.monotonic()) > 0:
+            is_sent = self._flush()
+            poller.register(self._socket, select.POLLIN if is_sent else select.POLLIN | select.POLLOUT)
+            if any(events & ~select.POLLOUT for _, events in poller.poll(left_s * 1000)):
+                return
+
+    def finish(self, timeout_s: float) -> None:
+        """Sends what was kept, waiting for room no longer than the timeout.
+
+        Raises:
+            ChannelClosedError: The other side is gone.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        poller = select.poll()
+        poller.register(self._socket, select.POLLOUT)
+        while not self._flush() and (left_s := deadline_s - time.monotonic()) > 0:
+            poller.poll(left_s * 1000)
 
     def close(self) -> None:
         self._socket.close()

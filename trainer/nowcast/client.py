@@ -67,6 +67,27 @@ class ClientConfig:
     stream_s: float
 
 
+class EventStream:
+    """A session's events; may be ended from another thread.
+
+    Args:
+        call: The streaming call.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __iter__(self) -> Iterator[pb.SessionEvent]:
+        """Yields events until the session ends; raises when the connection does, or after ``cancel``."""
+        try:
+            yield from self._call
+        except grpc.RpcError as error:
+            raise _translated(error) from error
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
 class NowcastClient:
     """One rank's connection.
 
@@ -82,8 +103,11 @@ class NowcastClient:
         options = [
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_permit_without_calls", 1),
+            # A service that comes back is found within about a second, however long it was away. The minimum is
+            # the time for one attempt: by default a listener that accepts but never answers would cost 20 s.
             ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 5_000),
+            ("grpc.min_reconnect_backoff_ms", int(config.connect_s * 1000)),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
             # Training hosts often have proxies for the web, which cannot carry this.
             ("grpc.enable_http_proxy", 0),
         ]
@@ -98,10 +122,11 @@ class NowcastClient:
         self._channel.close()
 
     def wait_reachable(self) -> None:
-        """Raises UnavailableError unless the service accepts a connection within the connect timeout."""
+        """Raises UnavailableError unless the service answers within the connect timeout."""
+        # A call and not a subscription to the channel's state: subscriptions that time out stay with the channel.
         try:
-            grpc.channel_ready_future(self._channel).result(timeout=self._config.connect_s)
-        except grpc.FutureTimeoutError as error:
+            self._call("Status", pb.StatusRequest(), pb.StatusReply, self._config.connect_s, wait_for_ready=True)
+        except UnavailableError as error:
             raise UnavailableError(
                 f"no nowcaster service at {self._config.endpoint} within {self._config.connect_s:g} s"
             ) from error
@@ -156,17 +181,14 @@ class NowcastClient:
         )
         return bool(self._call("Commit", request, pb.CommitReply, self._config.chunk_s).snapshot_committed)
 
-    def watch(self, session_id: str, rank: int) -> Iterator[pb.SessionEvent]:
-        """Yields the session's events until the session ends; raises when the connection does."""
+    def watch(self, session_id: str, rank: int) -> EventStream:
+        """Asks for the session's events."""
         stream = self._channel.unary_stream(
             f"/{SERVICE_NAME}/Watch",
             request_serializer=pb.WatchRequest.SerializeToString,
             response_deserializer=pb.SessionEvent.FromString,
         )
-        try:
-            yield from stream(pb.WatchRequest(session_id=session_id, rank=rank), metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise _translated(error) from error
+        return EventStream(stream(pb.WatchRequest(session_id=session_id, rank=rank), metadata=self._metadata))
 
     def fetch(self, session_id: str, rank: int, version: int, buffer: memoryview) -> int:
         """Fills this rank's buffer with its ranges of a prediction.
@@ -184,8 +206,9 @@ class NowcastClient:
         )
         position = 0
         request = pb.FetchRequest(session_id=session_id, rank=rank, version=version)
+        call = stream(request, timeout=self._config.stream_s, metadata=self._metadata)
         try:
-            for frame in stream(request, timeout=self._config.stream_s, metadata=self._metadata):
+            for frame in call:
                 end = position + len(frame.data)
                 if frame.offset_bytes != position or end > len(buffer):
                     raise CorruptError(f"version {version}: a chunk at byte {frame.offset_bytes} came at {position}")
@@ -195,6 +218,9 @@ class NowcastClient:
                 position = end
         except grpc.RpcError as error:
             raise _translated(error) from error
+        finally:
+            # After a bad chunk the service would go on offering the rest, and keep the prediction for it.
+            call.cancel()
         if position != len(buffer):
             raise CorruptError(f"version {version}: {position} of {len(buffer)} bytes came")
         return position
@@ -203,14 +229,16 @@ class NowcastClient:
         """Tells what was done with a prediction."""
         self._call("Report", request, pb.ReportReply, self._config.chunk_s)
 
-    def _call(self, method: str, request: Message, reply: Any, timeout_s: float) -> Any:
+    def _call(
+        self, method: str, request: Message, reply: Any, timeout_s: float, *, wait_for_ready: bool = False
+    ) -> Any:
         call = self._channel.unary_unary(
             f"/{SERVICE_NAME}/{method}",
             request_serializer=type(request).SerializeToString,
             response_deserializer=reply.FromString,
         )
         try:
-            return call(request, timeout=timeout_s, metadata=self._metadata)
+            return call(request, timeout=timeout_s, metadata=self._metadata, wait_for_ready=wait_for_ready)
         except grpc.RpcError as error:
             raise _translated(error) from error
 

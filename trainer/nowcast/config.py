@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sidecast.errors import ConfigError
+from sidecast.horizon import MAX_POWER, MIN_POWER
 
 Section = TypeVar("Section")
+
+MAX_PORT = 65_535
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +135,12 @@ class NowcasterConfig:
         )
         check("max_steps", self.max_steps, self.max_steps is None or self.max_steps > 0, "a positive number or null")
         check("horizon.max", self.horizon.max, self.horizon.max is None or self.horizon.max >= 1, "1 or more, or null")
-        check("horizon.power", self.horizon.power, self.horizon.power > 0, "a positive number")
+        check(
+            "horizon.power",
+            self.horizon.power,
+            MIN_POWER <= self.horizon.power <= MAX_POWER,
+            f"{MIN_POWER} to {MAX_POWER}",
+        )
         if self.horizon.schedule == "power":
             check(
                 "max_steps", self.max_steps, self.max_steps is not None, "a number, since horizon.schedule is 'power'"
@@ -150,7 +158,16 @@ class NowcasterConfig:
         check("acceptance_sigmas", self.acceptance_sigmas, self.acceptance_sigmas > 0, "a positive number")
         check("max_rollbacks", self.max_rollbacks, self.max_rollbacks >= 1, "1 or more")
         check("sync_deadline_s", self.sync_deadline_s, self.sync_deadline_s > 0, "a positive number")
-        check("endpoint", self.endpoint, self.endpoint.rpartition(":")[2].isdigit(), "HOST:PORT")
+        host, _, port = self.endpoint.rpartition(":")
+        is_endpoint = host != "" and port.isdecimal() and 0 < int(port) <= MAX_PORT
+        check("endpoint", self.endpoint, is_endpoint, "HOST:PORT")
+        is_port = self.metrics_port is None or 0 <= self.metrics_port <= MAX_PORT
+        check("metrics_port", self.metrics_port, is_port, f"0 to {MAX_PORT}, or null")
+        # The courier reads them; here their absence is one line instead of a courier that dies again and again.
+        for name, path in (("token_file", self.token_file), ("tls_ca", self.tls_ca)):
+            check(name, path, path is None or Path(path).is_file(), "an existing file")
+        is_folder = self.record_dir is None or not Path(self.record_dir).exists() or Path(self.record_dir).is_dir()
+        check("record_dir", self.record_dir, is_folder, "a folder")
         ladder = self.timeouts
         check(
             "timeouts",

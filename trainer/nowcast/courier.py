@@ -9,6 +9,7 @@ snapshots and reports in the order in which they happened, ``incoming`` fetches 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import signal
@@ -29,6 +30,7 @@ from sidecast.trainer.nowcast.channel import Channel, ChannelClosedError, Messag
 from sidecast.trainer.nowcast.client import (
     ClientConfig,
     CorruptError,
+    EventStream,
     NowcastClient,
     OutdatedError,
     RefusedError,
@@ -43,7 +45,7 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 FIRST_BACKOFF_S = 0.05
-MAX_BACKOFF_S = 5.0
+MAX_BACKOFF_S = 1.0
 FINITE_BLOCK = 1 << 20
 
 
@@ -68,19 +70,23 @@ class Courier:
         self._metrics = CourierMetrics(hello["run_name"], self._rank, hello["stage"])
         self._metrics.begin_session(hello["session"]["run_id"])
         self._recorder = Recorder(hello["record_dir"], self._rank) if hello["record_dir"] else None
-        # The session to keep open; replaced by a resume. `_changed` wakes the link thread.
+        # The session to keep open and the watch on it; a resume replaces the one and ends the other, under the lock.
+        # `_changed` wakes the link thread where it is not watching.
+        self._session_lock = threading.Lock()
         self._session: Mapping[str, Any] = hello["session"]
+        self._events: EventStream | None = None
         self._changed = threading.Event()
         self._is_connected = threading.Event()
         self._is_ending = threading.Event()
-        self._outgoing: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._incoming: queue.SimpleQueue[pb.PredictionPublished] = queue.SimpleQueue()
+        # With the session that they belong to: nothing of a run's earlier session may reach a later one.
+        self._outgoing: queue.SimpleQueue[tuple[str, Message]] = queue.SimpleQueue()
+        self._incoming: queue.SimpleQueue[tuple[str, pb.PredictionPublished]] = queue.SimpleQueue()
         self._buffer_is_free = threading.Semaphore(0 if hello["prediction_is_held"] else 1)
         self._newest: tuple[str, int, int] | None = None
 
     def run(self) -> None:
         """Serves the rank until it closes the channel."""
-        port = self._metrics.serve(self._hello["metrics_port"])
+        port = self._serve_metrics()
         for name, work in (("link", self._link), ("outgoing", self._send_all), ("incoming", self._fetch_all)):
             threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True).start()
         if port is not None:
@@ -88,24 +94,51 @@ class Courier:
         for message in self._channel.receive():
             match message["type"]:
                 case "snapshot" | "report":
-                    self._outgoing.put(message)
+                    self._outgoing.put((self._session["session_id"], message))
                 case "release":
-                    if self._recorder is not None and message["record"] is not None:
-                        self._recorder.record(message["record"], self._prediction)
+                    self._record(message["record"], self._prediction)
                     self._buffer_is_free.release()
                 case "log":
-                    if self._recorder is not None:
-                        self._recorder.record(message["record"], None)
+                    self._record(message["record"], None)
                 case "stats":
                     self._metrics.update(message["values"])
                 case "session":
-                    self._session = message["session"]
-                    self._metrics.begin_session(self._session["run_id"])
-                    self._is_connected.clear()
-                    self._changed.set()
+                    self._begin_session(message["session"])
                 case unknown:
                     raise AssertionError(f"the trainer sent a message of unknown type {unknown!r}")
         self._is_ending.set()
+        self._changed.set()
+
+    def _serve_metrics(self) -> int | None:
+        try:
+            return self._metrics.serve(self._hello["metrics_port"])
+        except OSError as error:
+            log.error("rank %d: no metrics on port %s: %s", self._rank, self._hello["metrics_port"], error.strerror)
+            return None
+
+    def _record(self, entry: Mapping[str, Any] | None, delta: memoryview | None) -> None:
+        if self._recorder is not None and entry is not None:
+            try:
+                self._recorder.record(entry, delta, self._session)
+            except OSError as error:
+                log.error(
+                    "rank %d: the run can no longer be replayed, its apply log lacks step %s: %s",
+                    self._rank,
+                    entry["step"],
+                    error,
+                )
+        # The trainer ends without reading all; what it asked to be recorded is recorded nevertheless.
+        with contextlib.suppress(ChannelClosedError):
+            self._tell({"type": "noted"})
+
+    def _begin_session(self, session: Mapping[str, Any]) -> None:
+        with self._session_lock:
+            self._session = session
+            self._is_connected.clear()
+            if self._events is not None:
+                # The watch may not hear anything for hours; it would keep the link thread from the new session.
+                self._events.cancel()
+        self._metrics.begin_session(session["run_id"])
         self._changed.set()
 
     def _guarded(self, work: Any) -> None:
@@ -136,11 +169,15 @@ class Courier:
                 if self._rank == 0:
                     self._client.open(self._open_request(session))
                 self._client.join(session["session_id"], self._rank, self._upload_shards, self._fetch_shards)
-                self._is_connected.set()
+                with self._session_lock:
+                    if self._session is not session:
+                        continue
+                    self._events = self._client.watch(session["session_id"], self._rank)
+                    self._is_connected.set()
                 self._metrics.connected.set(1)
                 self._tell({"type": "connected", "session_id": session["session_id"]})
                 backoff_s, reported = FIRST_BACKOFF_S, ""
-                self._watch(session["session_id"])
+                self._watch(session["session_id"], self._events)
             except RefusedError as error:
                 self._tell({"type": "refused", "reason": str(error)})
                 self._changed.wait()
@@ -148,7 +185,7 @@ class Courier:
                 # Rank 0 has not opened the session yet, or the service was restarted: soon it will be there.
                 log.debug("rank %d: %s", self._rank, error)
             except (UnavailableError, CorruptError) as error:
-                if reported != str(error):
+                if reported != str(error) and self._session is session:
                     reported = str(error)
                     self._tell({"type": "disconnected", "reason": reported})
             self._is_connected.clear()
@@ -160,8 +197,8 @@ class Courier:
         opening = self._hello["opening"]
         return open_request({**opening["fields"], **session}, opening["parameters"], opening["config_json"])
 
-    def _watch(self, session_id: str) -> None:
-        for event in self._client.watch(session_id, self._rank):
+    def _watch(self, session_id: str, events: EventStream) -> None:
+        for event in events:
             if self._session["session_id"] != session_id:
                 return
             match event.WhichOneof("event"):
@@ -172,7 +209,7 @@ class Courier:
                     self._metrics.snapshots.labels(*self._metrics.labels, "aborted").inc()
                     self._tell({"type": "dropped", "step": event.aborted.step, "reason": event.aborted.reason})
                 case "published":
-                    self._incoming.put(event.published)
+                    self._incoming.put((session_id, event.published))
                 case "failed":
                     self._tell({"type": "failed", "step": event.failed.base_step, "reason": event.failed.reason})
 
@@ -180,17 +217,15 @@ class Courier:
 
     def _send_all(self) -> None:
         while True:
-            message = self._outgoing.get()
+            session_id, message = self._outgoing.get()
             if message["type"] == "report":
-                self._report(message)
+                self._report(session_id, message)
             else:
-                self._upload(message)
+                self._upload(session_id, message)
 
-    def _report(self, message: Message) -> None:
+    def _report(self, session_id: str, message: Message) -> None:
         fields = {key: value for key, value in message.items() if key not in ("type", "outcome")}
-        request = pb.ReportRequest(
-            session_id=self._session["session_id"], rank=self._rank, outcome=message["outcome"].upper(), **fields
-        )
+        request = pb.ReportRequest(session_id=session_id, rank=self._rank, outcome=message["outcome"].upper(), **fields)
         try:
             if self._is_connected.is_set():
                 self._client.report(request)
@@ -198,12 +233,12 @@ class Courier:
             # The epoch also travels with every chunk: a lost report costs a count, nothing else.
             log.warning("rank %d: the report of step %d was not taken: %s", self._rank, message["step"], error)
 
-    def _upload(self, message: Message) -> None:
+    def _upload(self, session_id: str, message: Message) -> None:
         slot, step = message["slot"], message["step"]
         started_s = time.perf_counter()
         reason = "not connected"
         for _ in range(MAX_ATTEMPTS if self._is_connected.is_set() else 0):
-            key = pb.ChunkKey(session_id=self._session["session_id"], rank=self._rank, id=step, epoch=message["epoch"])
+            key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=step, epoch=message["epoch"])
             try:
                 self._client.upload(key, self._slots[slot])
                 reason = ""
@@ -234,21 +269,19 @@ class Courier:
 
     def _fetch_all(self) -> None:
         while True:
-            published = self._incoming.get()
-            identity = (self._session["session_id"], published.version, published.digest)
+            session_id, published = self._incoming.get()
+            identity = (session_id, published.version, published.digest)
             # A reconnected watch begins with the newest prediction, which may be an old acquaintance.
             if identity == self._newest:
                 continue
             self._buffer_is_free.acquire()
+            if session_id != self._session["session_id"] or not self._incoming.empty():
+                # Waiting for the buffer took longer than the prediction lasted.
+                self._buffer_is_free.release()
+                continue
             self._newest = identity
             started_s = time.perf_counter()
-            reason = ""
-            try:
-                num_bytes = self._client.fetch(*identity[:1], self._rank, published.version, self._prediction)
-                if not _is_finite(self._prediction):
-                    reason = "the prediction is not finite"
-            except SidecastError as error:
-                reason = str(error)
+            num_bytes, reason = self._fetch(session_id, published.version)
             seconds = time.perf_counter() - started_s
             if reason:
                 self._newest = None
@@ -271,6 +304,19 @@ class Courier:
                     "bytes": num_bytes,
                 }
             )
+
+    def _fetch(self, session_id: str, version: int) -> tuple[int, str]:
+        reason = ""
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                num_bytes = self._client.fetch(session_id, self._rank, version, self._prediction)
+            except CorruptError as error:
+                reason = str(error)
+            except SidecastError as error:
+                return 0, str(error)
+            else:
+                return num_bytes, "" if _is_finite(self._prediction) else "the prediction is not finite"
+        return 0, reason
 
 
 def _is_finite(buffer: memoryview) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import subprocess
 import sys
+import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +21,21 @@ log = logging.getLogger(__name__)
 
 NUM_SLOTS = 2
 END_TIMEOUT_S = 2.0
+# To write the last applied delta, which may be large and the disk slow.
+RECORD_TIMEOUT_S = 30.0
 MAX_RESTARTS = 5
+
+
+_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    # A forked data loader would otherwise keep the channel open, and the courier alive, after its trainer is gone.
+    for channel in _channels:
+        channel.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 class CourierHandle:
@@ -46,23 +63,39 @@ class CourierHandle:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._last_status: int | None = None
+        self._unconfirmed: deque[Message] = deque()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a courier, or another one was started in its place."""
+        return self._channel is not None
 
     def start(self) -> None:
-        """Starts the courier process and introduces this rank to it."""
+        """Starts the courier process and introduces this rank to it; never waits for it."""
         ours, theirs = socket.socketpair()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "sidecast.trainer.nowcast.courier", str(theirs.fileno())],
-            pass_fds=[theirs.fileno(), self.prediction.descriptor, *(slot.descriptor for slot in self.slots)],
-            stdin=subprocess.DEVNULL,
-            env=courier_environment(),
-        )
-        theirs.close()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sidecast.trainer.nowcast.courier", str(theirs.fileno())],
+                pass_fds=[theirs.fileno(), self.prediction.descriptor, *(slot.descriptor for slot in self.slots)],
+                stdin=subprocess.DEVNULL,
+                env=courier_environment(),
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         self._channel = Channel(ours)
-        with contextlib.suppress(ChannelClosedError):
-            # A prediction that the trainer still holds outlives the courier that fetched it.
-            self._channel.send({**self._hello, "prediction_is_held": self.prediction_is_held})
         self._channel.set_blocking(False)
+        _channels.add(self._channel)
         self._free_slots = list(range(NUM_SLOTS))
+        with contextlib.suppress(ChannelClosedError):
+            # A prediction that the trainer still holds, or that is still to be recorded, outlives the courier that
+            # fetched it, and so does every entry of the apply log that it has not confirmed.
+            is_held = self.prediction_is_held or any(item["type"] == "release" for item in self._unconfirmed)
+            self._channel.post({**self._hello, "prediction_is_held": is_held})
+            for message in self._unconfirmed:
+                self._channel.post(message)
 
     def take_slot(self) -> int | None:
         """A staging slot that the courier does not need any more; None while it needs all."""
@@ -77,15 +110,18 @@ class CourierHandle:
         """Gives back a slot that was not handed to the courier."""
         self._free_slots.append(slot)
 
-    def post(self, message: Message) -> bool:
+    def post(self, message: Message, *, may_be_lost: bool = False) -> bool:
         """Tells the courier something without waiting; False if it could not be told."""
         if self._channel is None:
             return False
         try:
-            return self._channel.post(message)
+            is_posted = self._channel.post(message, may_be_lost=may_be_lost)
         except ChannelClosedError:
             self._bury()
             return False
+        if not is_posted and message["type"] == "snapshot":
+            self.return_slot(message["slot"])
+        return is_posted
 
     def release_prediction(self, record: Mapping[str, Any] | None) -> None:
         """Gives the prediction buffer back, to be overwritten.
@@ -94,7 +130,16 @@ class CourierHandle:
             record: Entry of the apply log if the prediction was applied; the courier adds the delta.
         """
         self.prediction_is_held = False
-        self.post({"type": "release", "record": record})
+        self._post_until_confirmed({"type": "release", "record": record})
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Adds an entry to the apply log."""
+        self._post_until_confirmed({"type": "log", "record": record})
+
+    def _post_until_confirmed(self, message: Message) -> None:
+        # Kept until the courier says that it is done: its successor is told otherwise.
+        self._unconfirmed.append(message)
+        self.post(message)
 
     def new_session(self, session: Mapping[str, Any]) -> None:
         """Makes the courier open another session; a courier started later opens that one, too."""
@@ -107,19 +152,25 @@ class CourierHandle:
         Args:
             timeout_s: How long to wait for the first message.
         """
-        if self._channel is None:
+        channel = self._channel
+        if channel is None:
             return
-        if timeout_s > 0:
-            self._channel.wait_readable(timeout_s)
         try:
-            for message in self._channel.receive():
+            if timeout_s > 0:
+                channel.wait_readable(timeout_s)
+            for message in channel.receive():
+                if message["type"] == "noted":
+                    self._unconfirmed.popleft()
+                    continue
                 if message["type"] == "sent":
                     self._free_slots.append(message["slot"])
                 elif message["type"] == "prediction":
                     self.prediction_is_held = True
                 yield message
         except ChannelClosedError:
-            self._bury()
+            # Unless a post in between has noticed first: the one that is there now is then another.
+            if self._channel is channel:
+                self._bury()
             yield {"type": "died", "reason": f"the courier ended with status {self._last_status}"}
 
     def _bury(self) -> None:
@@ -129,21 +180,29 @@ class CourierHandle:
         self.num_deaths += 1
         self._channel.close()
         self._channel = None
-        self._last_status = self._process.poll()
-        if self.num_deaths <= MAX_RESTARTS:
-            log.warning("the courier died (status %s); starting another", self._last_status)
-            self.start()
-        else:
+        # It closed its end, so it is dead or of no use; it must not write to a buffer that its successor fills.
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._last_status = self._process.wait(END_TIMEOUT_S)
+        if self.num_deaths > MAX_RESTARTS:
             log.error("the courier died %d times; nowcasting is off for the rest of the run", self.num_deaths)
+            return
+        log.warning("the courier died (status %s); starting another", self._last_status)
+        try:
+            self.start()
+        except OSError as error:
+            log.error("no other courier can be started (%s); nowcasting is off for the rest of the run", error)
 
     def close(self) -> None:
         """Ends the courier and frees the shared memory."""
         if self._channel is not None:
+            with contextlib.suppress(ChannelClosedError):
+                self._channel.finish(END_TIMEOUT_S)
             self._channel.close()
             self._channel = None
         if self._process is not None:
             try:
-                self._process.wait(END_TIMEOUT_S)
+                self._process.wait(RECORD_TIMEOUT_S if self._unconfirmed else END_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

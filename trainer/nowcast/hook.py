@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.nowcast.acceptance import LossPoint, LossTrend, Verdict
+from sidecast.trainer.nowcast.buffers import SharedBuffer
 from sidecast.trainer.nowcast.channel import Message
 from sidecast.trainer.nowcast.config import NowcasterConfig
 from sidecast.trainer.nowcast.courier_handle import CourierHandle
@@ -29,6 +31,8 @@ from sidecast.trainer.nowcast.schedule import Schedule, jump_weight
 from sidecast.trainer.nowcast.vote import Ballot, Decision, VoteBox
 
 log = logging.getLogger(__name__)
+
+VOTE_END_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +118,15 @@ class Nowcaster:
         self._num_rollbacks_in_a_row = 0
         self._vote_step = 0
         self._last_loss: float | None = None
+        self._is_linked = True
         self._listeners: list[Callable[[NowcastEvent], None]] = []
         self._attached_s = time.perf_counter()
         self._is_closed = False
         self._map_buffers()
 
     def _map_buffers(self) -> None:
-        self._slots = [_as_tensor(slot.view) for slot in self._courier.slots]
-        self._delta = _as_tensor(self._courier.prediction.view)
+        self._slots = [_as_tensor(slot) for slot in self._courier.slots]
+        self._delta = _as_tensor(self._courier.prediction)
 
     # --- for users
 
@@ -149,8 +154,7 @@ class Nowcaster:
         if self._is_closed:
             return
         self._is_closed = True
-        if self._votes.is_open:
-            self._votes.read()
+        self._votes.abandon(VOTE_END_TIMEOUT_S)
         self._post_stats()
         self._slots, self._delta = [], torch.empty(0)
         self._courier.close()
@@ -170,10 +174,10 @@ class Nowcaster:
         self._poll()
         if self._votes.is_open and step >= self._vote_step + self._schedule.vote_lag_steps:
             self._on_decision(self._votes.read())
-        if self._schedule.is_snapshot(step):
-            self._stage()
+        is_staged = self._schedule.is_snapshot(step) and self._stage()
         if self.config.mode == "sync" and self._schedule.is_base(step):
-            self._await_prediction()
+            if is_staged:
+                self._await_prediction()
             if self._votes.is_open:
                 self._on_decision(self._votes.read())
             self._launch_vote()
@@ -186,14 +190,15 @@ class Nowcaster:
             self._post_stats()
         self.totals.blocked_s += time.perf_counter() - started_s
 
-    def _stage(self) -> None:
+    def _stage(self) -> bool:
+        """Hands the courier a snapshot; False if it could not."""
         if self.rollback_copy is None and self.config.rollback == "host" and self.config.resolved_probation_steps:
             # Only now has the optimizer the state that a jump would have to be undone with.
             self.rollback_copy = RollbackCopy.allocate(self._partition.rollback_bytes())
         slot = self._courier.take_slot()
         if slot is None:
             self._drop("the courier has not sent the snapshots before")
-            return
+            return False
         started_s = time.perf_counter()
         try:
             self._partition.read(self._slots[slot])
@@ -201,13 +206,14 @@ class Nowcaster:
             # Somebody moved the optimizer's tensors; training is none the worse for a missing snapshot.
             self._courier.return_slot(slot)
             self._drop(str(error))
-            return
+            return False
         self.totals.staging_s += time.perf_counter() - started_s
         self.totals.num_staged += 1
         if self._courier.post({"type": "snapshot", "slot": slot, "step": self.step, "epoch": self.epoch}):
             self._emit("staged")
-        else:
-            self._drop("the courier cannot be reached")
+            return True
+        self._drop("the courier cannot be reached")
+        return False
 
     def _drop(self, reason: str) -> None:
         self.totals.num_dropped += 1
@@ -247,9 +253,11 @@ class Nowcaster:
             case "connected":
                 self._emit("connected")
             case "disconnected" | "died":
+                self._is_linked = False
                 self._emit("disconnected", reason=message["reason"])
                 log.warning("nowcasting pauses: %s", message["reason"])
             case "refused":
+                self._is_linked = False
                 self._emit("disconnected", reason=message["reason"])
                 log.error("the nowcaster service refuses this run: %s", message["reason"])
             case "metrics":
@@ -257,10 +265,11 @@ class Nowcaster:
 
     def _await_prediction(self) -> None:
         deadline_s = time.monotonic() + self.config.sync_deadline_s
+        self._is_linked = True
         while self._held is None and (left_s := deadline_s - time.monotonic()) > 0:
             num_failed = self.totals.num_failed + self.totals.num_dropped
             self._poll(left_s)
-            if self.totals.num_failed + self.totals.num_dropped > num_failed:
+            if self.totals.num_failed + self.totals.num_dropped > num_failed or not self._is_linked:
                 return
 
     # --- votes
@@ -280,7 +289,7 @@ class Nowcaster:
             self._last_loss = decision.mean_loss
             self._trend.add(LossPoint(self._vote_step, decision.mean_loss))
         if self._probation is not None:
-            self._judge(self._probation)
+            self._judge(self._probation, decision.mean_loss)
         held = self._held
         is_agreed = held is not None and (decision.version, decision.digest, decision.epoch) == (
             held.version,
@@ -320,14 +329,14 @@ class Nowcaster:
         self._report("applied", held.version, weight=weight)
         self._emit("applied", **details)
 
-    def _judge(self, probation: Probation) -> None:
+    def _judge(self, probation: Probation, mean_loss: float | None) -> None:
         is_over = self.step >= probation.step + self.config.resolved_probation_steps
-        is_broken = self._last_loss is not None and self._last_loss != self._last_loss
+        is_broken = mean_loss is not None and not math.isfinite(mean_loss)
         if not (is_over or is_broken):
             return
         verdict, reason = self._trend.judge(probation.step, self.config.acceptance_sigmas)
         if is_broken:
-            verdict, reason = Verdict.ROLL_BACK, "the loss is not a number"
+            verdict, reason = Verdict.ROLL_BACK, f"the loss is {mean_loss}"
         self._probation = None
         if verdict is Verdict.ACCEPT:
             self.totals.num_accepted += 1
@@ -340,7 +349,7 @@ class Nowcaster:
         self.epoch += 1
         self.totals.num_rolled_back += 1
         self._num_rollbacks_in_a_row += 1
-        self._courier.post({"type": "log", "record": {"action": "rolled_back", "step": self.step}})
+        self._courier.log({"action": "rolled_back", "step": self.step})
         self._report("rolled_back", probation.version, reason=reason)
         self._emit("rolled_back", version=probation.version, reason=reason)
         if self._num_rollbacks_in_a_row >= self.config.max_rollbacks:
@@ -391,11 +400,11 @@ class Nowcaster:
         self.run_id = run_id if state is None else state["run_id"]
         self.epoch = 0 if state is None else state["epoch"]
         self._trend.load([] if state is None else state["trend"])
-        if state is not None:
-            self._num_rollbacks_in_a_row = state["num_rollbacks_in_a_row"]
-            self.is_suspended = state["is_suspended"]
-            if state["probation"] is not None:
-                self._probation = Probation(*state["probation"])
+        self._last_loss = None
+        self._num_rollbacks_in_a_row = 0 if state is None else state["num_rollbacks_in_a_row"]
+        self.is_suspended = False if state is None else state["is_suspended"]
+        if state is not None and state["probation"] is not None:
+            self._probation = Probation(*state["probation"])
 
     @property
     def parameters(self) -> tuple[ParameterSpec, ...]:
@@ -458,7 +467,7 @@ class Nowcaster:
         }
         if self._last_loss is not None:
             values["loss"] = self._last_loss
-        self._courier.post({"type": "stats", "values": values})
+        self._courier.post({"type": "stats", "values": values}, may_be_lost=True)
 
     def _emit(self, kind: EventKind, **details: float | int | str) -> None:
         if self._listeners:
@@ -467,9 +476,11 @@ class Nowcaster:
                 callback(event)
 
 
-def _as_tensor(view: memoryview) -> Tensor:
+def _as_tensor(buffer: SharedBuffer) -> Tensor:
     """A flat fp32 tensor over shared memory."""
-    return torch.frombuffer(view, dtype=torch.float32) if len(view) else torch.empty(0)
+    # Over the mapping itself, which then lives as long as the tensor; a released view would not keep it.
+    count = buffer.num_bytes // 4
+    return torch.frombuffer(buffer.map, dtype=torch.float32, count=count) if count else torch.empty(0)
 
 
 def rollback_path(checkpoint: Path, rank: int) -> Path:

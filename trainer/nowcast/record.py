@@ -8,6 +8,7 @@ One folder per run. ``applied-rank0.jsonl`` holds one JSON object per line: ``ac
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,35 @@ class Recorder:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._rank = rank
+        self._path = log_path(self._folder, rank)
+        # A run without jumps is replayed, too.
+        self._path.touch()
 
-    def record(self, entry: Mapping[str, Any], delta: memoryview | None) -> None:
-        """Appends an entry, after writing the delta that it applied, if it did."""
-        line = dict(entry)
+    def record(self, entry: Mapping[str, Any], delta: memoryview | None, session: Mapping[str, Any]) -> None:
+        """Appends an entry, after writing the delta that it applied, if it did; the same entry again is harmless.
+
+        Args:
+            entry: To be written.
+            delta: This rank's delta; None for entries without.
+            session: The session that it belongs to. Its first entry takes out those of earlier sessions after the
+                step where it begins: they are of a future that a resume has given up.
+        """
+        line = {**entry, "session": session["session_id"]}
+        text = self._path.read_text() if self._path.exists() else ""
+        # Without its newline the last line is what a killed courier left.
+        known = [json.loads(item) for item in text.splitlines(keepends=True) if item.endswith("\n")]
+        kept = [
+            item for item in known if item.get("session") == line["session"] or item["step"] <= session["resume_step"]
+        ]
+        if any((item["action"], item["step"]) == (line["action"], line["step"]) for item in kept):
+            return
         if delta is not None:
             name = f"delta-step{entry['step']:08d}-rank{self._rank}.f32"
             (self._folder / name).write_bytes(delta)
             line |= {"file": name, "crc32": crc32(delta)}
-        with log_path(self._folder, self._rank).open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(item) + "\n" for item in [*kept, line]))
+        os.replace(partial, self._path)
 
 
 def read_log(folder: Path, rank: int) -> list[dict[str, Any]]:
@@ -54,7 +74,10 @@ def read_log(folder: Path, rank: int) -> list[dict[str, Any]]:
     path = log_path(folder, rank)
     if not path.is_file():
         raise ConfigError(f"nowcaster.replay_dir {folder} has no {path.name}; it was recorded with fewer ranks")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise ConfigError(f"nowcaster.replay_dir {folder}: {path.name} is damaged: {error}") from error
 
 
 def read_delta(folder: Path, entry: Mapping[str, Any], num_bytes: int) -> bytearray:
@@ -64,7 +87,10 @@ def read_delta(folder: Path, entry: Mapping[str, Any], num_bytes: int) -> bytear
         ConfigError: It is not the one that was recorded, or was recorded with other partitions.
     """
     path = folder / entry["file"]
-    data = bytearray(path.read_bytes())
+    try:
+        data = bytearray(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}, named by the apply log, cannot be read: {error.strerror}") from error
     if len(data) != num_bytes:
         raise ConfigError(f"{path} holds {len(data)} bytes; this rank owns {num_bytes}: record and replay must agree")
     if crc32(data) != entry["crc32"]:

@@ -89,6 +89,7 @@ class Replayer:
     def resume(self, partition: Partition, step: int) -> None:
         """Goes on from a loaded checkpoint."""
         self._partition = partition
+        self._copy = None
         self.step = step
         self._skip_to(step)
 

@@ -6,9 +6,11 @@ then act on different steps. It is launched at step s and awaited at s + lag, by
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -105,6 +107,13 @@ class VoteBox:
         self._rows.zero_()
         self._rows[self._rank] = torch.tensor(ballot.encode(), dtype=torch.int64)
         self._work = dist.all_reduce(self._rows, group=self._group, async_op=True)
+
+    def abandon(self, timeout_s: float) -> None:
+        """Lets go of a launched vote, which a rank that has failed may never cast; waits a little for its end."""
+        work, self._work = self._work, None
+        if work is not None:
+            with contextlib.suppress(RuntimeError):
+                work.wait(timedelta(seconds=timeout_s))
 
     def read(self) -> Decision:
         """Waits for the launched vote and counts it."""

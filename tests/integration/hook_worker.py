@@ -1,0 +1,183 @@
+"""One of two ranks that "train" a fake partition under the hook; writes what happened as JSON.
+
+Usage: python hook_worker.py RANK FOLDER ENDPOINT
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS))
+
+from courier_harness import PacedCourier, hello, session, start_courier, until  # noqa: E402
+
+from sidecast.manifest import ModelManifest, ParameterSpec  # noqa: E402
+from sidecast.protos.shards import ShardSpec  # noqa: E402
+from sidecast.trainer.nowcast.config import NowcasterConfig  # noqa: E402
+from sidecast.trainer.nowcast.hook import Nowcaster  # noqa: E402
+from sidecast.trainer.nowcast.partitions import RollbackCopy  # noqa: E402
+from sidecast.trainer.nowcast.partitions.rollback import packed_bytes  # noqa: E402
+from sidecast.trainer.nowcast.replay import Replayer  # noqa: E402
+from sidecast.trainer.nowcast.vote import NO_VERSION, Ballot, VoteBox  # noqa: E402
+
+NUM_ELEMENTS = 10
+MANIFEST = ModelManifest.from_shapes([("w", (NUM_ELEMENTS,))], {"model_type": "toy"})
+SHARDS = {0: [(0, 0, 6)], 1: [(0, 6, 10)]}
+
+
+class FakePartition:
+    """A rank's part of one vector; "training" moves it by a step-dependent amount."""
+
+    def __init__(self, rank: int) -> None:
+        self.parameters: tuple[ParameterSpec, ...] = MANIFEST.parameters
+        self.aliases: Mapping[str, str] = {}
+        self.upload_shards = self.owned_shards = tuple(ShardSpec(*shard) for shard in SHARDS[rank])
+        self.master_dtype = torch.float32
+        (shard,) = self.owned_shards
+        self.weights = torch.arange(shard.start, shard.stop, dtype=torch.float32)
+
+    def train(self, step: int) -> None:
+        self.weights += 0.01 * math.sin(step) - 0.001 * self.weights
+
+    def read(self, out: Tensor) -> None:
+        out.copy_(self.weights)
+
+    def apply(self, delta: Tensor, weight: float, **_: Any) -> None:
+        self.weights += weight * delta
+
+    def write(self, values: Tensor) -> None:
+        self.weights.copy_(values)
+
+    def capture(self, copy: RollbackCopy) -> None:
+        copy.save({"weights": self.weights}, {})
+
+    def restore(self, copy: RollbackCopy) -> None:
+        self.weights.copy_(copy.tensors()["weights"])
+
+    def rollback_bytes(self) -> int:
+        return packed_bytes([self.weights.nbytes])
+
+
+class Run:
+    """One short run of one rank."""
+
+    def __init__(self, rank: int, folder: Path, endpoint: str, group: dist.ProcessGroup) -> None:
+        self.rank, self.folder, self.endpoint, self.group = rank, folder, endpoint, group
+
+    def __call__(
+        self,
+        name: str,
+        num_steps: int,
+        *,
+        loss_at: Callable[[int, int], float] = lambda step, num_jumps: 1.0,
+        arrivals: Collection[int] = (),
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """Trains.
+
+        Args:
+            name: Of the run and session.
+            num_steps: How long.
+            loss_at: Loss by step and number of jumps so far.
+            arrivals: The steps at which this rank gets its predictions.
+            settings: Of the hook.
+        """
+        config = NowcasterConfig(context_len=2, period_steps=20, vote_interval_steps=1, probation_steps=12, **settings)
+        greeting = hello(
+            self.endpoint,
+            MANIFEST,
+            SHARDS[self.rank],
+            first=session(name, name),
+            rank=self.rank,
+            world_size=2,
+            record_dir=self.folder / name,
+        )
+        partition = FakePartition(self.rank)
+        courier = start_courier(greeting, PacedCourier)
+        assert isinstance(courier, PacedCourier)
+        courier.is_pacing = config.mode == "async"
+        until(courier, "connected")
+        dist.barrier(self.group)
+        hook = Nowcaster(config, partition, courier, VoteBox(self.group), rank=self.rank, step=0, run_id=name)
+        events: list[Any] = []
+        hook.add_listener(lambda event: events.append([event.kind, event.step, dict(event.details)]))
+        weights = []
+        for step in range(1, num_steps + 1):
+            partition.train(step)
+            hook.observe(loss_at(step, hook.totals.num_applied))
+            if step in arrivals:
+                courier.wait_for = "prediction"
+            uploaded_bytes = hook.totals.bytes_uploaded
+            hook.after_step(step)
+            while step % 10 == 0 and hook.totals.bytes_uploaded == uploaded_bytes:
+                # Takes the couriers' speed out of the race: on only once this rank's part is with the service.
+                courier.wait_for = "sent"
+                hook._poll()
+            weights.append(partition.weights.tolist())
+        summary = hook.summary()
+        hook.close()
+        return {"events": events, "weights": weights, "summary": summary}
+
+    def replay(self, name: str, num_steps: int) -> list[list[float]]:
+        """Repeats a run's jumps without its courier."""
+        partition = FakePartition(self.rank)
+        replayer = Replayer(self.folder / name, partition, rank=self.rank, step=0)
+        weights = []
+        for step in range(1, num_steps + 1):
+            partition.train(step)
+            replayer.after_step(step)
+            weights.append(partition.weights.tolist())
+        return weights
+
+
+def votes(group: dist.ProcessGroup, rank: int) -> list[Any]:
+    """One unanimous vote, one split, one cast by nobody else."""
+    box = VoteBox(group)
+    decisions = []
+    for ballot in (Ballot(3, 77, 1, 1.5 + rank, 2), Ballot(3, 77 + rank, 1, 0.0, 0), Ballot()):
+        box.launch(ballot)
+        decision = box.read()
+        decisions.append([decision.version, decision.digest, decision.epoch, decision.mean_loss, decision.num_losses])
+    assert decisions[1][0] == NO_VERSION
+    return decisions
+
+
+def main(rank: int, folder: Path, endpoint: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    group = dist.new_group(backend="gloo")
+    run = Run(rank, folder, endpoint, group)
+    # One rank hears of the prediction two steps after the other.
+    late = {21 + 2 * rank}
+    results = {
+        "votes": votes(group, rank),
+        "accepted": run("accepted", 40, arrivals=late),
+        "harmful": run(
+            "harmful",
+            85,
+            arrivals=late | {62},
+            loss_at=lambda step, num_jumps: 1.0 + 5.0 * num_jumps,
+            max_rollbacks=2,
+        ),
+        "nan": run("nan", 30, arrivals=late, loss_at=lambda step, num_jumps: math.nan if num_jumps else 1.0),
+        "stale": run("stale", 35, arrivals={30}),
+        "sync": run("sync", 25, mode="sync"),
+    }
+    results["replayed"] = run.replay("harmful", 85)
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    dist.barrier(group)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

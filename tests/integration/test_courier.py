@@ -1,0 +1,212 @@
+"""A courier process against a real service: transfers, restarts of either, resumes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from courier_harness import hello, session, start_courier, until
+from service_harness import MANIFEST, RunningService, state
+
+from sidecast.trainer.nowcast.client import ClientConfig, NowcastClient, UnavailableError
+from sidecast.trainer.nowcast.courier_handle import CourierHandle
+from sidecast.trainer.nowcast.record import read_delta, read_log
+
+ALL = [(0, 0, 15), (1, 0, 40_000)]
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[RunningService]:
+    with RunningService(tmp_path / "service") as running:
+        yield running
+
+
+@pytest.fixture
+def courier(service: RunningService, tmp_path: Path) -> Iterator[CourierHandle]:
+    handle = start_courier(hello(service.endpoint, MANIFEST, ALL, first=session("s1"), record_dir=tmp_path / "record"))
+    try:
+        assert until(handle, "connected")["session_id"] == "s1"
+        yield handle
+    finally:
+        handle.close()
+
+
+def stage(courier: CourierHandle, seed: int, step: int, epoch: int = 0) -> None:
+    slot = courier.take_slot()
+    assert slot is not None
+    courier.slots[slot].view[:] = state(seed).tobytes()
+    assert courier.post({"type": "snapshot", "slot": slot, "step": step, "epoch": epoch})
+
+
+def predicted(courier: CourierHandle, epoch: int = 0, first_step: int = 10) -> dict[str, object]:
+    stage(courier, 1, first_step, epoch)
+    assert until(courier, "sent")["reason"] == ""
+    stage(courier, 2, first_step + 10, epoch)
+    return dict(until(courier, "prediction"))
+
+
+def kill(courier: CourierHandle) -> None:
+    process = courier._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def applied(step: int) -> dict[str, object]:
+    return {"action": "applied", "step": step, "weight": 0.5}
+
+
+def test_a_window_goes_up_and_its_prediction_comes_down_and_is_recorded(courier: CourierHandle, tmp_path: Path) -> None:
+    message = predicted(courier)
+    assert (message["version"], message["base_step"], message["horizon_intervals"]) == (1, 20, 5)
+    expected = (state(2) - state(1)).tobytes()
+    assert bytes(courier.prediction.view) == expected
+    courier.release_prediction(applied(24))
+    courier.log({"action": "rolled_back", "step": 30})
+    courier.close()
+    entries = read_log(tmp_path / "record", 0)
+    assert [(entry["action"], entry["step"]) for entry in entries] == [("applied", 24), ("rolled_back", 30)]
+    assert read_delta(tmp_path / "record", entries[0], len(expected)) == expected
+
+
+def test_a_prediction_is_not_overwritten_before_it_is_released(courier: CourierHandle) -> None:
+    predicted(courier)
+    before = bytes(courier.prediction.view)
+    stage(courier, 3, 30)
+    stage(courier, 4, 40)
+    seen: list = []
+    for _ in range(2):
+        until(courier, "sent", seen)
+    assert bytes(courier.prediction.view) == before
+    courier.release_prediction(None)
+    assert until(courier, "prediction")["version"] == 2
+    assert bytes(courier.prediction.view) == (state(4) - state(3)).tobytes()
+
+
+def test_a_restarted_service_is_found_and_the_session_opened_again(tmp_path: Path) -> None:
+    with RunningService(tmp_path / "first") as first:
+        courier = start_courier(hello(first.endpoint, MANIFEST, ALL, first=session("s1")))
+        until(courier, "connected")
+        stage(courier, 1, 10)
+        assert until(courier, "sent")["reason"] == ""
+        port = first.port
+    try:
+        until(courier, "disconnected")
+        stage(courier, 2, 20)
+        assert until(courier, "sent")["reason"] != ""
+        with RunningService(tmp_path / "second", port=port) as second:
+            until(courier, "connected")
+            predicted(courier, epoch=2, first_step=30)
+            assert second.store.used_bytes == 3 * 4 * MANIFEST.num_elements
+    finally:
+        courier.close()
+
+
+def test_a_resume_is_opened_although_nothing_happens_in_the_session_before(
+    courier: CourierHandle, service: RunningService
+) -> None:
+    predicted(courier)
+    # Sent before the session changes, with an epoch that the later session must not hear of.
+    courier.release_prediction(None)
+    courier.post(
+        {"type": "report", "outcome": "rejected", "version": 1, "step": 25, "epoch": 9, "weight": 0.0, "reason": ""}
+    )
+    stage(courier, 5, 30, epoch=9)
+    courier.new_session(session("s2", resumed=True, resume_step=10, resume_epoch=0))
+    while until(courier, "connected")["session_id"] != "s2":
+        pass
+    stage(courier, 6, 30)
+    assert until(courier, "sent")["reason"] == ""
+    stage(courier, 7, 40)
+    assert until(courier, "prediction")["version"] == 2
+    assert bytes(courier.prediction.view) == (state(7) - state(6)).tobytes()
+    assert service.servicer._sessions["s2"].epoch == 0
+
+
+def test_a_killed_courier_is_replaced_and_a_held_prediction_stays(courier: CourierHandle, tmp_path: Path) -> None:
+    predicted(courier)
+    expected = (state(2) - state(1)).tobytes()
+    kill(courier)
+    assert until(courier, "died")["reason"] == "the courier ended with status -9"
+    until(courier, "connected")
+    assert courier.num_deaths == 1
+    assert bytes(courier.prediction.view) == expected
+    assert courier.prediction_is_held
+    courier.release_prediction(applied(24))
+    courier.close()
+    (entry,) = read_log(tmp_path / "record", 0)
+    assert read_delta(tmp_path / "record", entry, len(expected)) == expected
+
+
+def test_an_applied_jump_is_recorded_although_the_courier_dies_before_it_hears_of_it(
+    courier: CourierHandle, tmp_path: Path
+) -> None:
+    predicted(courier)
+    process = courier._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    courier.release_prediction(applied(24))
+    kill(courier)
+    until(courier, "connected")
+    courier.close()
+    assert [entry["step"] for entry in read_log(tmp_path / "record", 0)] == [24]
+
+
+def test_a_stopped_courier_never_blocks_and_loses_nothing_that_matters(courier: CourierHandle) -> None:
+    predicted(courier)
+    process = courier._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        for step in range(20_000):
+            courier.post({"type": "stats", "values": {"step": step}}, may_be_lost=True)
+        assert courier._channel is not None
+        assert courier._channel.num_lost > 0
+        courier.release_prediction(None)
+        stage(courier, 3, 30)
+        stage(courier, 4, 40)
+        assert courier.take_slot() is None
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    assert until(courier, "prediction")["version"] == 2
+    assert courier.num_deaths == 0
+
+
+def test_a_listener_that_never_answers_does_not_delay_the_service_that_follows(tmp_path: Path) -> None:
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(64)
+        port = deaf.getsockname()[1]
+        client = NowcastClient(
+            ClientConfig(
+                endpoint=f"127.0.0.1:{port}", token_file=None, tls_ca=None, connect_s=1.0, chunk_s=5.0, stream_s=9.0
+            )
+        )
+        with pytest.raises(UnavailableError, match=rf"no nowcaster service at 127.0.0.1:{port} within 1 s"):
+            client.wait_reachable()
+        # As when a dying service's child still holds the socket: connected, and silent for ever.
+        silent, _ = deaf.accept()
+    with silent, RunningService(tmp_path, port=port):
+        started_s = time.monotonic()
+        while True:
+            try:
+                client.wait_reachable()
+                break
+            except UnavailableError:
+                # gRPC's own limit for one attempt would be 20 s.
+                assert time.monotonic() - started_s < 12
+    client.close()
+
+
+def test_an_end_leaves_no_process(courier: CourierHandle) -> None:
+    process = courier._process
+    assert process is not None
+    courier.close()
+    assert process.returncode == 0
+    courier.close()

@@ -1,0 +1,110 @@
+"""Two gloo ranks with couriers, a service in this process, and a fake partition under the hook."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from service_harness import RunningService
+
+WORKER = Path(__file__).with_name("hook_worker.py")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks saw."""
+    folder = tmp_path_factory.mktemp("hook")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with RunningService(folder / "service") as service:
+        processes = []
+        for rank in (0, 1):
+            with (folder / f"rank{rank}.log").open("wb") as log:
+                command = [sys.executable, str(WORKER), str(rank), str(folder), service.endpoint]
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            statuses = [process.wait(timeout=150) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-4000:] for rank in (0, 1))
+    assert statuses == [0, 0], logs
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def steps_of(result: dict[str, Any], kind: str) -> list[int]:
+    return [step for event, step, _ in result["events"] if event == kind]
+
+
+def details_of(result: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [details for event, _, details in result["events"] if event == kind]
+
+
+def test_votes_are_read_alike_by_all(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["votes"] == ranks[1]["votes"]
+    unanimous, split, empty = ranks[0]["votes"]
+    assert unanimous == [3, 77, 1, (1.5 + 2.5) / 4, 4]
+    assert split[0] == empty[0] == -1
+    assert empty[3] is None
+
+
+def test_all_ranks_apply_at_the_step_after_the_last_one_holds_it(ranks: list[dict[str, Any]]) -> None:
+    # Rank 0 has it at step 21, rank 1 at step 23: voted there, read one step later.
+    for rank in ranks:
+        assert steps_of(rank["accepted"], "applied") == [24]
+        (details,) = details_of(rank["accepted"], "applied")
+        assert (details["base_step"], details["staleness_steps"]) == (20, 4)
+        assert details["weight"] == pytest.approx(1 - 4 / 50)
+        assert steps_of(rank["accepted"], "accepted") == [36]
+    digests = {details_of(rank["accepted"], "applied")[0]["digest"] for rank in ranks}
+    assert len(digests) == 1
+
+
+def test_a_jump_adds_the_weighted_delta_to_the_weights_of_now(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        jumped, calm = rank["accepted"]["weights"], rank["stale"]["weights"]
+        assert jumped[:23] == calm[:23]
+        delta = [newest - oldest for newest, oldest in zip(calm[19], calm[9], strict=True)]
+        expected = [now + (1 - 4 / 50) * change for now, change in zip(calm[23], delta, strict=True)]
+        assert jumped[23] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_harmful_jump_is_undone_bit_for_bit_and_two_suspend(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        result = rank["harmful"]
+        assert steps_of(result, "applied") == [24, 64 - 1]
+        assert steps_of(result, "rolled_back") == [36, 75]
+        assert steps_of(result, "suspended") == [75]
+        # What the jump saw, before the jump: what training alone makes of step 23, at step 24.
+        assert result["weights"][35] == rank["stale"]["weights"][23]
+        assert result["summary"]["suspended"]
+        assert result["summary"]["epoch"] == 4
+
+
+def test_a_loss_that_is_no_number_is_undone_at_once(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        (step,) = steps_of(rank["nan"], "rolled_back")
+        assert 24 < step <= 27
+
+
+def test_a_prediction_that_comes_too_late_is_never_applied(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert steps_of(rank["stale"], "applied") == []
+        assert details_of(rank["stale"], "rejected")[0]["reason"] == "its base is 10 steps old"
+
+
+def test_sync_mode_jumps_at_the_base_step_with_full_weight(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert steps_of(rank["sync"], "applied") == [20]
+        (details,) = details_of(rank["sync"], "applied")
+        assert (details["staleness_steps"], details["weight"]) == (0, 1.0)
+
+
+def test_a_replay_equals_the_run_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["replayed"] == rank["harmful"]["weights"]
