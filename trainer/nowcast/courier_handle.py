@@ -112,6 +112,8 @@ class CourierHandle:
                     self._free_slots.append(message["slot"])
                 elif message["type"] == "prediction":
                     self.prediction_is_held = True
+                elif message["type"] == "metrics":
+                    log.info("rank %d serves metrics on port %d", self._hello["rank"], message["port"])
                 yield message
         except ChannelClosedError:
             self._bury()
