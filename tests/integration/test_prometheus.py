@@ -161,12 +161,21 @@ def prometheus(
     address = wait_for("Prometheus", lambda: process.find(r'msg="Listening on" address=(\S+)'))
     url = f"http://{address}"
     wait_for("Prometheus", lambda: "Server is ready" in process.log.read_text() or process.find("(?!)"))
+    # Each the last thing that its process does with the last snapshot.
+    last = {
+        "sidecast_trainer_step": LAST_SNAPSHOT_STEP,
+        'sidecast_trainer_snapshots_total{state="committed"}': NUM_SNAPSHOTS,
+        "sidecast_trainer_upload_seconds_count": NUM_SNAPSHOTS,
+    }
+    for expression, value in last.items():
+        expected = {str(rank): float(value) for rank in range(WORLD_SIZE)}
+        wait_for(
+            f"{expression} = {value} at every rank",
+            lambda expression=expression, expected=expected: query(url, expression, "rank") == expected,
+        )
     wait_for(
-        "a scrape after the last snapshot",
-        lambda: (
-            query(url, "sidecast_trainer_step", "rank") == dict.fromkeys(("0", "1"), LAST_SNAPSHOT_STEP)
-            and query(url, "sidecast_service_snapshot_step").get("") == LAST_SNAPSHOT_STEP
-        ),
+        "the service's scrape after the last snapshot",
+        lambda: query(url, "sidecast_service_snapshot_step") == {"": LAST_SNAPSHOT_STEP},
     )
     return url
 

@@ -21,7 +21,7 @@ from sidecast.trainer.nowcast.attach import nowcaster_of
 
 def main(folder: Path, num_steps: int, section: dict[str, object]) -> None:
     # The hook logs the ports of its metrics.
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig(level=logging.INFO, force=True)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     rendezvous = f"file://{folder / 'rendezvous'}"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 
 from sidecast.nowcaster_service.metrics import ServiceMetrics
@@ -113,6 +114,15 @@ def test_the_dashboard_asks_for_series_of_the_chosen_source() -> None:
     assert all(SERIES.search(query) for query in queries)
     assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {"${source}"}
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+@pytest.mark.parametrize("registry", [service_registry(), trainer_registry()], ids=["service", "trainer"])
+def test_promtool_has_no_complaint_about_names_and_units(
+    find_tool: Callable[[str], str], registry: CollectorRegistry
+) -> None:
+    command = [find_tool("promtool"), "check", "metrics"]
+    result = subprocess.run(command, input=generate_latest(registry), capture_output=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
 
 
 def test_labels_hold_nothing_that_grows_with_the_run() -> None:

@@ -166,6 +166,8 @@ class CourierHandle:
                     self._free_slots.append(message["slot"])
                 elif message["type"] == "prediction":
                     self.prediction_is_held = True
+                elif message["type"] == "metrics":
+                    log.info("rank %d serves metrics on port %d", self._hello["rank"], message["port"])
                 yield message
         except ChannelClosedError:
             # Unless a post in between has noticed first: the one that is there now is then another.

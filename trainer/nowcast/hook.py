@@ -82,7 +82,6 @@ class Nowcaster:
         partition: What this rank holds.
         courier: Started, and joined or trying to.
         votes: Over all ranks.
-        rank: Global rank.
         step: Optimizer steps applied so far.
         run_id: Of the run; kept over resumes.
     """
@@ -94,7 +93,6 @@ class Nowcaster:
         courier: CourierHandle,
         votes: VoteBox,
         *,
-        rank: int,
         step: int,
         run_id: str,
     ) -> None:
@@ -109,7 +107,6 @@ class Nowcaster:
         self._partition = partition
         self._courier = courier
         self._votes = votes
-        self._rank = rank
         self._schedule = Schedule.of(config)
         self._trend = LossTrend(max(1, config.resolved_probation_steps))
         self._meter = LossMeter()
@@ -260,8 +257,6 @@ class Nowcaster:
                 self._is_linked = False
                 self._emit("disconnected", reason=message["reason"])
                 log.error("the nowcaster service refuses this run: %s", message["reason"])
-            case "metrics":
-                log.info("rank %d serves metrics on port %d", self._rank, message["port"])
 
     def _await_prediction(self) -> None:
         deadline_s = time.monotonic() + self.config.sync_deadline_s
