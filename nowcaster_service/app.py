@@ -114,7 +114,7 @@ class IngressActor:
                 # Two services on one port would each see half of a session.
                 ("grpc.so_reuseport", 0),
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ]
         )
         server.add_generic_rpc_handlers((servicer.handler(),))

@@ -87,17 +87,15 @@ class ServiceConfig:
             raise ConfigError(
                 f"timeouts must rise: nowcast ({self.nowcast_timeout_s:g} s) < session ({self.session_timeout_s:g} s)"
             )
-        for name, path in (
-            ("--weights", self.weights),
-            ("--tls-cert", None if self.tls is None else self.tls.certificate),
-            ("--tls-key", None if self.tls is None else self.tls.private_key),
-        ):
-            if path is not None and not path.is_file():
-                raise ConfigError(f"{name} {path} is not a file")
+        if self.weights is not None and not self.weights.is_file():
+            raise ConfigError(f"--weights {self.weights} is not a file")
+        if self.tls is not None:
+            for option, path in (("--tls-cert", self.tls.certificate), ("--tls-key", self.tls.private_key)):
+                read_file(option, path)
 
 
-def read_setting_file(name: str, path: Path) -> bytes:
-    """The content of a file that an option names.
+def read_file(option: str, path: Path) -> bytes:
+    """Reads a file that the user named.
 
     Raises:
         ConfigError: It cannot be read.
@@ -105,7 +103,19 @@ def read_setting_file(name: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{name} {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{option} {path} cannot be read: {error.strerror}") from error
+
+
+def read_token(option: str, path: Path) -> str:
+    """Reads the shared secret.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds none: an empty secret would let everybody in.
+    """
+    token = read_file(option, path).decode("ascii", errors="replace").strip()
+    if not token or not token.isascii() or not token.isprintable():
+        raise ConfigError(f"{option} {path} holds no token; allowed: one line of printable ASCII characters")
+    return token
 
 
 def require_ray_token() -> None:

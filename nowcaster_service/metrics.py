@@ -33,28 +33,42 @@ class ServiceMetrics:
         )
         self.sent_bytes = Counter("sidecast_service_sent_bytes", "Prediction bytes sent", ["run_id"], registry=registry)
         self.snapshots = Counter(
-            "sidecast_service_snapshots", "Snapshots by how they ended", ["run_id", "state"], registry=registry
+            "sidecast_service_snapshots",
+            "Snapshots by how they ended: committed, aborted",
+            ["run_id", "state"],
+            registry=registry,
         )
         self.predictions = Counter(
-            "sidecast_service_predictions", "Nowcasts by result", ["run_id", "result"], registry=registry
+            "sidecast_service_predictions",
+            "Nowcasts by result: published, failed",
+            ["run_id", "result"],
+            registry=registry,
         )
         self.jumps = Counter(
-            "sidecast_service_jumps", "What trainers did with predictions", ["run_id", "outcome"], registry=registry
+            "sidecast_service_jumps",
+            "What runs did with predictions: applied, accepted, rolled_back, rejected",
+            ["run_id", "outcome"],
+            registry=registry,
         )
         self.nowcast_seconds = Histogram(
             "sidecast_service_nowcast_seconds",
-            "From a complete window to a published prediction",
+            "An engine's time for one prediction and its checks",
             ["run_id", "predictor"],
             buckets=NOWCAST_BUCKETS_S,
             registry=registry,
         )
         self.relative_norm = Gauge(
-            "sidecast_service_jump_relative_norm", "||delta|| / ||base|| of the newest", ["run_id"], registry=registry
+            "sidecast_service_jump_relative_norm",
+            "Norm of the newest jump relative to the parameters'",
+            ["run_id"],
+            registry=registry,
         )
         self.snapshot_step = Gauge(
             "sidecast_service_snapshot_step", "Step of the newest committed snapshot", ["run_id"], registry=registry
         )
-        self.refused = Counter("sidecast_service_refused", "Refused calls by status", ["status"], registry=registry)
+        self.refused = Counter(
+            "sidecast_service_refused", "Refused calls by gRPC status", ["status"], registry=registry
+        )
         self._of_a_run = (
             self.ranks,
             self.received_bytes,

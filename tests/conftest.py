@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Published weights and golden cases are not ours to commit; this is where our own machines keep them.
 NINO_DATA = Path(os.environ.get("SIDECAST_NINO_DATA", REPOSITORY.parent / "shared" / "data" / "nino"))
+
+if not Path("/dev/nvidiactl").exists():
+    # Without a GPU, Triton kernels run in its interpreter. Triton reads this when it is first imported, by whomever.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +27,19 @@ def nino_data() -> Path:
             pytest.fail(f"CI must not skip: {reason}")
         pytest.skip(reason)
     return NINO_DATA
+
+
+@pytest.fixture(scope="session")
+def find_tool() -> Callable[[str], str]:
+    """Finds an installed program; skips without it, but fails under CI."""
+
+    def find(name: str) -> str:
+        path = shutil.which(name)
+        if path is not None:
+            return path
+        reason = f"{name} is not installed"
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must not skip: {reason}")
+        pytest.skip(reason)
+
+    return find

@@ -41,13 +41,12 @@ class GoldenPrediction:
         return cls(case, nino_data / case.description["checkpoint"], History(case.manifest, states))
 
     def graphs(self) -> GraphCache:
-        """Graphs with the golden encoding, because the signs and bases of another one may differ."""
-        return GraphCache(self._graph)
-
-    def _graph(self, manifest: object, layout: str, lpe_dim: int) -> NeuralGraph:
-        topology = build_topology(self.case.manifest, layout)
+        """The graph with the golden encoding, because the signs and bases of another one may differ."""
+        topology = build_topology(self.case.manifest)
         lpe = self.case.arrays.get("lpe")
-        return NeuralGraph(topology, torch.empty(topology.num_nodes, 0) if lpe is None else torch.from_numpy(lpe))
+        graph = NeuralGraph(topology, torch.empty(topology.num_nodes, 0) if lpe is None else torch.from_numpy(lpe))
+        # A lambda travels to workers by value: they cannot import this module.
+        return GraphCache(lambda manifest, layout, lpe_dim: graph)
 
     def check(self, predictor: Predictor) -> None:
         """Asserts every stored horizon, scaled and unscaled."""

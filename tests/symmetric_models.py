@@ -32,8 +32,8 @@ class SmallModel:
     manifest: ModelManifest
     inputs: tuple[Tensor, ...]
 
-    def topology(self) -> Topology:
-        return build_topology(self.manifest, "symmetric")
+    def topology(self, layout: str = "symmetric") -> Topology:
+        return build_topology(self.manifest, layout)
 
     def output(self, vector_P: NDArray[np.float64]) -> Tensor:
         """The network's output with these parameters."""

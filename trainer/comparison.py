@@ -101,6 +101,7 @@ class Verdict:
         steps: When the run with nowcasts did, interpolated between validations; None if it never did.
         best_loss: The best validation loss of the run with nowcasts.
         behind_steps: If it never did: how long before its own best step the baseline had reached that loss.
+        resolution_steps: Steps between validations; less than that is not told apart.
     """
 
     target_loss: float
@@ -108,15 +109,20 @@ class Verdict:
     steps: float | None
     best_loss: float
     behind_steps: float | None
+    resolution_steps: float
 
     @property
     def saved_steps(self) -> float | None:
         return None if self.steps is None else self.baseline_steps - self.steps
 
     @property
+    def has_paid(self) -> bool:
+        return self.saved_steps is not None and self.saved_steps >= self.resolution_steps
+
+    @property
     def sentence(self) -> str:
         """The verdict in words."""
-        target = f"the baseline's best validation loss, {self.target_loss:.4f} at step {self.baseline_steps:,.0f}"
+        target = f"the baseline's best validation loss ({self.target_loss:.4f}, at step {self.baseline_steps:,.0f})"
         if self.steps is None:
             behind = "" if self.behind_steps is None else f", {self.behind_steps:,.0f} steps behind it"
             return (
@@ -125,12 +131,16 @@ class Verdict:
             )
         saved_steps = self.baseline_steps - self.steps
         share = abs(saved_steps) / self.baseline_steps
-        if saved_steps > 0:
-            return (
-                f"It paid: {saved_steps:,.0f} steps saved ({share:.1%}). The run with nowcasts reached {target}, "
-                f"at step {self.steps:,.0f}."
+        if self.has_paid:
+            verdict = f"It paid: {saved_steps:,.0f} steps saved ({share:.1%})"
+        elif saved_steps <= -self.resolution_steps:
+            verdict = f"It did not pay: {-saved_steps:,.0f} steps lost ({share:.1%})"
+        else:
+            verdict = (
+                f"About even: {saved_steps:+,.0f} steps saved, less than the {self.resolution_steps:,.0f} steps "
+                "between two validations"
             )
-        return f"It did not pay: {-saved_steps:,.0f} steps lost ({share:.1%}) on the way to {target}."
+        return f"{verdict}. The run with nowcasts reached {target} at step {self.steps:,.0f}."
 
 
 def verdict(curves: RunCurves, baseline: RunCurves) -> Verdict | None:
@@ -151,6 +161,7 @@ def verdict(curves: RunCurves, baseline: RunCurves) -> Verdict | None:
         steps=steps,
         best_loss=best_loss,
         behind_steps=behind_steps,
+        resolution_steps=baseline.validation[-1][0] / len(baseline.validation),
     )
 
 

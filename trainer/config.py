@@ -172,6 +172,11 @@ def load_config(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) ->
             raise ConfigError(f"section {key!r} in {name_or_path} is not read by this job; {REFUSED_SECTIONS[key]}")
         if key not in OWN_SECTIONS and (close := difflib.get_close_matches(key, OWN_SECTIONS, n=1, cutoff=0.75)):
             raise ConfigError(f"unknown section {key!r} in {name_or_path}; did you mean {close[0]!r}?")
+    if not isinstance(sections.get("optimizer"), dict):
+        raise ConfigError(
+            f"section 'optimizer' in {name_or_path} is {json.dumps(sections.get('optimizer'))}; "
+            "it must be DeepSpeed's object of an optimizer's type and params"
+        )
     training = parse_settings(TrainingConfig, sections.pop("training", {}), "training")
     nowcaster = sections.get("nowcaster")
     if isinstance(nowcaster, dict):
@@ -206,7 +211,7 @@ def parse_settings(settings: type[Settings], values: Any, section: str) -> Setti
 
 
 def _coerce(hint: Any, value: Any, key: str) -> Any:
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return parse_settings(hint, value, key)
     allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     # bool is an int to Python, but 'true' steps are a mistake.

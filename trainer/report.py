@@ -64,7 +64,7 @@ def write_report(run_dir: Path, baseline_dir: Path | None, out: Path) -> str:
     template = Template(resources.files(__package__).joinpath("templates", "report.html").read_text())
     page = template.substitute(
         verdict=escape(sentence),
-        verdict_class="paid" if judged is not None and (judged.saved_steps or 0) > 0 else "unpaid",
+        verdict_class="paid" if judged is not None and judged.has_paid else "unpaid",
         caveat=escape(_caveat(curves, baseline)),
         chart=svg_chart(chart, jump_steps, from_step=0.05 * curves.train[-1][0]),
         chart_late=svg_chart(
@@ -170,8 +170,11 @@ def _caveat(curves: RunCurves, baseline: RunCurves | None) -> str:
         return ""
     differs = first_difference(curves, baseline)
     parts = ["One seed and one small model: an illustration, not a measurement of how well nowcasting works."]
+    steps, baseline_steps = curves.train[-1][0], baseline.train[-1][0]
+    if steps != baseline_steps:
+        parts.append(f"The runs are of different length ({steps:,} and {baseline_steps:,} steps).")
     if differs is None:
-        parts.append("The training losses of both runs are equal bit for bit.")
+        parts.append("The training losses of both runs are equal bit for bit, as far as both go.")
     elif curves.jumps:
         jump_step = curves.jumps[0]["step"]
         parts.append(

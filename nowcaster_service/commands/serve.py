@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from sidecast.errors import ConfigError, SidecastError
-from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, read_setting_file, require_ray_token
+from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, read_token, require_ray_token
 
 GIB = 1 << 30
 PR_SET_PDEATHSIG = 1
@@ -145,7 +145,7 @@ def service_config(args: argparse.Namespace, history_dir: Path) -> ServiceConfig
         engine_gpus=args.engine_gpus,
         nowcast_timeout_s=args.nowcast_timeout_s,
         session_timeout_s=args.session_timeout_s,
-        token=None if args.token_file is None else read_setting_file("--token-file", args.token_file).decode().strip(),
+        token=None if args.token_file is None else read_token("--token-file", args.token_file),
         tls=tls,
     )
 

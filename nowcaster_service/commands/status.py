@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from sidecast.errors import SidecastError
-from sidecast.nowcaster_service.config import read_setting_file
+from sidecast.nowcaster_service.config import read_file, read_token
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,13 +35,11 @@ def run(args: argparse.Namespace) -> int:
         channel = grpc.insecure_channel(args.endpoint, options)
     else:
         channel = grpc.secure_channel(
-            args.endpoint, grpc.ssl_channel_credentials(read_setting_file("--tls-ca", args.tls_ca)), options
+            args.endpoint, grpc.ssl_channel_credentials(read_file("--tls-ca", args.tls_ca)), options
         )
     metadata = []
     if args.token_file is not None:
-        metadata.append(
-            ("authorization", f"Bearer {read_setting_file('--token-file', args.token_file).decode().strip()}")
-        )
+        metadata.append(("authorization", f"Bearer {read_token('--token-file', args.token_file)}"))
     with channel:
         try:
             stub = nowcast_pb2_grpc.NowcasterStub(channel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -40,6 +41,33 @@ class MatrixSlice:
         """All of a weight of shape (inputs, outputs)."""
         return cls(fqn=fqn, shape=(num_inputs, num_outputs), input_stride=num_outputs, output_stride=1)
 
+    def block(
+        self, name: str, inputs: NodeRange, outputs: NodeRange, edge_type: EdgeType, *, is_reversed: bool
+    ) -> Block:
+        """The matrix as a dense block: edges from its inputs to its outputs, or the other way round."""
+        source, target = (outputs, inputs) if is_reversed else (inputs, outputs)
+        strides = (self.input_stride, self.output_stride)
+        source_stride, target_stride = strides[::-1] if is_reversed else strides
+        view = ParameterView(fqn=self.fqn, offset=self.offset, source_stride=source_stride, target_stride=target_stride)
+        return Block(
+            name=name, edge_type=edge_type, source=source, target=target, view=view, source_major=not is_reversed
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Between which nodes a matrix was drawn, or would have been if it were not frozen.
+
+    Attributes:
+        inputs: Nodes of its inputs.
+        outputs: Nodes of its outputs.
+        is_reversed: Whether its edges run from its outputs to its inputs.
+    """
+
+    inputs: NodeRange
+    outputs: NodeRange
+    is_reversed: bool
+
 
 @dataclass(frozen=True, kw_only=True)
 class VectorSlice:
@@ -58,10 +86,13 @@ class TopologyAssembler:
 
     Attributes:
         manifest: The parameters and the configuration.
+        placements: Where each matrix is, by parameter, frozen ones included.
     """
 
-    def __init__(self, manifest: ModelManifest) -> None:
+    def __init__(self, manifest: ModelManifest, adapted_modules: Iterable[str] = ()) -> None:
         self.manifest = manifest
+        self.placements: dict[str, list[Placement]] = {}
+        self._adapted_modules = tuple(adapted_modules)
         self._num_nodes = 0
         self._layers: list[NodeLayer] = []
         self._blocks: list[Block] = []
@@ -79,6 +110,11 @@ class TopologyAssembler:
     def has(self, fqn: str) -> bool:
         """Whether the manifest lists this parameter."""
         return fqn in self.manifest.by_name
+
+    def has_prefix(self, prefix: str) -> bool:
+        """Whether any parameter, or any module that adapters adapt, has a name that begins so."""
+        names = (*(spec.fqn for spec in self.manifest.parameters), *self._adapted_modules)
+        return any(name.startswith(prefix) for name in names)
 
     def use(self, fqn: str, shape: tuple[int, ...]) -> bool:
         """Claims a parameter of the architecture; False if the manifest lacks it (it is frozen).
@@ -140,15 +176,10 @@ class TopologyAssembler:
         is_reversed: bool = False,
     ) -> None:
         """Appends a matrix: edges from its inputs to its outputs, or the other way round."""
-        if not self.use(matrix.fqn, matrix.shape):
-            return
-        source, target = (outputs, inputs) if is_reversed else (inputs, outputs)
-        strides = (matrix.input_stride, matrix.output_stride)
-        source_stride, target_stride = strides[::-1] if is_reversed else strides
-        view = ParameterView(
-            fqn=matrix.fqn, offset=matrix.offset, source_stride=source_stride, target_stride=target_stride
-        )
-        self.parametric(name, edge_type, source, target, view, source_major=not is_reversed)
+        placement = Placement(inputs=inputs, outputs=outputs, is_reversed=is_reversed)
+        self.placements.setdefault(matrix.fqn, []).append(placement)
+        if self.use(matrix.fqn, matrix.shape):
+            self._append(matrix.block(name, inputs, outputs, edge_type, is_reversed=is_reversed))
 
     def kernel(
         self,
@@ -156,6 +187,7 @@ class TopologyAssembler:
         num_elements: int,
         inputs: NodeRange,
         outputs: NodeRange,
+        edge_type: EdgeType = EdgeType.CONV,
         kind: BlockKind = BlockKind.DENSE,
     ) -> None:
         """Appends a matrix of kernels, each of consecutive elements, on parallel edges of at most nine elements.
@@ -164,7 +196,6 @@ class TopologyAssembler:
         """
         if not self.use(matrix.fqn, matrix.shape):
             return
-        edge_type = EdgeType.CONV if num_elements > 1 else EdgeType.FULLY_CONNECTED
         for first in range(0, num_elements, MAX_KERNEL_ELEMENTS):
             view = ParameterView(
                 fqn=matrix.fqn,

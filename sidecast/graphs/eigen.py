@@ -6,18 +6,19 @@ Shape suffixes: A rows of the matrix, K eigenvectors.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh
 from scipy.sparse import csc_array, csr_array, eye_array
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import LinearOperator, SuperLU, eigsh, splu
 
 # Eigenvalues closer than this are taken for one eigenspace: solvers are good to 1e-13, and the spectra at hand have
 # gaps above 1e-7 where they have any.
 EIGENVALUE_TOLERANCE = 1e-9
-_LARGEST_DENSE = 1200
+_LARGEST_DENSE = 400
 _SHIFT = -1e-2
 
 
@@ -88,15 +89,41 @@ def _orthogonal_rest(basis_AK: NDArray[np.float64], first_A: NDArray[np.float64]
 
 def _solve(similarity_AA: csr_array, count: int) -> EigenPairs:
     size = similarity_AA.shape[0]
-    if size <= _LARGEST_DENSE or count >= size // 2:
+    if size <= _LARGEST_DENSE or 8 * count >= size:
         laplacian = np.eye(size) - similarity_AA.toarray()
         value, vector = eigh(laplacian, subset_by_index=[0, count - 1])
         return EigenPairs(value, vector)
-    laplacian = csc_array(eye_array(size, format="csc") - similarity_AA)
-    start = np.random.default_rng(0).standard_normal(size)
-    value, vector = eigsh(laplacian, k=count, sigma=_SHIFT, which="LM", v0=start)
-    order = np.argsort(value)
-    return EigenPairs(value[order], vector[:, order])
+    return _solve_sparse(csc_array(eye_array(size, format="csc") - similarity_AA), count)
+
+
+def _solve_sparse(laplacian_AA: csc_array, count: int) -> EigenPairs:
+    """Shift-and-invert Lanczos, repeated on what is orthogonal to the vectors found until nothing lower turns up.
+
+    One run may return an eigenspace without some of its dimensions.
+    """
+    size = laplacian_AA.shape[0]
+    shifted = csc_array(laplacian_AA - _SHIFT * eye_array(size, format="csc"))
+    factors = splu(shifted, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    rng = np.random.default_rng(0)
+    found_K, found_AK = np.empty(0), np.empty((size, 0))
+    while True:
+        inverse = LinearOperator(
+            (size, size), matvec=partial(_solve_outside, factors, found_AK), dtype=np.dtype(np.float64)
+        )
+        inverse_value, vector_AK = eigsh(inverse, k=count, which="LA", v0=rng.standard_normal(size))
+        value_K = _SHIFT + 1 / inverse_value
+        is_settled = len(found_K) >= count and value_K.min() > found_K[count - 1] - EIGENVALUE_TOLERANCE
+        if is_settled:
+            return EigenPairs(found_K[:count], found_AK[:, :count])
+        order = np.argsort(np.concatenate([found_K, value_K]), kind="stable")
+        found_K = np.concatenate([found_K, value_K])[order]
+        found_AK = np.concatenate([found_AK, vector_AK], axis=1)[:, order]
+
+
+def _solve_outside(factors: SuperLU, found_AK: NDArray[np.float64], x_A: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The inverse, restricted to what is orthogonal to eigenvectors already found."""
+    solution_A: NDArray[np.float64] = factors.solve(x_A - found_AK @ (found_AK.T @ x_A))
+    return solution_A - found_AK @ (found_AK.T @ solution_A)
 
 
 def _eigenspaces(value_K: NDArray[np.float64]) -> list[tuple[int, int]]:

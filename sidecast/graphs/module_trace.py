@@ -58,7 +58,9 @@ def manifest_of_module(module: nn.Module) -> ModelManifest:
         raise ConfigError(f"{type(module).__name__} cannot be traced: {error}") from error
     reader = _OperationReader(module)
     operations = [operation for node in traced.nodes if (operation := reader.read(node)) is not None]
-    parameters, aliases, seen = [], {}, {}
+    parameters: list[ParameterSpec] = []
+    aliases: dict[str, str] = {}
+    seen: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue

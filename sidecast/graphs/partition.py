@@ -46,7 +46,7 @@ def atoms(topology: Topology) -> Partition:
     """
     cuts = _cut_points(topology)
     position = {cut: number for number, cut in enumerate(cuts)}
-    size_A = np.diff(np.asarray(cuts, dtype=np.int64))
+    size_A: NDArray[np.int64] = np.diff(np.asarray(cuts, dtype=np.int64)).astype(np.int64)
     pairs = _AtomPairs(len(size_A), size_A)
     for block in topology.blocks:
         sources = range(position[block.source.start], position[block.source.stop])

@@ -108,6 +108,7 @@ def arrange(topology: Topology) -> Picture:
     ribbons = tuple(
         Ribbon(source, target, edge_type, f"{blocks[0].name}{_and_more(blocks)}")
         for (source, target, edge_type), blocks in joined.items()
+        if source != target
     )
     counts: dict[EdgeType, int] = defaultdict(int)
     for block in topology.blocks:
@@ -211,7 +212,7 @@ def _bands(topology: Topology, joined: dict[tuple[int, int, EdgeType], list[Bloc
         number
         for (source, target, _), blocks in joined.items()
         for number in (source, target)
-        if any(block.kind is BlockKind.DIAGONAL and block.name.endswith(".res") for block in blocks)
+        if any(block.kind is BlockKind.DIAGONAL and block.name.rsplit(".", 1)[-1].startswith("res") for block in blocks)
     }
     columns: dict[int, list[int]] = defaultdict(list)
     for number in range(len(topology.layers)):
@@ -231,24 +232,24 @@ def _bands(topology: Topology, joined: dict[tuple[int, int, EdgeType], list[Bloc
 
 
 def _ranks(num_layers: int, edges: list[tuple[int, int]]) -> list[int]:
-    """Columns: each layer right of all that feed it, sources just left of the first that they feed."""
-    following: dict[int, list[int]] = defaultdict(list)
+    """Columns: each layer right of all that feed it, and otherwise as close as can be to what it feeds."""
+    targets_of: dict[int, list[int]] = defaultdict(list)
     for source, target in edges:
         if source != target:
-            following[source].append(target)
-    fed = {target for targets in following.values() for target in targets}
+            targets_of[source].append(target)
+    fed = {target for targets in targets_of.values() for target in targets}
     roots = [number for number in range(num_layers) if number not in fed] + list(range(num_layers))
-    order = _depth_first(roots, following)
+    order = _depth_first(roots, targets_of)
     position = {number: place for place, number in enumerate(order)}
+    # What runs against the order closes a cycle.
+    later = {number: [t for t in targets_of[number] if position[t] > position[number]] for number in order}
     rank = [0] * num_layers
     for number in order:
-        for target in following[number]:
-            # What runs against the order closes a cycle.
-            if position[target] > position[number]:
-                rank[target] = max(rank[target], rank[number] + 1)
-    for number in range(num_layers):
-        if number not in fed and following[number]:
-            rank[number] = max(0, min(rank[target] for target in following[number]) - 1)
+        for target in later[number]:
+            rank[target] = max(rank[target], rank[number] + 1)
+    for number in reversed(order):
+        if later[number]:
+            rank[number] = min(rank[target] for target in later[number]) - 1
     return rank
 
 

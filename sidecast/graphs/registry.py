@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from sidecast.errors import ConfigError
+from sidecast.graphs.adapters import draw_adapter, put_together, take_apart
 from sidecast.graphs.assembler import TopologyAssembler
 from sidecast.graphs.model_config import ModelConfig
 from sidecast.graphs.topology import Topology
@@ -67,7 +68,8 @@ def build_topology(manifest: ModelManifest, layout: str = "official", *, unknown
             model, ``isolate`` gives it nodes of its own.
 
     Returns:
-        The topology. Parameters that the manifest lacks are frozen: named in ``absent``, without edges.
+        The topology. Parameters that the manifest lacks are frozen: named in ``absent``, without edges. Low-rank
+        adapters run through nodes of their own beside the matrix that they adapt.
 
     Raises:
         ConfigError: The model type, layout, a shape or a parameter is not one that the builder knows.
@@ -87,6 +89,9 @@ def build_topology(manifest: ModelManifest, layout: str = "official", *, unknown
         raise ConfigError(
             f"model_type {config.model_type!r} has no {layout!r} layout; it has: {', '.join(builder.layouts)}"
         )
-    assembler = TopologyAssembler(manifest)
+    model = take_apart(manifest)
+    assembler = TopologyAssembler(model.base, (adapter.module for adapter in model.adapters))
     draw(assembler, config)
-    return assembler.finish(builder.family, layout, isolate_unknown=unknown_parameters == "isolate")
+    adapter_blocks = [block for adapter in model.adapters for block in draw_adapter(assembler, adapter)]
+    topology = assembler.finish(builder.family, layout, isolate_unknown=unknown_parameters == "isolate")
+    return put_together(topology, manifest, model, adapter_blocks)

@@ -76,14 +76,15 @@ class BlockPart:
             sums_VD.index_add_(0, self.targets, values_TD)
 
 
-def split_topology(topology: Topology, *, max_scalars: int = MAX_SCALARS) -> list[BlockPart]:
+def split_topology(topology: Topology) -> list[BlockPart]:
     """Divides all edges of a graph, self-loops included, into parts of bounded size.
 
     Raises:
         ConfigError: Some parameter is on no edge, or on several.
     """
     structural: dict[tuple[EdgeType, float], list[Tensor]] = {}
-    parts, carried = [], 0
+    parts: list[BlockPart] = []
+    carried = 0
     for block in topology.blocks:
         if block.num_edges == 0:
             continue
@@ -91,7 +92,7 @@ def split_topology(topology: Topology, *, max_scalars: int = MAX_SCALARS) -> lis
             structural.setdefault((block.edge_type, block.constant), []).append(_pairs(block))
         else:
             carried += block.num_edges * block.view.num_kernel_elements
-            parts.extend(_split_block(block, max_scalars))
+            parts.extend(_split_block(block))
     num_elements = sum(spec.numel for spec in topology.parameters)
     if carried != num_elements:
         raise ConfigError(
@@ -132,10 +133,10 @@ def _pairs(block: Block) -> Tensor:
     return torch.cartesian_prod(source, target).T.reshape(2, -1)
 
 
-def _split_block(block: Block, max_scalars: int) -> Iterator[BlockPart]:
+def _split_block(block: Block) -> Iterator[BlockPart]:
     view = block.view
     assert view is not None
-    max_edges = max(1, max_scalars // view.num_kernel_elements)
+    max_edges = max(1, MAX_SCALARS // view.num_kernel_elements)
     num_sources, num_targets = len(block.source), len(block.target)
     if block.kind is BlockKind.DIAGONAL:
         source_step = target_step = min(num_sources, max_edges, MAX_NODES)

@@ -48,6 +48,10 @@ class GraphCache:
         self._graphs: OrderedDict[tuple[str, str, int], NeuralGraph] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[GraphCache], tuple[Callable[[ModelManifest, str, int], NeuralGraph], int]]:
+        # Graphs are rebuilt where a predictor is sent to; sending them would cost more.
+        return GraphCache, (self._build, self._capacity)
+
     def graph(self, manifest: ModelManifest, layout: str, lpe_dim: int) -> NeuralGraph:
         """The graph of this model, built now if it is not at hand."""
         key = (manifest.schema_hash, layout, lpe_dim)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sidecast.predictors.base import History, check_history, fp32_states
+from sidecast.predictors.base import History, check_history
+from sidecast.predictors.window import combine_window
 
 
 class LinearPredictor:
@@ -16,16 +17,15 @@ class LinearPredictor:
     """
 
     name = "linear"
-    context_len = None
+    context_len: int | None = None
     max_horizon = 5
 
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
         check_history(self, history, horizon_intervals)
-        context_len = history.context_len
-        centred = torch.arange(context_len, dtype=torch.float32) - (context_len - 1) / 2
-        weights_C = centred / centred.square().sum() * horizon_intervals
-        start = 0
-        for spec in history.manifest.parameters:
-            states_CN = fp32_states(self, history, spec.fqn)
-            out[start : start + spec.numel] = weights_C @ states_CN
-            start += spec.numel
+        combine_window(self, history, slope_weights(history.context_len) * horizon_intervals, out)
+
+
+def slope_weights(context_len: int) -> Tensor:
+    """Weights of equally spaced values in the slope of their least-squares line, (C,) fp32; they add up to 0."""
+    centred_C = torch.arange(context_len, dtype=torch.float32) - (context_len - 1) / 2
+    return centred_C / centred_C.square().sum()

@@ -14,7 +14,7 @@ from sidecast.predictors.base import History, check_history
 from sidecast.predictors.block_parts import in_degrees, split_topology
 from sidecast.predictors.graph_cache import GraphCache
 from sidecast.predictors.nino_fusion import fuse, fuse_mlp
-from sidecast.predictors.nino_kernels import CpuKernels
+from sidecast.predictors.nino_kernels import CpuKernels, Kernels
 from sidecast.predictors.nino_passes import ChangePass, ConvolutionPass, FirstConvolutionPass
 from sidecast.predictors.passes import BlockPass, PassPlan, run_plan
 from sidecast.predictors.scaling_pass import ScaledReader, ScalingPass
@@ -37,6 +37,7 @@ class NinoPredictor:
         upd_scale: Share of the predicted scaled change that is used, for all parameters or by name pattern.
         precision: Of the products of hidden vectors: ``fp32``, or ``bf16`` for processors that have it.
         num_threads: Threads to work on; torch's number of intra-op threads if None.
+        kernels: Does the tiles; those for the CPU in the given precision if None.
 
     Source: NiNo (arXiv 2409.04434), section 4.
     """
@@ -50,6 +51,7 @@ class NinoPredictor:
         upd_scale: StepLength = 1.0,
         precision: str = "fp32",
         num_threads: int | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         check_step_length("upd_scale", upd_scale)
         if precision not in _PRODUCT_DTYPES:
@@ -57,14 +59,14 @@ class NinoPredictor:
         if num_threads is not None and num_threads < 1:
             raise ConfigError(f"num_threads is {num_threads}; it must be at least 1")
         self.name = "nino" if weights.config.gnn else "wnn_plus"
-        self.context_len = weights.config.context_len
+        self.context_len: int | None = weights.config.context_len
         self.max_horizon = weights.config.max_horizon
         self._config = weights.config
         self._network = fuse(weights) if weights.config.gnn else fuse_mlp(weights)
         self._graphs = graphs
         self._layout = layout
         self._upd_scale = upd_scale
-        self._kernels = CpuKernels(_PRODUCT_DTYPES[precision])
+        self._kernels = kernels if kernels is not None else CpuKernels(_PRODUCT_DTYPES[precision])
         self._num_threads = num_threads
 
     def prepare(self, manifest: ModelManifest) -> None:

@@ -6,7 +6,8 @@ Shape suffixes: D hidden, X edge features, S source nodes, T target nodes, F ker
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from torch.nn.functional import silu
 
 from sidecast.predictors.nino_fusion import Affine
 
-TILE_EDGES = 1_024
-"""Two hidden vectors of each edge of a tile take 1 MiB in fp32: measured best with caches of 0.5 MiB and more."""
+TILE_EDGES = 2_048
+"""Two hidden vectors of each edge of a tile take 2 MiB in fp32; smaller tiles lose more to starting operators, and to
+threads that wait for each other to do so, than they gain in the cache."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,8 @@ class Layer:
     target_TD: Tensor
 
 
-class CpuKernels:
-    """Tiles of torch operators.
-
-    Args:
-        product_dtype: Precision of the D x D products; the rest is fp32.
-        tile_edges: Edges worked on at once.
-    """
-
-    def __init__(self, product_dtype: torch.dtype = torch.float32, tile_edges: int = TILE_EDGES) -> None:
-        self._product_dtype = product_dtype
-        self._tile_edges = tile_edges
+class Kernels(Protocol):
+    """The tile loops, on whatever device their tensors are."""
 
     def message_sums(
         self, features_XTS: Tensor, layers: Sequence[Layer], scale_DD: Tensor, gain_SD: Tensor
@@ -59,18 +52,7 @@ class CpuKernels:
         Returns:
             Both sums, (T, D) fp32.
         """
-        _, num_targets, _ = features_XTS.shape
-        dim = gain_SD.shape[1]
-        hidden_TD, gained_TD = torch.zeros(2, num_targets, dim)
-        scale_DD = scale_DD.to(self._product_dtype)
-        for targets, sources, features_XE in self._tiles(features_XTS):
-            grid = (targets.stop - targets.start, sources.stop - sources.start, dim)
-            hidden_ED = self._hidden(features_XE, layers, targets, sources)
-            gained_ED = hidden_ED @ scale_DD
-            hidden_TD[targets] += hidden_ED.view(grid).sum(1, dtype=torch.float32)
-            gained = gained_ED.to(torch.float32).view(grid).mul_(gain_SD[sources])
-            gained_TD[targets] += gained.sum(1)
-        return hidden_TD, gained_TD
+        ...
 
     def changes(self, features_XTS: Tensor, layers: Sequence[Layer], output: Affine) -> Tensor:
         """Predicted scaled changes (T, S, F) of the parameters on the edges of a part.
@@ -80,14 +62,66 @@ class CpuKernels:
             layers: Hidden layers, each followed by SiLU.
             output: Last layer, one column for each kernel element.
         """
+        ...
+
+
+class _Scratch:
+    """Hidden vectors of one tile, twice: fresh memory for every tile would cost page faults."""
+
+    def __init__(self, num_edges: int, dim: int, dtype: torch.dtype) -> None:
+        self._buffers = [torch.empty(num_edges * dim, dtype=dtype) for _ in range(2)]
+        self._dim = dim
+        self._current = 0
+
+    def next(self, num_targets: int, num_sources: int) -> Tensor:
+        """The buffer that was not handed out last, (T, S, D)."""
+        self._current = 1 - self._current
+        shape = (num_targets, num_sources, self._dim)
+        return self._buffers[self._current][: num_targets * num_sources * self._dim].view(shape)
+
+
+class CpuKernels:
+    """Tiles of torch operators.
+
+    Args:
+        product_dtype: Precision of the D x D products; sums over edges and products with edge features are fp32.
+        tile_edges: Edges worked on at once.
+    """
+
+    def __init__(self, product_dtype: torch.dtype = torch.float32, tile_edges: int = TILE_EDGES) -> None:
+        self._product_dtype = product_dtype
+        self._tile_edges = tile_edges
+
+    def message_sums(
+        self, features_XTS: Tensor, layers: Sequence[Layer], scale_DD: Tensor, gain_SD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Kernels.message_sums``."""
+        dim = gain_SD.shape[1]
+        hidden_TD, gained_TD = torch.zeros(2, features_XTS.shape[1], dim)
+        layers, scale_DD = self._in_product_dtype(layers), scale_DD.to(self._product_dtype)
+        scratch = _Scratch(self._tile_edges, dim, self._product_dtype)
+        for targets, sources, features_XE in self._tiles(features_XTS):
+            hidden_TSD = self._hidden(features_XE, layers, targets, sources, scratch)
+            hidden_TD[targets] += hidden_TSD.sum(1, dtype=torch.float32)
+            gained_TSD = scratch.next(*hidden_TSD.shape[:2])
+            torch.mm(hidden_TSD.flatten(0, 1), scale_DD, out=gained_TSD.view(-1, dim))
+            gained_TD[targets] += gained_TSD.mul_(gain_SD[sources]).sum(1, dtype=torch.float32)
+        return hidden_TD, gained_TD
+
+    def changes(self, features_XTS: Tensor, layers: Sequence[Layer], output: Affine) -> Tensor:
+        """See ``Kernels.changes``."""
         _, num_targets, num_sources = features_XTS.shape
-        weight_DF = output.weight.to(self._product_dtype)
+        layers, weight_DF = self._in_product_dtype(layers), output.weight.to(self._product_dtype)
+        scratch = _Scratch(self._tile_edges, output.weight.shape[0], self._product_dtype)
         change_TSF = torch.empty(num_targets, num_sources, weight_DF.shape[1])
         for targets, sources, features_XE in self._tiles(features_XTS):
-            tile = change_TSF[targets, sources]
-            change_EF = self._hidden(features_XE, layers, targets, sources) @ weight_DF
-            torch.add(change_EF.view(tile.shape), output.bias, out=tile)
+            hidden_TSD = self._hidden(features_XE, layers, targets, sources, scratch)
+            torch.add(hidden_TSD @ weight_DF, output.bias, out=change_TSF[targets, sources])
         return change_TSF
+
+    def _in_product_dtype(self, layers: Sequence[Layer]) -> list[Layer]:
+        first, *later = layers
+        return [first, *(replace(layer, weight=layer.weight.to(self._product_dtype)) for layer in later)]
 
     def _tiles(self, features_XTS: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         _, num_targets, num_sources = features_XTS.shape
@@ -99,22 +133,32 @@ class CpuKernels:
                 sources = slice(source, min(source + source_step, num_sources))
                 yield targets, sources, features_XTS[:, targets, sources].flatten(1)
 
-    def _hidden(self, features_XE: Tensor, layers: Sequence[Layer], targets: slice, sources: slice) -> Tensor:
+    def _hidden(
+        self, features_XE: Tensor, layers: Sequence[Layer], targets: slice, sources: slice, scratch: _Scratch
+    ) -> Tensor:
         first, *later = layers
-        hidden_ED = self._addends(first, targets, sources, torch.float32).addmm_(features_XE.T, first.weight)
-        hidden_ED = silu(hidden_ED, inplace=True).to(self._product_dtype)
-        for layer in later:
-            addend_ED = self._addends(layer, targets, sources, self._product_dtype)
-            hidden_ED = silu(addend_ED.addmm_(hidden_ED, layer.weight.to(self._product_dtype)), inplace=True)
-        return hidden_ED
-
-    def _addends(self, layer: Layer, targets: slice, sources: slice, dtype: torch.dtype) -> Tensor:
-        num_targets, num_sources = targets.stop - targets.start, sources.stop - sources.start
-        dim = layer.target_TD.shape[1]
-        target_TD = layer.target_TD if len(layer.target_TD) == 1 else layer.target_TD[targets]
-        addend_TSD = torch.empty(num_targets, num_sources, dim, dtype=dtype)
-        if layer.source_SD is None:
-            addend_TSD.copy_(target_TD[:, None])
+        grid = (targets.stop - targets.start, sources.stop - sources.start)
+        hidden_TSD = scratch.next(*grid)
+        dim = hidden_TSD.shape[2]
+        if hidden_TSD.dtype == torch.float32:
+            _add_nodes(first, targets, sources, out=hidden_TSD)
+            hidden_TSD.view(-1, dim).addmm_(features_XE.T, first.weight)
         else:
-            torch.add(layer.source_SD[sources], target_TD[:, None], out=addend_TSD)
-        return addend_TSD.flatten(0, 1)
+            single_TSD = torch.empty(hidden_TSD.shape)
+            _add_nodes(first, targets, sources, out=single_TSD)
+            hidden_TSD.copy_(single_TSD.view(-1, dim).addmm_(features_XE.T, first.weight).view(single_TSD.shape))
+        silu(hidden_TSD, inplace=True)
+        for layer in later:
+            next_TSD = scratch.next(*grid)
+            _add_nodes(layer, targets, sources, out=next_TSD)
+            next_TSD.view(-1, dim).addmm_(hidden_TSD.view(-1, dim), layer.weight)
+            hidden_TSD = silu(next_TSD, inplace=True)
+        return hidden_TSD
+
+
+def _add_nodes(layer: Layer, targets: slice, sources: slice, out: Tensor) -> None:
+    target_TD = layer.target_TD if len(layer.target_TD) == 1 else layer.target_TD[targets]
+    if layer.source_SD is None:
+        out.copy_(target_TD[:, None])
+    else:
+        torch.add(layer.source_SD[sources], target_TD[:, None], out=out)

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 from torch_geometric.nn import MessagePassing
 
 from sidecast.predictors.nino_config import NinoConfig
@@ -118,8 +118,7 @@ class NinoNetwork(nn.Module):
         """
         if self.training:
             lpe_V8 = lpe_V8 * (torch.randint(0, 2, lpe_V8.shape[1:], device=lpe_V8.device) * 2 - 1)
-        projection = self.edge_proj.fc[0]
-        edges_ED = features_EX @ projection.weight[:, : features_EX.shape[1]].T + projection.bias
+        edges_ED = self.edge_proj(pad(features_EX, (0, self.config.feature_dim - features_EX.shape[1])))
         edges_ED = self.gnn(
             self.node_proj(lpe_V8), edge_index, edges_ED + self.layer_embed(edge_type_E), trimmed=trimmed
         )

@@ -14,7 +14,7 @@ from torch.nn.functional import pad, silu
 
 from sidecast.predictors.block_parts import BlockPart, write_part
 from sidecast.predictors.nino_fusion import Affine, FusedNino, HiddenLayer
-from sidecast.predictors.nino_kernels import CpuKernels, Layer
+from sidecast.predictors.nino_kernels import Kernels, Layer
 from sidecast.predictors.passes import Found, PartContext
 from sidecast.predictors.scaling_pass import SCALES, ScaledReader
 from sidecast.predictors.step_length import StepLength, step_length
@@ -102,7 +102,7 @@ class ConvolutionPass:
     """
 
     def __init__(
-        self, network: FusedNino, layer: int, reader: ScaledReader, degree_V: Tensor, kernels: CpuKernels
+        self, network: FusedNino, layer: int, reader: ScaledReader, degree_V: Tensor, kernels: Kernels
     ) -> None:
         self._network = network
         self._layer = layer
@@ -158,7 +158,7 @@ class ChangePass:
         horizon_intervals: int,
         reader: ScaledReader,
         upd_scale: StepLength,
-        kernels: CpuKernels,
+        kernels: Kernels,
         *,
         by_element: bool = False,
     ) -> None:

@@ -42,7 +42,7 @@ class PlainNinoPredictor:
     ) -> None:
         check_step_length("upd_scale", upd_scale)
         self.name = "nino_plain" if weights.config.gnn else "wnn_plus_plain"
-        self.context_len = weights.config.context_len
+        self.context_len: int | None = weights.config.context_len
         self.max_horizon = weights.config.max_horizon
         self._network = load_network(weights)
         self._graphs = graphs

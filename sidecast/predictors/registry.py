@@ -17,6 +17,10 @@ keyword arguments, and the path of a weights file as ``weights`` if it needs one
 
 _BUILT_IN = {
     "linear": "sidecast.predictors.linear:LinearPredictor",
+    "average": "sidecast.predictors.average:AveragePredictor",
+    "outer_nesterov": "sidecast.predictors.outer_nesterov:OuterNesterovPredictor",
+    "rank1": "sidecast.predictors.rank1:Rank1Predictor",
+    "wnn": "sidecast.predictors.wnn:create",
     "nino": "sidecast.predictors.nino:create",
     "wnn_plus": "sidecast.predictors.nino:create_wnn_plus",
     "nino_plain": "sidecast.predictors.nino_plain:create",

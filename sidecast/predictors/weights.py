@@ -56,16 +56,26 @@ def load_weights(path: Path) -> NinoWeights:
     Raises:
         ConfigError: The file is missing, unreadable, or not such a network; the message names the file and the keys.
     """
+    tensors, metadata = load_tensors(path)
+    return NinoWeights(_stated_config(path, metadata) or _published_config(str(path), tensors), tensors, str(path))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Loads the fp32 tensors of a weights file of any network, and the metadata of a safetensors file.
+
+    Raises:
+        ConfigError: The file is missing, unreadable or holds something else.
+    """
     if not path.is_file():
-        raise ConfigError(f"weights file {path} does not exist; expected a .pt or .safetensors file of NiNo weights")
+        raise ConfigError(f"weights file {path} does not exist; expected a .pt, .pth or .safetensors file")
+    metadata: dict[str, str] = {}
     if path.suffix == ".safetensors":
-        tensors, config = _read_safetensors(path)
+        tensors, metadata = _read_safetensors(path)
     elif path.suffix in {".pt", ".pth"}:
-        tensors, config = _read_pickle(path), None
+        tensors = _read_pickle(path)
     else:
         raise ConfigError(f"weights file {path} ends in {path.suffix!r}; allowed: .pt, .pth, .safetensors")
-    tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
-    return NinoWeights(config or _published_config(str(path), tensors), tensors, str(path))
+    return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}, metadata
 
 
 def save_weights(path: Path, weights: NinoWeights) -> None:
@@ -74,17 +84,20 @@ def save_weights(path: Path, weights: NinoWeights) -> None:
     save_file(tensors, path, metadata={_METADATA_KEY: json.dumps(asdict(weights.config))})
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], NinoConfig | None]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            metadata = file.metadata() or {}
+            return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise ConfigError(f"weights file {path} is not a readable safetensors file: {error}") from error
+
+
+def _stated_config(path: Path, metadata: Mapping[str, str]) -> NinoConfig | None:
     if _METADATA_KEY not in metadata:
-        return tensors, None
+        return None
     try:
-        return tensors, NinoConfig(**json.loads(metadata[_METADATA_KEY]))
+        return NinoConfig(**json.loads(metadata[_METADATA_KEY]))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"weights file {path}: bad {_METADATA_KEY!r} metadata: {error}") from error
 

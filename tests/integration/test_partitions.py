@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from partition_cases import CASES_OF_WORLD_SIZE
+from partition_cases import CASES_OF_WORLD_SIZE, NUM_CHECKS
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT_S = 280
@@ -76,4 +76,4 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
 def test_partition(matrix: Matrix, world_size: int, case: str) -> None:
     checks = matrix.result(world_size, case)
     assert {name: failure for name, failure in checks.items() if failure is not None} == {}
-    assert len(checks) == 9
+    assert len(checks) == NUM_CHECKS

@@ -30,6 +30,13 @@ def test_a_run_that_arrives_later_has_lost_steps() -> None:
     assert judged.sentence.startswith("It did not pay: 100 steps lost")
 
 
+def test_less_than_the_spacing_of_validations_is_about_even() -> None:
+    judged = verdict(curves([3.0, 2.5, 1.9]), curves([3.0, 2.5, 2.0]))
+    assert judged is not None
+    assert not judged.has_paid
+    assert judged.sentence.startswith("About even: +17 steps saved, less than the 100 steps")
+
+
 def test_a_run_that_never_arrives_says_how_far_behind_it_is() -> None:
     judged = verdict(curves([3.0, 2.5, 2.2]), curves([3.0, 2.0, 1.0]))
     assert judged is not None

@@ -42,7 +42,7 @@ def test_refusals(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     ("arguments", "words"),
     [
         (["--tls-cert", "x"], "--tls-cert and --tls-key go together"),
-        (["--tls-cert", "/no/cert", "--tls-key", "/no/key"], "--tls-cert /no/cert is not a file"),
+        (["--tls-cert", "/no/cert", "--tls-key", "/no/key"], "--tls-cert /no/cert"),
         (["--token-file", "/nowhere"], "--token-file /nowhere cannot be read: No such file"),
         (["--history-gib", "nan"], "the history budget is 0 bytes"),
     ],

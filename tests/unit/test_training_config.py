@@ -51,6 +51,7 @@ def test_zero_is_a_value() -> None:
         ("training.steps.x", 5, ["training.steps.x", "not a section"]),
         ("nowcater.period_steps", 5, ["nowcater", "nowcaster"]),
         ("nowcaster", 5, ["nowcaster", "5"]),
+        ("optimizer", None, ["optimizer", "null", "type and params"]),
         ("scheduler", {}, ["scheduler", "training.schedule"]),
     ],
 )

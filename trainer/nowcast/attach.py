@@ -75,9 +75,7 @@ def attach(engine: Any) -> Any:
     session = _new_session(group, step)
     courier = _start_courier(engine, config, partition, manifest, session)
     _await_link(config, courier, group)
-    hook = Nowcaster(
-        config, partition, courier, VoteBox(group), rank=dist.get_rank(), step=step, run_id=session["run_id"]
-    )
+    hook = Nowcaster(config, partition, courier, VoteBox(group), step=step, run_id=session["run_id"])
     _hooks[engine] = hook
     _wrap_step(engine, hook)
     _wrap_backward(engine, hook)

@@ -175,6 +175,8 @@ class NowcasterConfig:
             0 < ladder.connect_s < ladder.chunk_s < ladder.stream_s,
             "0 < connect_s < chunk_s < stream_s",
         )
+        for name, path in (("token_file", self.token_file), ("tls_ca", self.tls_ca)):
+            check(name, path, path is None or Path(path).is_file(), "an existing file")
         if self.replay_dir is not None:
             check("replay_dir", self.replay_dir, Path(self.replay_dir).is_dir(), "an existing folder")
             check("record_dir", self.record_dir, self.record_dir is None, "null, since replay_dir is set")

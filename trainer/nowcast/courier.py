@@ -183,7 +183,7 @@ class Courier:
                 self._changed.wait()
             except (ReopenError, OutdatedError) as error:
                 # Rank 0 has not opened the session yet, or the service was restarted: soon it will be there.
-                log.info("rank %d: %s", self._rank, error)
+                log.debug("rank %d: %s", self._rank, error)
             except (UnavailableError, CorruptError) as error:
                 if reported != str(error) and self._session is session:
                     reported = str(error)
@@ -250,7 +250,7 @@ class Courier:
                 break
         seconds = time.perf_counter() - started_s
         if reason:
-            self._metrics.snapshots.labels(*self._metrics.labels, "dropped").inc()
+            self._metrics.snapshots.labels(*self._metrics.labels, "unsent").inc()
         else:
             self._metrics.uploaded_bytes.labels(*self._metrics.labels).inc(len(self._slots[slot]))
             self._metrics.upload_seconds.labels(*self._metrics.labels).observe(seconds)

@@ -101,6 +101,11 @@ class CourierHandle:
         """A staging slot that the courier does not need any more; None while it needs all."""
         return self._free_slots.pop() if self._free_slots else None
 
+    @property
+    def session_id(self) -> str:
+        """The session that the courier keeps open, or tries to."""
+        return str(self._hello["session"]["session_id"])
+
     def return_slot(self, slot: int) -> None:
         """Gives back a slot that was not handed to the courier."""
         self._free_slots.append(slot)
@@ -161,6 +166,8 @@ class CourierHandle:
                     self._free_slots.append(message["slot"])
                 elif message["type"] == "prediction":
                     self.prediction_is_held = True
+                elif message["type"] == "metrics":
+                    log.info("rank %d serves metrics on port %d", self._hello["rank"], message["port"])
                 yield message
         except ChannelClosedError:
             # Unless a post in between has noticed first: the one that is there now is then another.

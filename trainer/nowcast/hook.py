@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.nowcast.acceptance import LossPoint, LossTrend, Verdict
 from sidecast.trainer.nowcast.buffers import SharedBuffer
@@ -81,7 +82,6 @@ class Nowcaster:
         partition: What this rank holds.
         courier: Started, and joined or trying to.
         votes: Over all ranks.
-        rank: Global rank.
         step: Optimizer steps applied so far.
         run_id: Of the run; kept over resumes.
     """
@@ -93,7 +93,6 @@ class Nowcaster:
         courier: CourierHandle,
         votes: VoteBox,
         *,
-        rank: int,
         step: int,
         run_id: str,
     ) -> None:
@@ -108,7 +107,6 @@ class Nowcaster:
         self._partition = partition
         self._courier = courier
         self._votes = votes
-        self._rank = rank
         self._schedule = Schedule.of(config)
         self._trend = LossTrend(max(1, config.resolved_probation_steps))
         self._meter = LossMeter()
@@ -259,8 +257,6 @@ class Nowcaster:
                 self._is_linked = False
                 self._emit("disconnected", reason=message["reason"])
                 log.error("the nowcaster service refuses this run: %s", message["reason"])
-            case "metrics":
-                log.info("rank %d serves metrics on port %d", self._rank, message["port"])
 
     def _await_prediction(self) -> None:
         deadline_s = time.monotonic() + self.config.sync_deadline_s
@@ -406,6 +402,16 @@ class Nowcaster:
             self._probation = Probation(*state["probation"])
 
     @property
+    def parameters(self) -> tuple[ParameterSpec, ...]:
+        """What is nowcasted, in the order of the parameter vector."""
+        return self._partition.parameters
+
+    @property
+    def session_id(self) -> str:
+        """Under which the service knows this attach."""
+        return self._courier.session_id
+
+    @property
     def shards(self) -> tuple[tuple[ShardSpec, ...], tuple[ShardSpec, ...]]:
         """What this rank uploads and what it applies."""
         return self._partition.upload_shards, self._partition.owned_shards
@@ -446,6 +452,7 @@ class Nowcaster:
             "blocked_s": self.totals.blocked_s,
             "staging_s": self.totals.staging_s,
             "train_s": time.perf_counter() - self._attached_s,
+            "num_dropped": self.totals.num_dropped,
             "num_applied": self.totals.num_applied,
             "num_accepted": self.totals.num_accepted,
             "num_rolled_back": self.totals.num_rolled_back,

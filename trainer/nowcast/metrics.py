@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
 
 TRANSFER_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120)
-SNAPSHOT_STATES = ("committed", "aborted", "dropped")
+SNAPSHOT_STATES = ("committed", "aborted", "unsent")
 _LABELS = ("run", "rank", "stage")
 
 
@@ -23,7 +23,7 @@ class CourierMetrics:
     def __init__(self, run_name: str, rank: int, stage: int) -> None:
         self.labels = (run_name, str(rank), str(stage))
         self.registry = CollectorRegistry()
-        self.snapshots = self._counter("snapshots", "Snapshots by how they ended", "state")
+        self.snapshots = self._counter("snapshots", "Snapshots by how they ended: committed, aborted, unsent", "state")
         self.uploaded_bytes = self._counter("uploaded_bytes", "Snapshot bytes sent and committed")
         self.fetched_bytes = self._counter("fetched_bytes", "Prediction bytes received")
         self.upload_seconds = self._histogram("upload_seconds", "One rank's upload and commit of one snapshot")
@@ -42,6 +42,7 @@ class CourierMetrics:
             "blocked_s": self._counter("blocked_seconds", "Time the training loop spent in the hook"),
             "staging_s": self._counter("staging_seconds", "Of it, copying snapshots"),
             "train_s": self._counter("train_seconds", "Wall time since the hook was attached"),
+            "num_dropped": self._counter("snapshots_dropped", "Snapshots not staged, not sent or aborted"),
             "num_applied": self._counter("jumps_applied", "Nowcasts applied"),
             "num_accepted": self._counter("jumps_accepted", "Nowcasts that passed probation"),
             "num_rolled_back": self._counter("jumps_rolled_back", "Nowcasts undone"),

@@ -24,7 +24,7 @@ from sidecast.graphs.topology import BlockKind, EdgeType, NodeRange
 def draw_bert(assembler: TopologyAssembler, config: ModelConfig) -> None:
     """Draws BERT so that its symmetries are the graph's."""
     shape = AttentionShape.from_config(config)
-    prefix = "bert." if any(spec.fqn.startswith("bert.") for spec in assembler.manifest.parameters) else ""
+    prefix = "bert." if assembler.has_prefix("bert.") else ""
     tokens = assembler.nodes(config.count("vocab_size"), "tokens", is_boundary=True)
     embeddings = _embeddings(assembler, config, f"{prefix}embeddings", tokens, shape.hidden)
     stream = embeddings

@@ -67,8 +67,8 @@ def draw_decoder_symmetric(
             has_output_bias=attention_bias if has_qkv_bias is None else False,
         )
         if has_qk_norm:
-            norms = {f"{part}_norm": f"{name}.self_attn.{part[0]}_norm.weight" for part in ("query", "key")}
-            weights = replace(weights, **norms)
+            norm = f"{name}.self_attn.{{}}_norm.weight"
+            weights = replace(weights, query_norm=norm.format("q"), key_norm=norm.format("k"))
         attach(assembler, f"{name}.input_layernorm.weight", stream, EdgeType.NORM)
         attended = next_stream(assembler, f"{name}.self_attn", stream)
         attention(assembler, f"{name}.self_attn", weights, shape, stream, attended, has_rotary=True)

@@ -45,7 +45,7 @@ class Gpt2Shape:
             raise ConfigError(f"n_embd={hidden} is not a multiple of n_head={num_heads}")
         if config.flag("add_cross_attention", False):
             raise ConfigError("add_cross_attention=True: cross-attention has no place in the graph of a GPT-2")
-        is_wrapped = any(spec.fqn.startswith("transformer.") for spec in assembler.manifest.parameters)
+        is_wrapped = assembler.has_prefix("transformer.")
         return cls(
             prefix="transformer." if is_wrapped else "",
             hidden=hidden,

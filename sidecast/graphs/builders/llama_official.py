@@ -43,7 +43,7 @@ def draw_llama_official(assembler: TopologyAssembler, config: ModelConfig, *, ha
 
 def decoder_prefix(assembler: TopologyAssembler) -> str:
     """``model.`` if the decoder is wrapped in a model with a head, nothing if it is bare."""
-    return "model." if any(spec.fqn.startswith("model.") for spec in assembler.manifest.parameters) else ""
+    return "model." if assembler.has_prefix("model.") else ""
 
 
 def _refuse_biases(assembler: TopologyAssembler, config: ModelConfig) -> None:

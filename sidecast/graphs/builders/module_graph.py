@@ -94,7 +94,7 @@ class _ModuleGraph:
             input_stride=num_elements,
             output_stride=num_inputs,
         )
-        self._assembler.kernel(matrix, num_elements, source, target)
+        self._assembler.kernel(matrix, num_elements, source, target, EdgeType.FULLY_CONNECTED)
         self._attach_bias(operation, target)
 
     def _convolution(self, operation: dict[str, Any]) -> None:
@@ -109,7 +109,7 @@ class _ModuleGraph:
             fqn=fqn, shape=shape, input_stride=num_elements, output_stride=inputs_per_group * num_elements
         )
         if num_groups == num_inputs == len(target):
-            self._assembler.kernel(matrix, num_elements, source, target, BlockKind.DIAGONAL)
+            self._assembler.kernel(matrix, num_elements, source, target, kind=BlockKind.DIAGONAL)
         else:
             for group in range(num_groups):
                 first_output = group * outputs_per_group

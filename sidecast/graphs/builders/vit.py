@@ -25,7 +25,7 @@ from sidecast.graphs.topology import EdgeType, NodeRange
 def draw_vit(assembler: TopologyAssembler, config: ModelConfig) -> None:
     """Draws a vision transformer so that its symmetries are the graph's."""
     shape = AttentionShape.from_config(config)
-    prefix = "vit." if any(spec.fqn.startswith("vit.") for spec in assembler.manifest.parameters) else ""
+    prefix = "vit." if assembler.has_prefix("vit.") else ""
     stream = _embeddings(assembler, config, f"{prefix}embeddings", shape.hidden)
     for layer in range(config.count("num_hidden_layers")):
         name = f"{prefix}layers.{layer}"

@@ -10,6 +10,7 @@ from torch import distributed as dist
 from torch import nn
 
 from sidecast.errors import ConfigError
+from sidecast.trainer.nowcast.partitions.contract import Partition
 from sidecast.trainer.nowcast.partitions.layout import Layout
 from sidecast.trainer.nowcast.partitions.masters import MasterPartition
 from sidecast.trainer.nowcast.partitions.optimizer_state import OptimizerState
@@ -20,7 +21,7 @@ from sidecast.trainer.nowcast.partitions.trainable import TrainableParameters, t
 from sidecast.trainer.nowcast.partitions.windowed import WindowedLayout
 
 
-def partition_of(engine: Any, *, stream: torch.cuda.Stream | None = None) -> MasterPartition:
+def partition_of(engine: Any, *, stream: torch.cuda.Stream | None = None) -> Partition:
     """Maps what this rank holds of the model.
 
     Call it again after ``engine.load_checkpoint``; a partition that no longer fits raises instead of reading on.

@@ -1,0 +1,134 @@
+"""How fast and how lean the fused NiNo predictor is, against the plain module in the same run.
+
+Prints one JSON line for each measurement and a summary of ratios. Every case runs in a process of its own, one after
+another, the fused one before and after the plain one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from nino_cases import SHAPES, measure, random_history
+
+from sidecast.predictors.base import Predictor
+from sidecast.predictors.graph_cache import GraphCache
+from sidecast.predictors.nino import NinoPredictor
+from sidecast.predictors.nino_plain import PlainNinoPredictor
+from sidecast.predictors.weights import load_weights
+
+HORIZON_INTERVALS = 20
+HIDDEN_DIM = 128
+FLOPS_PER_PARAMETER = 3 * 2 * HIDDEN_DIM**2 + 2 * 2 * 5 * HIDDEN_DIM + 2 * 5 * 9 + 2 * HIDDEN_DIM
+PRESETS = {
+    "small": {"compare": ["0.2M"], "scale": ["0.2M", "1M"]},
+    "full": {"compare": ["1M", "2M"], "scale": ["1M", "10M", "100M"]},
+    "real": {"compare": [], "scale": ["SmolLM2-135M"]},
+}
+
+
+def matmul_rate(num_threads: int, tile_edges: int = 1024, repeats: int = 200) -> tuple[float, float]:
+    """What ``torch.mm`` with 128-wide operands reaches on that many threads with a tile each.
+
+    Returns:
+        FLOP per wall second, of all threads together, and FLOP per CPU second.
+    """
+    weight = torch.randn(HIDDEN_DIM, HIDDEN_DIM)
+
+    def multiply(_: int) -> None:
+        torch.set_num_threads(1)
+        tile, out = torch.randn(tile_edges, HIDDEN_DIM), torch.empty(tile_edges, HIDDEN_DIM)
+        for _ in range(repeats):
+            torch.mm(tile, weight, out=out)
+
+    rates = []
+    flops = 2 * HIDDEN_DIM**2 * tile_edges * repeats * num_threads
+    with ThreadPoolExecutor(num_threads) as pool:
+        for _ in range(6):
+            wall_s, cpu_s = time.perf_counter(), time.process_time()
+            list(pool.map(multiply, range(num_threads)))
+            rates.append((flops / (time.perf_counter() - wall_s), flops / (time.process_time() - cpu_s)))
+    return max(rate[0] for rate in rates), max(rate[1] for rate in rates)
+
+
+def run_case(kind: str, size: str, weights_path: Path, num_threads: int) -> dict[str, Any]:
+    """One nowcast in this process, after one of a small model to warm up."""
+    torch.set_num_threads(num_threads)
+    weights = load_weights(weights_path)
+    graphs = GraphCache()
+    predictor: Predictor
+    if kind == "fused":
+        predictor = NinoPredictor(weights, graphs=graphs)
+    else:
+        predictor = PlainNinoPredictor(weights, graphs=graphs, trimmed=kind == "trimmed")
+    warm_up = random_history(SHAPES["0.2M"].manifest())
+    predictor.predict(warm_up, HORIZON_INTERVALS, torch.empty(warm_up.manifest.num_elements))
+    history = random_history(SHAPES[size].manifest())
+    num_parameters = history.manifest.num_elements
+    # The graph is built once for each model and kept, so it is no part of a nowcast.
+    graphs.graph(history.manifest, "official", weights.config.lpe_dim)
+    rates = [matmul_rate(num_threads)]
+    result = measure(predictor, history, HORIZON_INTERVALS)
+    rates.append(matmul_rate(num_threads))
+    wall_rate, cpu_rate = (max(pair) for pair in zip(*rates, strict=True))
+    return {
+        "kind": kind,
+        "size": size,
+        "num_parameters": num_parameters,
+        **asdict(result),
+        "s_per_million": result.wall_s / num_parameters * 1e6,
+        "matmul_gflops": wall_rate / 1e9,
+        "share_of_matmul_rate": FLOPS_PER_PARAMETER * num_parameters / result.wall_s / wall_rate,
+        "share_of_matmul_rate_by_cpu_time": FLOPS_PER_PARAMETER * num_parameters / result.cpu_s / cpu_rate,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=Path, required=True, help="published NiNo weights (nino_no_posw.pt)")
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--case", nargs=2, metavar=("KIND", "SIZE"), help="run one case in this process")
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(run_case(*arguments.case, arguments.weights, arguments.threads)))
+        return
+    print(json.dumps({"machine": platform.processor() or platform.machine(), "torch": torch.__version__}))
+    preset = PRESETS[arguments.preset]
+    kinds = ["fused", "trimmed", "plain", "fused"]
+    cases = [(kind, size) for size in preset["compare"] for kind in kinds]
+    cases += [("fused", size) for size in preset["scale"]]
+    results = []
+    for kind, size in cases:
+        command = [sys.executable, __file__, "--weights", str(arguments.weights)]
+        command += ["--threads", str(arguments.threads), "--case", kind, size]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        results.append(json.loads(output))
+        print(json.dumps(results[-1]), flush=True)
+    for size in preset["compare"]:
+        print(json.dumps({"size": size, **_ratios([result for result in results if result["size"] == size])}))
+
+
+def _ratios(results: list[dict[str, Any]]) -> dict[str, float]:
+    def median(kind: str, key: str) -> float:
+        return statistics.median(result[key] for result in results if result["kind"] == kind)
+
+    return {
+        f"{kind}_over_fused_{key}": round(median(kind, key) / median("fused", key), 1)
+        for kind in ("plain", "trimmed")
+        for key in ("wall_s", "cpu_s")
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The whole loop as users run it: ``sidecast serve``, the deepspeed launcher, two ranks, and what must always hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from outage_worker import PERIOD_STEPS
+from service_process import ServiceProcess, launch
+from snapshot_cases import CASES, SNAPSHOT_STEP
+
+HERE = Path(__file__).resolve().parent
+WORKER_TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    process = ServiceProcess(tmp_path_factory.mktemp("service"))
+    process.start()
+    yield process
+    assert process.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def snapshots(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("snapshots")
+    worker = launch(HERE / "snapshot_worker.py", service.address, str(folder), log=folder / "worker.log")
+    assert worker.wait(WORKER_TIMEOUT_S) == 0, (folder / "worker.log").read_text()[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_assembled_snapshot_equals_deepspeeds_own_state(case: str, snapshots: Path, service: ServiceProcess) -> None:
+    result = json.loads((snapshots / f"{case}.json").read_text())
+    reference = torch.load(snapshots / f"{case}.pt", weights_only=True)
+    assert SNAPSHOT_STEP in result["committed"]
+    vector = np.fromfile(service.history / "vectors" / f"{result['session']}-{SNAPSHOT_STEP}.f32", dtype=np.float32)
+    expected = np.concatenate([reference[name].float().reshape(-1).numpy() for name in result["parameters"]])
+    assert vector.tobytes() == expected.tobytes()
+
+
+@pytest.fixture(scope="module")
+def outage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose service is killed after its first jump and started again, and the replay of that run."""
+    folder = tmp_path_factory.mktemp("outage")
+    service = ServiceProcess(folder)
+    service.start()
+    try:
+        address, port = service.address, service.port
+        worker = launch(HERE / "outage_worker.py", address, str(folder), "live", log=folder / "live.log")
+        wait_for(folder, worker, "applied")
+        service.kill()
+        wait_for(folder, worker, "disconnected")
+        service.start(port)
+        (folder / "restarted").touch()
+        assert worker.wait(WORKER_TIMEOUT_S) == 0, (folder / "live.log").read_text()[-4000:]
+    finally:
+        service.stop()
+    replay = launch(HERE / "outage_worker.py", address, str(folder), "replay", log=folder / "replay.log")
+    assert replay.wait(WORKER_TIMEOUT_S) == 0, (folder / "replay.log").read_text()[-4000:]
+    return folder
+
+
+def wait_for(folder: Path, worker: Any, kind: str) -> None:
+    """Blocks until the worker has told of an event of this kind."""
+    path = folder / "live-events0.jsonl"
+    while not any(event["kind"] == kind for event in events(path)):
+        assert worker.poll() is None, (folder / "live.log").read_text()[-4000:]
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def test_killed_service_costs_nothing_and_the_replay_is_bit_identical(outage: Path) -> None:
+    live = json.loads((outage / "live-losses.json").read_text())
+    replay = json.loads((outage / "replay-losses.json").read_text())
+    assert any(event["kind"] == "dropped" for event in events(outage / "live-events0.jsonl"))
+    assert live == replay
+    jumps = [
+        [(event["step"], event["version"], event["digest"]) for event in events(path) if event["kind"] == "applied"]
+        for path in (outage / "live-events0.jsonl", outage / "live-events1.jsonl", outage / "replay-events0.jsonl")
+    ]
+    assert jumps[0] == jumps[1] == jumps[2] != []
+
+
+def test_restarted_service_nowcasts_within_one_window(outage: Path) -> None:
+    connected_steps, jumps = [], []
+    for rank in range(2):
+        seen = events(outage / f"live-events{rank}.jsonl")
+        lost = next(index for index, event in enumerate(seen) if event["kind"] == "disconnected")
+        connected_steps.append(next(event["step"] for event in seen[lost:] if event["kind"] == "connected"))
+        jumps = [event for event in seen if event["kind"] == "applied" and event["step"] > max(connected_steps)]
+    # The window under way when the last rank is back is lost; the next one is whole.
+    assert jumps[0]["base_step"] <= (max(connected_steps) // PERIOD_STEPS + 2) * PERIOD_STEPS
