@@ -108,7 +108,7 @@ class Run:
         courier.is_pacing = config.mode == "async"
         until(courier, "connected")
         dist.barrier(self.group)
-        hook = Nowcaster(config, partition, courier, VoteBox(self.group), rank=self.rank, step=0, run_id=name)
+        hook = Nowcaster(config, partition, courier, VoteBox(self.group), step=0, run_id=name)
         events: list[Any] = []
         hook.add_listener(lambda event: events.append([event.kind, event.step, dict(event.details)]))
         weights = []
