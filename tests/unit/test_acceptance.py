@@ -54,7 +54,7 @@ def test_a_rising_trend_is_no_licence_to_rise_on() -> None:
 
 
 def test_a_loss_without_noise_is_not_undone_for_its_rounding() -> None:
-    for loss in (0.1, 1 / 3, 2.7):
+    for loss in (4.545, 4.569, 3.613, 2.493):
         before = [LossPoint(step, loss) for step in range(7, 40)]
         after = [LossPoint(step, loss) for step in range(60, 80)]
         assert judge(before, after, 3.0)[0] is Verdict.ACCEPT
