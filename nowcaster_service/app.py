@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import threading
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ import ray
 from prometheus_client import CollectorRegistry, start_http_server
 
 from sidecast.nowcaster_service.config import ServiceConfig
+from sidecast.nowcaster_service.engine import DividedRunner
 from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import (
@@ -23,6 +23,7 @@ from sidecast.nowcaster_service.nowcasting import (
     NowcastRequest,
     PredictorAnswer,
     PredictorRequest,
+    run_here,
 )
 from sidecast.nowcaster_service.servicer import Servicer
 
@@ -30,21 +31,18 @@ EXPIRY_INTERVAL_S = 30.0
 STOP_GRACE_S = 2.0
 # Ray's calls to the ingress (address, stop) that may wait side by side; gRPC has an event loop of its own.
 INGRESS_CALLS = 4
-
-
-def engine_name(index: int) -> str:
-    """The Ray name of one engine actor."""
-    return f"sidecast-engine-{index}"
+ENGINE_NAME = "sidecast-engine"
 
 
 class EngineActor:
-    """Runs predictors in a process of its own, with its own device."""
+    """Runs predictors in a process of its own, or divides their work among several."""
 
     def __init__(self, config: ServiceConfig) -> None:
         import torch
 
         torch.set_num_threads(config.engine_threads)
-        self._nowcasting = Nowcasting(config.weights)
+        runner = run_here if config.num_engines == 1 else DividedRunner(config.num_engines, config.engine_threads)
+        self._nowcasting = Nowcasting(config.weights, runner)
 
     def check(self, request: PredictorRequest) -> PredictorAnswer:
         return self._nowcasting.check(request)
@@ -54,16 +52,16 @@ class EngineActor:
 
 
 class RayEngines:
-    """The engines as the servicer sees them; each request goes to the next one."""
+    """The engine actor as the servicer sees it."""
 
-    def __init__(self, actors: list[Any]) -> None:
-        self._next = itertools.cycle(actors)
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
 
     async def check(self, request: PredictorRequest) -> PredictorAnswer:
-        return await next(self._next).check.remote(request)
+        return await self._actor.check.remote(request)
 
     async def predict(self, request: NowcastRequest) -> NowcastAnswer:
-        return await next(self._next).predict.remote(request)
+        return await self._actor.predict.remote(request)
 
 
 class IngressActor:
@@ -78,8 +76,8 @@ class IngressActor:
         self._started: Future[int] = Future()
         self._loop = asyncio.new_event_loop()
         self._server: grpc.aio.Server | None = None
-        # Looked up by name: handles among the constructor's arguments would not survive a restart of this actor.
-        engines = RayEngines([ray.get_actor(engine_name(index)) for index in range(config.num_engines)])
+        # Looked up by name: a handle among the constructor's arguments would not survive a restart of this actor.
+        engines = RayEngines(ray.get_actor(ENGINE_NAME))
         threading.Thread(target=self._run, args=(engines,), name="grpc", daemon=True).start()
 
     def address(self) -> str:
@@ -148,7 +146,7 @@ class Application:
         if ray_address is None:
             ray.init(
                 address="local",
-                num_cpus=config.num_engines + 1,
+                num_cpus=config.num_engines,
                 include_dashboard=False,
                 log_to_driver=True,
                 logging_level=logging.WARNING,
@@ -156,9 +154,11 @@ class Application:
             )
         else:
             ray.init(address=ray_address, logging_level=logging.WARNING)
-        engine = ray.remote(num_cpus=1, num_gpus=config.engine_gpus, max_restarts=-1)(EngineActor)
+        # The engine itself only leads where workers share each nowcast.
+        num_cpus = 1 if config.num_engines == 1 else 0
+        engine = ray.remote(num_cpus=num_cpus, num_gpus=config.engine_gpus, max_restarts=-1)(EngineActor)
         ingress = ray.remote(num_cpus=0, max_restarts=-1)(IngressActor)
-        self._engines = [engine.options(name=engine_name(index)).remote(config) for index in range(config.num_engines)]
+        self._engine = engine.options(name=ENGINE_NAME).remote(config)
         # Ray's types do not follow an actor class made by a call.
         self._ingress: Any = ingress.options(max_concurrency=INGRESS_CALLS).remote(config)
 

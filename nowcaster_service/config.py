@@ -36,7 +36,7 @@ class ServiceConfig:
         history_dir: Folder of the memory-mapped history.
         history_budget_bytes: Most bytes that all sessions' vectors may take together.
         chunk_bytes: Size of the chunks that clients send and receive.
-        num_engines: Engine actors.
+        num_engines: Processes that share each nowcast.
         engine_threads: CPU threads of one engine.
         engine_gpus: GPUs of one engine.
         nowcast_timeout_s: A nowcast that takes longer is given up.

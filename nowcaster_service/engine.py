@@ -12,42 +12,10 @@ import torch
 from torch import Tensor
 
 from sidecast.errors import ConfigError
-from sidecast.manifest import ModelManifest
-from sidecast.predictors.base import History, check_history
+from sidecast.nowcaster_service.nowcasting import run_here
+from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
+from sidecast.predictors.base import Predictor, check_history
 from sidecast.predictors.passes import Found, PartContext, PassPlan, PassPredictor, divide_parts, run_pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class HistoryFiles:
-    """A history in files that every worker of the pool can map.
-
-    Attributes:
-        manifest: The model.
-        paths: One raw parameter vector each, newest last.
-        dtype: Of their elements.
-    """
-
-    manifest: ModelManifest
-    paths: tuple[Path, ...]
-    dtype: torch.dtype = torch.float32
-
-    def open(self) -> History:
-        """Maps the files; nothing is read yet."""
-        return History(self.manifest, [map_vector(path, self.manifest, self.dtype) for path in self.paths])
-
-
-def map_vector(path: Path, manifest: ModelManifest, dtype: torch.dtype, *, writable: bool = False) -> Tensor:
-    """Maps a file of one raw parameter vector.
-
-    Raises:
-        ConfigError: The file's size is not that of the model's vector.
-    """
-    expected_bytes = manifest.num_elements * dtype.itemsize
-    if path.stat().st_size != expected_bytes:
-        raise ConfigError(
-            f"{path} has {path.stat().st_size} bytes; {manifest.num_elements} {dtype} need {expected_bytes}"
-        )
-    return torch.from_file(str(path), shared=writable, size=manifest.num_elements, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +108,11 @@ class EnginePool:
         history = files.open()
         check_history(self._predictor, history, horizon_intervals)
         plan = self._predictor.plan(files.manifest, horizon_intervals)
-        with out_path.open("wb") as file:
-            file.truncate(files.manifest.num_elements * torch.float32.itemsize)
+        num_bytes = files.manifest.num_elements * torch.float32.itemsize
+        # The service's file is there already, allocated and mapped by others: emptying it would pull it from under them.
+        if not out_path.exists() or out_path.stat().st_size != num_bytes:
+            with out_path.open("wb") as file:
+                file.truncate(num_bytes)
         out = map_vector(out_path, files.manifest, torch.float32, writable=True)
         ray.get([worker.begin.remote(task) for worker, task in self._tasks(files, horizon_intervals, out_path)])
         context = PartContext(files.manifest, history.states, {}, out)
@@ -170,6 +141,38 @@ class EnginePool:
             )
             for index, worker in enumerate(self._workers)
         ]
+
+
+class DividedRunner:
+    """Divides each nowcast among a pool of workers, where the predictor can be divided; runs others in this process.
+
+    Args:
+        num_workers: Actors of the pool, started with the first nowcast.
+        num_threads: Threads of each.
+    """
+
+    def __init__(self, num_workers: int, num_threads: int) -> None:
+        self._num_workers = num_workers
+        self._num_threads = num_threads
+        self._pool: EnginePool | None = None
+        self._loaded: Predictor | None = None
+
+    def __call__(self, predictor: Predictor, files: HistoryFiles, horizon_intervals: int, delta_path: Path) -> None:
+        if not isinstance(predictor, PassPredictor):
+            run_here(predictor, files, horizon_intervals, delta_path)
+            return
+        if self._pool is None:
+            self._pool = EnginePool(predictor, self._num_workers, num_threads=self._num_threads)
+        elif predictor is not self._loaded:
+            self._pool.load(predictor)
+        self._loaded = predictor
+        try:
+            self._pool.predict(files, horizon_intervals, delta_path)
+        except ray.exceptions.RayActorError:
+            # A worker died: this nowcast is lost, the next one gets a whole pool.
+            self._pool.close()
+            self._pool = None
+            raise
 
 
 def _total(sums: Sequence[Tensor]) -> Tensor:

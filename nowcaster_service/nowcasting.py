@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 from zlib import crc32
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from sidecast.errors import SidecastError
 from sidecast.manifest import ModelManifest
-from sidecast.predictors.base import History, ModelPredictor, Predictor
+from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
+from sidecast.predictors.base import ModelPredictor, Predictor
 from sidecast.predictors.registry import create_predictor, takes_weights
 from sidecast.protos.codec import buffer_digest
 
@@ -71,15 +73,31 @@ class NowcastAnswer:
     nowcast_s: float = 0.0
 
 
+class Runner(Protocol):
+    """How a prediction is computed: in this process, or divided among others."""
+
+    def __call__(self, predictor: Predictor, files: HistoryFiles, horizon_intervals: int, delta_path: Path) -> None:
+        """Writes the predicted change to a file of P fp32 values."""
+        ...
+
+
+def run_here(predictor: Predictor, files: HistoryFiles, horizon_intervals: int, delta_path: Path) -> None:
+    """Computes a prediction in this process."""
+    delta_P = map_vector(delta_path, files.manifest, torch.float32, writable=True)
+    predictor.predict(files.open(), horizon_intervals, delta_P)
+
+
 class Nowcasting:
     """Makes nowcasts with predictors that are built once and kept.
 
     Args:
         weights: Weights for the predictors that need them; None if there are none.
+        runner: How predictions are computed.
     """
 
-    def __init__(self, weights: Path | None) -> None:
+    def __init__(self, weights: Path | None, runner: Runner = run_here) -> None:
         self._weights = weights
+        self._runner = runner
         self._predictors: dict[tuple[str, str], Predictor] = {}
 
     def check(self, request: PredictorRequest) -> PredictorAnswer:
@@ -102,12 +120,12 @@ class Nowcasting:
         started_s = time.perf_counter()
         manifest = ModelManifest.from_json(request.predictor.manifest_json)
         try:
-            history = History(manifest, [_mapped(path, manifest.num_elements) for path in request.state_paths])
-            delta_P = _mapped(request.delta_path, manifest.num_elements, writable=True)
-            self._predictor(request.predictor).predict(history, request.horizon_intervals, delta_P)
+            files = HistoryFiles(manifest=manifest, paths=request.state_paths)
+            self._runner(self._predictor(request.predictor), files, request.horizon_intervals, request.delta_path)
         except SidecastError as error:
             return NowcastAnswer(refusal=str(error))
-        delta_norm, base_norm = _norm(delta_P), _norm(history.states[-1])
+        delta_P = map_vector(request.delta_path, manifest, torch.float32)
+        delta_norm, base_norm = _norm(delta_P), _norm(files.open().states[-1])
         relative_norm = delta_norm / base_norm if base_norm > 0 else math.inf
         if not math.isfinite(relative_norm):
             return NowcastAnswer(refusal=f"the prediction is not finite: {_first_bad_tensor(manifest, delta_P)}")
@@ -125,11 +143,6 @@ class Nowcasting:
             weights = self._weights if takes_weights(request.predictor) else None
             self._predictors[key] = create_predictor(request.predictor, weights=weights, options=request.options)
         return self._predictors[key]
-
-
-def _mapped(path: Path, num_elements: int, *, writable: bool = False) -> Tensor:
-    # A private mapping cannot alter the history, whatever a predictor does to its input.
-    return torch.from_file(str(path), shared=writable, size=num_elements, dtype=torch.float32)
 
 
 def _norm(vector_P: Tensor) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ class PassPlan:
     passes: Sequence[BlockPass]
 
 
+@runtime_checkable
 class PassPredictor(Predictor, Protocol):
     """A predictor whose work can be divided."""
 

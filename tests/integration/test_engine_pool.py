@@ -13,7 +13,8 @@ from nino_goldens import GOLDEN_NAMES, GoldenPrediction
 from torch import Tensor
 
 from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.engine import EnginePool, HistoryFiles
+from sidecast.nowcaster_service.engine import EnginePool
+from sidecast.nowcaster_service.vector_files import HistoryFiles
 from sidecast.predictors.base import History
 from sidecast.predictors.graph_cache import GraphCache
 from sidecast.predictors.nino import NinoPredictor
