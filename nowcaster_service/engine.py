@@ -109,7 +109,7 @@ class EnginePool:
         check_history(self._predictor, history, horizon_intervals)
         plan = self._predictor.plan(files.manifest, horizon_intervals)
         num_bytes = files.manifest.num_elements * torch.float32.itemsize
-        # The service's file is there already, allocated and mapped by others: emptying it would pull it from under them.
+        # The service's file is there already, allocated and mapped by others, who would lose it if it were emptied.
         if not out_path.exists() or out_path.stat().st_size != num_bytes:
             with out_path.open("wb") as file:
                 file.truncate(num_bytes)

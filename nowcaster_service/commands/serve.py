@@ -42,9 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--history-dir", type=Path, help="folder for histories; emptied (default: a temporary one)")
     parser.add_argument("--history-gib", type=float, default=16.0, help="history budget in GiB (default: %(default)s)")
     parser.add_argument("--chunk-kib", type=int, default=1024, help="message size in KiB (default: %(default)s)")
-    parser.add_argument(
-        "--engines", type=int, default=1, help="processes that share each nowcast (default: %(default)s)"
-    )
+    parser.add_argument("--engines", type=int, default=1, help="processes per nowcast (default: %(default)s)")
     parser.add_argument("--engine-threads", type=int, default=1, help="CPU threads per engine (default: %(default)s)")
     parser.add_argument("--engine-gpus", type=float, default=0.0, help="GPUs per engine (default: %(default)s)")
     parser.add_argument("--nowcast-timeout-s", type=float, default=300.0, help="longest nowcast (default: %(default)s)")
