@@ -293,6 +293,7 @@ class Courier:
             self._tell(
                 {
                     "type": "prediction",
+                    "session_id": session_id,
                     "version": published.version,
                     "base_step": published.base_step,
                     "epoch": published.epoch,

@@ -239,6 +239,9 @@ class Nowcaster:
                 self._emit("committed", snapshot_step=message["step"])
             case "dropped":
                 self._drop(message["reason"])
+            case "prediction" if message["session_id"] != self._courier.session_id:
+                # It was on its way when a checkpoint was loaded: its base is of a future that was given up.
+                self._courier.release_prediction(None)
             case "prediction":
                 self.totals.bytes_fetched += message["bytes"]
                 self.nowcast_s.append(message["nowcast_s"])
