@@ -108,3 +108,12 @@ def test_a_prediction_of_an_earlier_session_is_given_back_unapplied(session_id: 
     hook.after_step(23)
     assert partition.weights.tolist() == pytest.approx([weight, weight])
     assert courier.num_released == 1
+
+
+@pytest.mark.parametrize(("is_suspended", "num_waits"), [(False, 1), (True, 0)])
+def test_sync_mode_waits_only_for_what_it_would_apply(is_suspended: bool, num_waits: int) -> None:
+    courier = FakeCourier()
+    hook = hook_of(courier, FakePartition(), step=19, mode="sync")
+    hook.is_suspended = is_suspended
+    hook.after_step(20)
+    assert len(courier.waited_s) == num_waits

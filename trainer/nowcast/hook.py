@@ -173,10 +173,12 @@ class Nowcaster:
             self._on_decision(self._votes.read())
         is_staged = self._schedule.is_snapshot(step) and self._stage()
         if self.config.mode == "sync" and self._schedule.is_base(step):
-            if is_staged:
-                self._await_prediction()
+            staged_epoch = self.epoch
             if self._votes.is_open:
                 self._on_decision(self._votes.read())
+            # Not for one that could not be applied: it would cost the deadline at every base step.
+            if is_staged and self.epoch == staged_epoch and self._probation is None and not self.is_suspended:
+                self._await_prediction()
             self._launch_vote()
             self._on_decision(self._votes.read())
         if self._schedule.is_vote(step) and not self._votes.is_open:
