@@ -71,7 +71,6 @@ def test_a_tokenizer_directory_is_used(tmp_path: Path) -> None:
 
 
 def test_a_local_dataset_is_read(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rows.jsonl").write_text('{"body": "abcdefgh"}\n{"body": "ijklmnop"}\n')
     config = DataConfig(
