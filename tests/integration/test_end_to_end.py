@@ -45,6 +45,23 @@ def test_assembled_snapshot_equals_deepspeeds_own_state(case: str, snapshots: Pa
     assert vectors.count(expected.tobytes()) == 1
 
 
+def test_history_schedule_and_probation_survive_a_resume(service: ServiceProcess, tmp_path: Path) -> None:
+    worker = launch(HERE / "resume_worker.py", service.address, str(tmp_path), log=tmp_path / "worker.log")
+    assert worker.wait(WORKER_TIMEOUT_S) == 0, (tmp_path / "worker.log").read_text()[-4000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+
+    def decisions(name: str) -> list[tuple[Any, ...]]:
+        kinds = ("applied", "accepted", "rolled_back")
+        keys = ("kind", "step", "version", "digest", "horizon_intervals", "weight")
+        return [tuple(event.get(key) for key in keys) for event in result["events"][name] if event["kind"] in kinds]
+
+    straight = decisions("straight")
+    # A jump, its judgement after the restart, and a second jump whose window began before the restart.
+    assert [item[0] for item in straight[:3]] in (["applied", "accepted", "applied"], ["applied", "rolled_back"])
+    assert decisions("restarted") == straight
+    assert result["losses"]["restarted"] == result["losses"]["straight"]
+
+
 @pytest.fixture(scope="module")
 def outage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose service is killed after its first jump and started again, and the replay of that run."""

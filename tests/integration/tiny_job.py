@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any
 
 import deepspeed
@@ -50,10 +51,10 @@ def new_engine(nowcaster: Mapping[str, Any] | None, *, stage: int = 2, dtype: st
     return engine
 
 
-def train(engine: Any, rank: int) -> Iterator[float]:
-    """Trains for ever on counting upwards; yields the loss of each step."""
-    generator = torch.Generator().manual_seed(rank)
-    while True:
+def train(engine: Any, rank: int, first_step: int = 0) -> Iterator[float]:
+    """Trains for ever on counting upwards, going on after some steps; yields the loss of each step."""
+    for step in count(first_step):
+        generator = torch.Generator().manual_seed(1000 * rank + step)
         start = torch.randint(VOCABULARY, (2, 1), generator=generator)
         ids = (start + torch.arange(SEQUENCE)) % VOCABULARY
         loss = engine(input_ids=ids, labels=ids).loss
