@@ -21,8 +21,10 @@ sys.path.insert(0, str(TESTS))
 
 from courier_harness import PacedCourier, hello, session, start_courier, until  # noqa: E402
 
+from sidecast.errors import ConfigError  # noqa: E402
 from sidecast.manifest import ModelManifest, ParameterSpec  # noqa: E402
 from sidecast.protos.shards import ShardSpec  # noqa: E402
+from sidecast.trainer.nowcast.attach import refused_together  # noqa: E402
 from sidecast.trainer.nowcast.config import NowcasterConfig  # noqa: E402
 from sidecast.trainer.nowcast.hook import Nowcaster  # noqa: E402
 from sidecast.trainer.nowcast.partitions import RollbackCopy  # noqa: E402
@@ -152,6 +154,17 @@ def votes(group: dist.ProcessGroup, rank: int) -> list[Any]:
     return decisions
 
 
+def refusal(group: dist.ProcessGroup, rank: int) -> str:
+    """What this rank raises where only rank 1 has reason to."""
+    try:
+        with refused_together(group):
+            if rank == 1:
+                raise ConfigError("rank 1 lacks the memory")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def main(rank: int, folder: Path, endpoint: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -161,6 +174,7 @@ def main(rank: int, folder: Path, endpoint: str) -> None:
     late = {21 + 2 * rank}
     results = {
         "votes": votes(group, rank),
+        "refusal": refusal(group, rank),
         "accepted": run("accepted", 40, arrivals=late),
         "harmful": run(
             "harmful",

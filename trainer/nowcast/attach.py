@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,15 @@ def attach(engine: Any) -> Any:
     config, partition, manifest = _agree(engine, section, group)
     step = applied_steps(engine)
     if config.replay_dir is not None:
-        replayer = Replayer(Path(config.replay_dir), partition, rank=dist.get_rank(), step=step)
+        with refused_together(group):
+            replayer = Replayer(Path(config.replay_dir), partition, rank=dist.get_rank(), step=step)
         _hooks[engine] = replayer
         _wrap_step(engine, replayer)
         _wrap_load_for_replay(engine, replayer)
         return engine
     session = _new_session(group, step)
-    courier = _start_courier(engine, config, partition, manifest, session)
+    with refused_together(group):
+        courier = _start_courier(engine, config, partition, manifest, session)
     _await_link(config, courier, group)
     hook = Nowcaster(config, partition, courier, VoteBox(group), step=step, run_id=session["run_id"])
     _hooks[engine] = hook
@@ -87,22 +90,33 @@ def attach(engine: Any) -> Any:
 # --- before the first step
 
 
+@contextlib.contextmanager
+def refused_together(group: dist.ProcessGroup) -> Iterator[None]:
+    """What one rank refuses inside the block, all ranks raise; the others would wait for it in the next collective."""
+    error = ""
+    try:
+        yield
+    except SidecastError as refusal:
+        error = str(refusal)
+    except OSError as failure:
+        error = f"rank {dist.get_rank(group)} cannot start its courier: {failure}"
+    said: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, error, group=group)
+    for other_error in said:
+        if other_error:
+            raise ConfigError(other_error)
+
+
 def _agree(engine: Any, section: Any, group: dist.ProcessGroup) -> tuple[NowcasterConfig, Partition, ModelManifest]:
     """Reads settings and model; if any rank cannot, or ranks differ, all raise."""
-    error, fingerprint = "", ""
-    try:
+    with refused_together(group):
         config = parse_section(section)
         partition = partition_of(engine)
         manifest = ModelManifest(partition.parameters, _model_config(engine), partition.aliases)
-        fingerprint = dump_config(config) + manifest.schema_hash
-    except SidecastError as refusal:
-        error = str(refusal)
-    said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, (error, fingerprint), group=group)
-    for rank, (other_error, other_fingerprint) in enumerate(said):
-        if other_error:
-            raise ConfigError(other_error)
-        if other_fingerprint != said[0][1]:
+    fingerprints: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(fingerprints, dump_config(config) + manifest.schema_hash, group=group)
+    for rank, fingerprint in enumerate(fingerprints):
+        if fingerprint != fingerprints[0]:
             raise ConfigError(f"rank {rank} has other nowcaster settings, or another model, than rank 0")
     return config, partition, manifest
 
