@@ -29,6 +29,7 @@ from sidecast.nowcaster_service.servicer import Servicer
 
 EXPIRY_INTERVAL_S = 30.0
 STOP_GRACE_S = 2.0
+KEEPALIVE_MS = 60_000
 # Ray's calls to the ingress (address, stop) that may wait side by side; gRPC has an event loop of its own.
 INGRESS_CALLS = 4
 ENGINE_NAME = "sidecast-engine"
@@ -111,6 +112,8 @@ class IngressActor:
             options=[
                 # Two services on one port would each see half of a session.
                 ("grpc.so_reuseport", 0),
+                # A host that vanished would by default look as if it watched its session for two hours more.
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ]

@@ -173,6 +173,9 @@ class DividedRunner:
             self._pool.close()
             self._pool = None
             raise
+        except ray.exceptions.RayTaskError as error:
+            # Its own text is the worker's traceback; what the worker refused is one line.
+            raise error.cause from error
 
 
 def _total(sums: Sequence[Tensor]) -> Tensor:

@@ -57,6 +57,8 @@ AUTHORIZATION = "authorization"
 # Ended sessions of resumed runs whose couriers may still come back for them.
 MAX_SUPERSEDED = 1024
 MAX_NOWCASTS = 1_000_000
+# A session that no courier has watched for so long is a dead job's, and gives way to one that needs its space.
+ORPHAN_GRACE_S = 30.0
 
 
 _OUTCOMES = {
@@ -299,14 +301,8 @@ class Servicer:
 
     def _begin(self, settings: SessionSettings, request: pb.OpenRequest) -> None:
         self.expire_sessions()
+        self._make_room(settings)
         earlier = [session for session in self._sessions.values() if session.settings.run_id == settings.run_id]
-        promised = sum(session.settings.needed_bytes for session in self._sessions.values() if session not in earlier)
-        if promised + settings.needed_bytes > self._store.budget_bytes:
-            raise SaturatedError(
-                f"a session of {settings.manifest.num_elements} parameters needs {settings.needed_bytes} bytes of "
-                f"history ({settings.context_len} states and working copies, 4 bytes each); {promised} of "
-                f"{self._store.budget_bytes} bytes are promised to others (sidecast serve --history-gib)"
-            )
         session_id = settings.session_id
         session = Session(settings, self._store, lambda event: self._on_event(session_id, event))
         for superseded in earlier:
@@ -328,6 +324,41 @@ class Servicer:
             settings.horizons[:12],
         )
 
+    def _make_room(self, settings: SessionSettings) -> None:
+        """Ends sessions that nobody watches any more, the longest idle first, until this one fits."""
+        needs = (
+            f"a session of {settings.manifest.num_elements} parameters needs {settings.needed_bytes} bytes of history "
+            f"({settings.context_len} states and working copies, 4 bytes each)"
+        )
+        budget_bytes = self._store.budget_bytes
+        if settings.needed_bytes > budget_bytes:
+            raise MalformedError(f"{needs}; the service has {budget_bytes} (sidecast serve --history-gib)")
+        others = {
+            session_id: session.settings
+            for session_id, session in self._sessions.items()
+            if session.settings.run_id != settings.run_id
+        }
+        promised = sum(other.needed_bytes for other in others.values())
+        for session_id in sorted(others, key=self._last_seen_s.__getitem__):
+            is_orphan = not self._watchers.get(session_id) and self._idle_s(session_id) > ORPHAN_GRACE_S
+            if promised + settings.needed_bytes > budget_bytes and is_orphan:
+                log.info("session %s, which nobody watches, makes room for %s", session_id, settings.session_id)
+                promised -= others[session_id].needed_bytes
+                self._expire(session_id)
+        if promised + settings.needed_bytes > budget_bytes:
+            raise SaturatedError(
+                f"{needs}; {promised} of {budget_bytes} bytes are promised to others (sidecast serve --history-gib)"
+            )
+
+    def _idle_s(self, session_id: str) -> float:
+        return self._clock() - self._last_seen_s[session_id]
+
+    def _expire(self, session_id: str) -> None:
+        run_id = self._sessions[session_id].settings.run_id
+        self._end(session_id)
+        # A run has one session at a time: a resume ends the one before.
+        self._metrics.forget_run(run_id)
+
     def _end(self, session_id: str) -> None:
         self._sessions.pop(session_id).close()
         self._last_seen_s.pop(session_id, None)
@@ -338,15 +369,11 @@ class Servicer:
 
     def expire_sessions(self) -> None:
         """Ends the sessions that nobody has used or watched for the session timeout."""
-        now_s = self._clock()
         for session_id in list(self._sessions):
-            is_idle = now_s - self._last_seen_s[session_id] > self._config.session_timeout_s
+            is_idle = self._idle_s(session_id) > self._config.session_timeout_s
             if is_idle and not self._watchers.get(session_id):
                 log.info("session %s expired", session_id)
-                run_id = self._sessions[session_id].settings.run_id
-                self._end(session_id)
-                # A run has one session at a time: a resume ends the one before.
-                self._metrics.forget_run(run_id)
+                self._expire(session_id)
 
     # --- nowcasts
 

@@ -35,15 +35,17 @@ def svg_chart(curves: Sequence[Curve], jump_steps: Sequence[float], from_step: f
     """Draws curves over steps, with a vertical mark at every jump.
 
     Args:
-        curves: At least one, with at least one point from ``from_step`` on.
+        curves: Any number; what is not finite is left out.
         jump_steps: Where nowcasts were applied.
         from_step: Left end of the chart; what is before is cut off, so that the rest has room.
 
     Returns:
-        An ``svg`` element, coloured by the page's CSS.
+        An ``svg`` element, coloured by the page's CSS; a sentence if there is nothing to draw.
     """
     shown = [[point for point in curve.points if point[0] >= from_step] for curve in curves]
     everything = [point for points in shown for point in points if math.isfinite(point[1])]
+    if not everything:
+        return f"<p>Nothing was measured from step {from_step:,.0f} on.</p>"
     low_x, high_x = from_step, max(step for step, _ in everything)
     low_y, high_y = min(loss for _, loss in everything), max(loss for _, loss in everything)
     margin = 0.04 * (high_y - low_y) or 0.01
@@ -116,7 +118,8 @@ def write_png(path: Path, curves: Sequence[Curve], jump_steps: Sequence[float], 
         )
     # The first steps fall from the loss of a random model and would flatten everything after them.
     late = [loss for curve in curves for step, loss in curve.points if step >= 0.05 * curve.points[-1][0]]
-    axes.set_ylim(min(late) - 0.05, max(late) + 0.05)
+    if finite := [loss for loss in late if math.isfinite(loss)]:
+        axes.set_ylim(min(finite) - 0.05, max(finite) + 0.05)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title)

@@ -25,6 +25,9 @@ POLL_INTERVAL_S = 0.25
 SERVICE_START_TIMEOUT_S = 180.0
 NOWCAST_RUN = "with_nowcasts"
 BASELINE_RUN = "without_nowcasts"
+SERVICE_LOG = "service.log"
+# One of them is the first thing that a demo writes.
+LOG_NAMES = (SERVICE_LOG, f"{NOWCAST_RUN}.log")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,8 +59,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config)
     num_steps = arguments.steps if arguments.steps is not None else config.training.steps
     environment = _environment(arguments.num_ranks)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    _empty(out)
     started_s = time.monotonic()
     with Children() as children:
         service = None
@@ -88,6 +90,16 @@ def run_demo(arguments: argparse.Namespace) -> None:
     summary = write_report(out / NOWCAST_RUN, out / BASELINE_RUN, out)
     sys.stdout.write(f"\n{summary}\n\nreport: {out / 'report.html'}\nplot:   {out / 'loss.png'}\n")
     _say(f"done in {time.monotonic() - started_s:.0f} s")
+
+
+def _empty(out: Path) -> None:
+    """Makes the output folder, without an earlier demo's files, and without anybody else's loss."""
+    if out.exists():
+        is_ours = out.is_dir() and (not any(out.iterdir()) or any((out / name).exists() for name in LOG_NAMES))
+        if not is_ours:
+            raise ConfigError(f"--out {out} would be emptied; allowed: a new or empty folder, or an earlier demo's")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,7 +151,7 @@ def _start_service(
         command += ["--weights", arguments.weights]
     if arguments.service_metrics_port is not None:
         command += ["--metrics-port", str(arguments.service_metrics_port)]
-    service = children.start("the nowcaster service", command, out / "service.log", environment)
+    service = children.start("the nowcaster service", command, out / SERVICE_LOG, environment)
     deadline_s = time.monotonic() + SERVICE_START_TIMEOUT_S
     while not (port_file.exists() and (address := port_file.read_text().strip())):
         if service.process.poll() is not None:

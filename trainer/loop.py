@@ -50,7 +50,7 @@ class TrainingLoop:
 
     @property
     def training_s(self) -> float:
-        """Seconds spent in training steps so far, validations and checkpoints left out."""
+        """Seconds spent in the training steps logged so far, validations and checkpoints left out."""
         return self._training_s
 
     def run(self, start_step: int) -> None:
@@ -75,12 +75,13 @@ class TrainingLoop:
             validate = last or done % config.validation_interval_steps == 0
             save = config.checkpoint_interval_steps is not None and done % config.checkpoint_interval_steps == 0
             if validate or save:
-                self._training_s += time.perf_counter() - started_s
+                paused_s = time.perf_counter()
                 if validate:
                     self._emit(self._validate(done))
                 if save:
                     checkpoints.save(self._engine, Path(config.run_dir) / checkpoints.DIRECTORY_NAME, self._identity)
-                started_s = time.perf_counter()
+                # The interval goes on where it was: its steps so far are still to be logged, and so is their time.
+                started_s += time.perf_counter() - paused_s
 
     def _train_step(self, step: int) -> Tensor:
         torch.manual_seed(self._order.dropout_seed(step))

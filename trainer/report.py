@@ -192,6 +192,8 @@ def _jump_table(curves: RunCurves) -> str:
         for record in curves.events
         if record["event"] in ("accepted", "rolled_back")
     }
+    settings = curves.run.get("deepspeed", {}).get("nowcaster", {})
+    is_judged = settings.get("rollback") != "off" and settings.get("probation_steps") != 0
     head = ("", "applied at step", "from step", "stale for", "horizon", "weight", "relative size", "outcome")
     lines = ["<table><thead><tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr></thead><tbody>"]
     for number, jump in enumerate(curves.jumps, start=1):
@@ -204,7 +206,7 @@ def _jump_table(curves: RunCurves) -> str:
             f"{details['horizon_intervals']} intervals",
             f"{details['weight']:.2f}",
             f"{details['relative_norm']:.4f}" if "relative_norm" in details else "",
-            outcomes.get(details["version"], "on probation at the end"),
+            outcomes.get(details["version"], "on probation at the end" if is_judged else "not judged"),
         )
         lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     return "".join([*lines, "</tbody></table>"])

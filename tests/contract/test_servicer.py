@@ -261,10 +261,35 @@ def test_a_session_beyond_the_budget_is_refused_with_the_numbers(tmp_path: Path)
     needed_bytes = (2 + 5) * 4 * MANIFEST.num_elements
     with RunningService(tmp_path, history_budget_bytes=2 * needed_bytes - 1) as service:
         service.stub.Open(open_request())
+        watch = watching(service)
+        while not service.servicer._watchers.get("s1"):
+            service.stub.Status(pb.StatusRequest())
+        service.clock.now_s += 31
         code, text = refusal(service.stub.Open, open_request(session_id="s2", run_id="other"))
+        watch.cancel()
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert f"needs {needed_bytes} bytes" in text
         assert f"{needed_bytes} of {2 * needed_bytes - 1} bytes are promised" in text
+
+
+def test_a_session_that_can_never_fit_is_refused_for_good(tmp_path: Path) -> None:
+    needed_bytes = (2 + 5) * 4 * MANIFEST.num_elements
+    with RunningService(tmp_path, history_budget_bytes=needed_bytes - 1) as service:
+        code, text = refusal(service.stub.Open, open_request())
+        assert code is INVALID
+        assert f"needs {needed_bytes} bytes" in text
+
+
+def test_a_dead_jobs_session_makes_room_for_the_next(tmp_path: Path) -> None:
+    needed_bytes = (2 + 5) * 4 * MANIFEST.num_elements
+    with RunningService(tmp_path, history_budget_bytes=needed_bytes) as service:
+        service.stub.Open(open_request())
+        # It may only be between its calls.
+        code, _ = refusal(service.stub.Open, open_request(session_id="s2", run_id="restarted"))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        service.clock.now_s += 31
+        service.stub.Open(open_request(session_id="s2", run_id="restarted"))
+        assert status(service).session_id == "s2"
 
 
 def test_a_session_never_outgrows_what_it_was_promised(tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ sys.path.insert(0, str(TESTS))
 
 from courier_harness import PacedCourier, hello, session, start_courier, until  # noqa: E402
 
+from sidecast.errors import ConfigError  # noqa: E402
 from sidecast.manifest import ModelManifest, ParameterSpec  # noqa: E402
 from sidecast.protos.shards import ShardSpec  # noqa: E402
+from sidecast.trainer.nowcast.attach import load_rollback_copy, refused_together  # noqa: E402
 from sidecast.trainer.nowcast.config import NowcasterConfig  # noqa: E402
-from sidecast.trainer.nowcast.hook import Nowcaster  # noqa: E402
+from sidecast.trainer.nowcast.hook import Nowcaster, rollback_path  # noqa: E402
 from sidecast.trainer.nowcast.partitions import RollbackCopy  # noqa: E402
 from sidecast.trainer.nowcast.partitions.rollback import packed_bytes  # noqa: E402
 from sidecast.trainer.nowcast.replay import Replayer  # noqa: E402
@@ -152,6 +154,47 @@ def votes(group: dist.ProcessGroup, rank: int) -> list[Any]:
     return decisions
 
 
+def refusal(group: dist.ProcessGroup, rank: int) -> str:
+    """What this rank raises where only rank 1 has reason to."""
+    try:
+        with refused_together(group):
+            if rank == 1:
+                raise ConfigError("rank 1 lacks the memory")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+class OnProbation:
+    """A hook that has resumed with a jump on probation."""
+
+    def __init__(self) -> None:
+        self.is_on_probation = True
+        self.copy = RollbackCopy.allocate(64)
+
+    def load_rollback_copy(self, state: Mapping[str, Any]) -> None:
+        self.copy.load_state_dict(state)
+
+    def end_probation(self) -> None:
+        self.is_on_probation = False
+
+
+def probations(group: dist.ProcessGroup, rank: int, folder: Path) -> list[bool]:
+    """Whether a jump stays on probation with all rollback copies whole, and with rank 1's cut off."""
+    copy = RollbackCopy.allocate(64)
+    copy.save({"weights": torch.ones(2)}, {})
+    results = []
+    for cut in (False, True):
+        path = rollback_path(folder, rank)
+        torch.save(copy.state_dict(), path)
+        if cut and rank == 1:
+            path.write_bytes(path.read_bytes()[:100])
+        hook = OnProbation()
+        load_rollback_copy(hook, folder, group)  # type: ignore[arg-type]
+        results.append(hook.is_on_probation)
+    return results
+
+
 def main(rank: int, folder: Path, endpoint: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -161,6 +204,8 @@ def main(rank: int, folder: Path, endpoint: str) -> None:
     late = {21 + 2 * rank}
     results = {
         "votes": votes(group, rank),
+        "refusal": refusal(group, rank),
+        "probations": probations(group, rank, folder),
         "accepted": run("accepted", 40, arrivals=late),
         "harmful": run(
             "harmful",

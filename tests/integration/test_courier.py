@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from courier_harness import hello, session, start_courier, until
-from service_harness import MANIFEST, RunningService, state
+from service_harness import MANIFEST, RunningService, open_request, state
 
 from sidecast.trainer.nowcast.client import ClientConfig, NowcastClient, UnavailableError
 from sidecast.trainer.nowcast.courier_handle import CourierHandle
@@ -72,6 +72,11 @@ def test_a_window_goes_up_and_its_prediction_comes_down_and_is_recorded(courier:
     entries = read_log(tmp_path / "record", 0)
     assert [(entry["action"], entry["step"]) for entry in entries] == [("applied", 24), ("rolled_back", 30)]
     assert read_delta(tmp_path / "record", entries[0], len(expected)) == expected
+
+
+def test_a_run_that_another_job_took_over_is_told_so(service: RunningService, courier: CourierHandle) -> None:
+    service.stub.Open(open_request(session_id="s2", run_id="run"))
+    assert "superseded by a later one" in until(courier, "disconnected")["reason"]
 
 
 def test_a_prediction_is_not_overwritten_before_it_is_released(courier: CourierHandle) -> None:

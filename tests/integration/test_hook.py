@@ -53,6 +53,14 @@ def test_votes_are_read_alike_by_all(ranks: list[dict[str, Any]]) -> None:
     assert empty[3] is None
 
 
+def test_what_one_rank_refuses_all_ranks_raise(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["refusal"] for rank in ranks] == ["rank 1 lacks the memory"] * 2
+
+
+def test_a_resumed_probation_needs_every_ranks_rollback_copy(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["probations"] for rank in ranks] == [[True, False]] * 2
+
+
 def test_all_ranks_apply_at_the_step_after_the_last_one_holds_it(ranks: list[dict[str, Any]]) -> None:
     # Rank 0 has it at step 21, rank 1 at step 23: voted there, read one step later.
     for rank in ranks:

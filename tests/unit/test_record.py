@@ -75,6 +75,15 @@ def test_a_resume_takes_back_the_future_that_it_gives_up(tmp_path: Path) -> None
     assert steps(tmp_path) == [5]
 
 
+def test_a_resume_without_jumps_takes_its_future_back_before_the_next_resume(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, 0)
+    for step in (10, 20, 30):
+        recorder.record(applied(step), DELTA, session("first"))
+    recorder.resume(session("second", resume_step=15))
+    recorder.record(applied(45), DELTA, session("third", resume_step=40))
+    assert steps(tmp_path) == [10, 45]
+
+
 def test_a_run_without_jumps_can_be_replayed(tmp_path: Path) -> None:
     Recorder(tmp_path, 0)
     replayer = Replayer(tmp_path, FakePartition(), rank=0, step=0)  # type: ignore[arg-type]

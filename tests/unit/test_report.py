@@ -50,9 +50,49 @@ def test_a_report_stands_alone_and_shows_jumps_cost_and_verdict(tmp_path: Path) 
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("rollback", "outcome"), [("host", "on probation at the end"), ("off", "not judged")])
+def test_a_jump_without_a_verdict_is_not_said_to_be_on_probation_where_none_is(
+    tmp_path: Path, rollback: str, outcome: str
+) -> None:
+    training = {
+        "data": {"corpus": "c", "tokenizer": "t", "sequence_length": 8},
+        "schedule": {"kind": "constant", "warmup_steps": 1},
+        "seed": 0,
+    }
+    ds_config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {}, "nowcaster": {"rollback": rollback}}
+    with RunLog(tmp_path / "run") as log:
+        log(
+            {
+                "kind": "run",
+                "num_parameters": 1,
+                "num_ranks": 1,
+                "num_train_tokens": 1,
+                "num_validation_tokens": 1,
+                "machine": {"system": "s", "num_cores": 1},
+                "versions": {},
+                "training": training,
+                "deepspeed": ds_config,
+            }
+        )
+        for step in (10, 20):
+            log({"kind": "train", "step": step, "loss": 3.0 - step / 100, "training_s": 1.0})
+        log({"kind": "nowcast", "step": 12, "event": "applied", "details": DETAILS})
+    write_report(tmp_path / "run", None, tmp_path / "out")
+    assert f"<td>{outcome}</td>" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_a_run_can_be_reported_alone(tmp_path: Path) -> None:
     text = write_report(write_run(tmp_path / "b", 0.2), None, tmp_path / "out")
     assert "nothing to compare it with" in text
+
+
+def test_a_run_that_diverged_is_still_reported(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "run") as log:
+        for step in (10, 20, 30):
+            loss = 3.0 if step == 10 else math.nan
+            log({"kind": "train", "step": step, "loss": loss, "training_s": 1.0})
+    write_report(tmp_path / "run", None, tmp_path / "out")
+    assert "Nothing was measured from step 15 on" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_directory_without_metrics_is_refused(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +69,15 @@ def attach(engine: Any) -> Any:
     config, partition, manifest = _agree(engine, section, group)
     step = applied_steps(engine)
     if config.replay_dir is not None:
-        replayer = Replayer(Path(config.replay_dir), partition, rank=dist.get_rank(), step=step)
+        with refused_together(group):
+            replayer = Replayer(Path(config.replay_dir), partition, rank=dist.get_rank(), step=step)
         _hooks[engine] = replayer
         _wrap_step(engine, replayer)
         _wrap_load_for_replay(engine, replayer)
         return engine
     session = _new_session(group, step)
-    courier = _start_courier(engine, config, partition, manifest, session)
+    with refused_together(group):
+        courier = _start_courier(engine, config, partition, manifest, session)
     _await_link(config, courier, group)
     hook = Nowcaster(config, partition, courier, VoteBox(group), step=step, run_id=session["run_id"])
     _hooks[engine] = hook
@@ -87,22 +91,33 @@ def attach(engine: Any) -> Any:
 # --- before the first step
 
 
+@contextlib.contextmanager
+def refused_together(group: dist.ProcessGroup) -> Iterator[None]:
+    """What one rank refuses inside the block, all ranks raise; the others would wait for it in the next collective."""
+    error = ""
+    try:
+        yield
+    except SidecastError as refusal:
+        error = str(refusal)
+    except OSError as failure:
+        error = f"rank {dist.get_rank(group)} cannot start its courier: {failure}"
+    said: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, error, group=group)
+    for other_error in said:
+        if other_error:
+            raise ConfigError(other_error)
+
+
 def _agree(engine: Any, section: Any, group: dist.ProcessGroup) -> tuple[NowcasterConfig, Partition, ModelManifest]:
     """Reads settings and model; if any rank cannot, or ranks differ, all raise."""
-    error, fingerprint = "", ""
-    try:
+    with refused_together(group):
         config = parse_section(section)
         partition = partition_of(engine)
         manifest = ModelManifest(partition.parameters, _model_config(engine), partition.aliases)
-        fingerprint = dump_config(config) + manifest.schema_hash
-    except SidecastError as refusal:
-        error = str(refusal)
-    said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, (error, fingerprint), group=group)
-    for rank, (other_error, other_fingerprint) in enumerate(said):
-        if other_error:
-            raise ConfigError(other_error)
-        if other_fingerprint != said[0][1]:
+    fingerprints: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(fingerprints, dump_config(config) + manifest.schema_hash, group=group)
+    for rank, fingerprint in enumerate(fingerprints):
+        if fingerprint != fingerprints[0]:
             raise ConfigError(f"rank {rank} has other nowcaster settings, or another model, than rank 0")
     return config, partition, manifest
 
@@ -256,7 +271,10 @@ def _wrap_save(engine: Any, hook: Nowcaster) -> None:
         state = {**(client_state or {}), CLIENT_STATE_KEY: hook.state_dict()}
         result = original(save_dir, tag, state, *args, **kwargs)
         if hook.is_on_probation and hook.rollback_copy is not None:
-            torch.save(hook.rollback_copy.state_dict(), rollback_path(Path(save_dir) / str(tag), dist.get_rank()))
+            path = rollback_path(Path(save_dir) / str(tag), dist.get_rank())
+            partial = path.with_suffix(".partial")
+            torch.save(hook.rollback_copy.state_dict(), partial)
+            os.replace(partial, path)
         return result
 
     engine.save_checkpoint = save_checkpoint
@@ -275,27 +293,34 @@ def _wrap_load(engine: Any, hook: Nowcaster, courier: CourierHandle, group: dist
         if (partition.upload_shards, partition.owned_shards) != shards:
             raise ConfigError("the loaded checkpoint changed this rank's partition; attach after loading it instead")
         step = applied_steps(engine)
+        if state is not None and state["step"] != step:
+            # Only weights were loaded: this is another run, whose optimizer the other's rollback copy must not reach.
+            state = None
         session = _new_session(group, step, state)
         hook.resume(state, partition, step, session["run_id"])
-        _load_rollback_copy(hook, Path(path).parent, group)
+        load_rollback_copy(hook, Path(path).parent, group)
         courier.new_session(session)
         return path, client_state
 
     engine.load_checkpoint = load_checkpoint
 
 
-def _load_rollback_copy(hook: Nowcaster, checkpoint: Path, group: dist.ProcessGroup) -> None:
+def load_rollback_copy(hook: Nowcaster, checkpoint: Path, group: dist.ProcessGroup) -> None:
     """A jump on probation can only stay so if every rank can still undo it."""
     if not hook.is_on_probation:
         return
-    path = rollback_path(checkpoint, dist.get_rank())
-    is_there = [None] * dist.get_world_size(group)
-    dist.all_gather_object(is_there, path.is_file(), group=group)
-    if all(is_there):
-        hook.load_rollback_copy(torch.load(path, weights_only=True))
-    else:
-        log.warning("the checkpoint %s lacks a rank's rollback copy; its jump can no longer be undone", checkpoint)
-        hook.end_probation()
+    reason = ""
+    try:
+        hook.load_rollback_copy(torch.load(rollback_path(checkpoint, dist.get_rank()), weights_only=True))
+    except (OSError, RuntimeError, SidecastError) as error:
+        reason = str(error)
+    reasons: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(reasons, reason, group=group)
+    for rank, reason in enumerate(reasons):
+        if reason:
+            log.warning("rank %d has no rollback copy, the jump on probation cannot be undone: %s", rank, reason)
+            hook.end_probation()
+            return
 
 
 def _wrap_load_for_replay(engine: Any, replayer: Replayer) -> None:

@@ -24,7 +24,7 @@ class RefusedError(SidecastError):
 
 
 class UnavailableError(SidecastError):
-    """The service did not answer, or not in time; it may later."""
+    """The service did not answer, not in time, or has no room; it may later."""
 
 
 class ReopenError(SidecastError):
@@ -41,7 +41,6 @@ class CorruptError(SidecastError):
 
 _ERRORS: dict[grpc.StatusCode, type[SidecastError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: RefusedError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: RefusedError,
     grpc.StatusCode.UNAUTHENTICATED: RefusedError,
     grpc.StatusCode.UNIMPLEMENTED: RefusedError,
     grpc.StatusCode.NOT_FOUND: ReopenError,

@@ -71,7 +71,7 @@ class NowcasterConfig:
     vote_interval_steps: int | None = None
     """Steps between votes; None: a twentieth of the snapshot interval, at least 1."""
     vote_lag_steps: int = 1
-    """Steps from launching a vote to reading it; below ``vote_interval_steps``, or 0 to block."""
+    """Steps from launching a vote to reading it; at most ``vote_interval_steps``; 0 blocks."""
     max_staleness_steps: int | None = None
     """A prediction whose base is older is dropped; None: just below the snapshot interval, which is also the most."""
     max_weight: float = 1.0
@@ -175,8 +175,6 @@ class NowcasterConfig:
             0 < ladder.connect_s < ladder.chunk_s < ladder.stream_s,
             "0 < connect_s < chunk_s < stream_s",
         )
-        for name, path in (("token_file", self.token_file), ("tls_ca", self.tls_ca)):
-            check(name, path, path is None or Path(path).is_file(), "an existing file")
         if self.replay_dir is not None:
             check("replay_dir", self.replay_dir, Path(self.replay_dir).is_dir(), "an existing folder")
             check("record_dir", self.record_dir, self.record_dir is None, "null, since replay_dir is set")

@@ -87,6 +87,7 @@ class Courier:
     def run(self) -> None:
         """Serves the rank until it closes the channel."""
         port = self._serve_metrics()
+        self._resume_record(self._session)
         for name, work in (("link", self._link), ("outgoing", self._send_all), ("incoming", self._fetch_all)):
             threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True).start()
         if port is not None:
@@ -131,6 +132,14 @@ class Courier:
         with contextlib.suppress(ChannelClosedError):
             self._tell({"type": "noted"})
 
+    def _resume_record(self, session: Mapping[str, Any]) -> None:
+        # Not at a fresh session: a run that is about to load a checkpoint has one first.
+        if self._recorder is not None and session["resumed"]:
+            try:
+                self._recorder.resume(session)
+            except OSError as error:
+                log.error("rank %d: the apply log keeps jumps that the resume gave up: %s", self._rank, error)
+
     def _begin_session(self, session: Mapping[str, Any]) -> None:
         with self._session_lock:
             self._session = session
@@ -139,6 +148,7 @@ class Courier:
                 # The watch may not hear anything for hours; it would keep the link thread from the new session.
                 self._events.cancel()
         self._metrics.begin_session(session["run_id"])
+        self._resume_record(session)
         self._changed.set()
 
     def _guarded(self, work: Any) -> None:
@@ -181,10 +191,10 @@ class Courier:
             except RefusedError as error:
                 self._tell({"type": "refused", "reason": str(error)})
                 self._changed.wait()
-            except (ReopenError, OutdatedError) as error:
+            except ReopenError as error:
                 # Rank 0 has not opened the session yet, or the service was restarted: soon it will be there.
                 log.debug("rank %d: %s", self._rank, error)
-            except (UnavailableError, CorruptError) as error:
+            except (UnavailableError, CorruptError, OutdatedError) as error:
                 if reported != str(error) and self._session is session:
                     reported = str(error)
                     self._tell({"type": "disconnected", "reason": reported})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -48,20 +48,32 @@ class Recorder:
                 step where it begins: they are of a future that a resume has given up.
         """
         line = {**entry, "session": session["session_id"]}
-        text = self._path.read_text() if self._path.exists() else ""
-        # Without its newline the last line is what a killed courier left.
-        known = [json.loads(item) for item in text.splitlines(keepends=True) if item.endswith("\n")]
-        kept = [
-            item for item in known if item.get("session") == line["session"] or item["step"] <= session["resume_step"]
-        ]
+        kept = self._kept(session)
         if any((item["action"], item["step"]) == (line["action"], line["step"]) for item in kept):
             return
         if delta is not None:
             name = f"delta-step{entry['step']:08d}-rank{self._rank}.f32"
             (self._folder / name).write_bytes(delta)
             line |= {"file": name, "crc32": crc32(delta)}
+        self._write([*kept, line])
+
+    def resume(self, session: Mapping[str, Any]) -> None:
+        """Takes out the entries that a resumed session gives up, also if it never makes one of its own."""
+        self._write(self._kept(session))
+
+    def _kept(self, session: Mapping[str, Any]) -> list[dict[str, Any]]:
+        text = self._path.read_text() if self._path.exists() else ""
+        # Without its newline the last line is what a killed courier left.
+        known = [json.loads(item) for item in text.splitlines(keepends=True) if item.endswith("\n")]
+        return [
+            item
+            for item in known
+            if item.get("session") == session["session_id"] or item["step"] <= session["resume_step"]
+        ]
+
+    def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
         partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(item) + "\n" for item in [*kept, line]))
+        partial.write_text("".join(json.dumps(item) + "\n" for item in entries))
         os.replace(partial, self._path)
 
 
