@@ -20,6 +20,7 @@ from sidecast.errors import SidecastError
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
 from sidecast.predictors.base import ModelPredictor, Predictor
+from sidecast.predictors.passes import PassPredictor
 from sidecast.predictors.registry import create_predictor, takes_weights
 from sidecast.protos.codec import buffer_digest
 
@@ -28,12 +29,13 @@ DIGEST_BLOCK_BYTES = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorRequest:
-    """Which predictor is to serve which model."""
+    """Which predictor is to serve which model, and how far ahead at most (0: as far as it likes)."""
 
     predictor: str
     options: Mapping[str, object]
     manifest_json: str
     context_len: int
+    max_horizon: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +111,11 @@ class Nowcasting:
                     refusal=f"context_len is {request.context_len}; predictor {request.predictor!r} needs "
                     f"{predictor.context_len}"
                 )
+            manifest = ModelManifest.from_json(request.manifest_json)
             if isinstance(predictor, ModelPredictor):
-                predictor.prepare(ModelManifest.from_json(request.manifest_json))
+                predictor.prepare(manifest)
+            if isinstance(predictor, PassPredictor) and request.max_horizon > 0:
+                predictor.plan(manifest, request.max_horizon)
         except SidecastError as error:
             return PredictorAnswer(refusal=str(error))
         return PredictorAnswer(max_horizon=predictor.max_horizon)

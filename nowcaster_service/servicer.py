@@ -274,6 +274,7 @@ class Servicer:
                 options=options,
                 manifest_json=manifest.to_json(),
                 context_len=request.context_len,
+                max_horizon=request.horizon.max_intervals,
             )
         )
         if answer.refusal:
