@@ -44,9 +44,9 @@ def is_known_to_all(is_known: bool) -> bool:
 
 def main(address: str, folder: Path) -> None:
     rank = start_process_group()
-    for name, (stage, dtype) in CASES.items():
+    for seed, (name, (stage, dtype)) in enumerate(CASES.items()):
         section = {"endpoint": address, "require": True, "period_steps": 5 * SNAPSHOT_STEP}
-        engine = sidecast.attach(new_engine(section, stage=stage, dtype=dtype))
+        engine = sidecast.attach(new_engine(section, stage=stage, dtype=dtype, seed=seed))
         nowcaster = nowcaster_of(engine)
         assert nowcaster is not None
         committed: list[int] = []

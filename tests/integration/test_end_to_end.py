@@ -40,7 +40,7 @@ def test_assembled_snapshot_equals_deepspeeds_own_state(case: str, snapshots: Pa
     reference = torch.load(snapshots / f"{case}.pt", weights_only=True)
     assert SNAPSHOT_STEP in result["committed"]
     expected = np.concatenate([reference[name].float().reshape(-1).numpy() for name in result["parameters"]])
-    # The service's files have no telling names; the states of other steps and cases differ from this one.
+    # The service's files have no telling names; every case has a seed of its own, so that no two states are equal.
     vectors = [path.read_bytes() for path in (service.history / "vectors").iterdir()]
     assert vectors.count(expected.tobytes()) == 1
 

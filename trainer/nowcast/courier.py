@@ -43,6 +43,8 @@ from sidecast.trainer.nowcast.record import Recorder
 
 log = logging.getLogger(__name__)
 
+# Below the time that a closing rank gives its courier to end.
+DRAIN_TIMEOUT_S = 1.5
 MAX_ATTEMPTS = 3
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 1.0
@@ -88,8 +90,12 @@ class Courier:
         """Serves the rank until it closes the channel."""
         port = self._serve_metrics()
         self._resume_record(self._session)
-        for name, work in (("link", self._link), ("outgoing", self._send_all), ("incoming", self._fetch_all)):
-            threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True).start()
+        threads = {
+            name: threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
+            for name, work in (("link", self._link), ("outgoing", self._send_all), ("incoming", self._fetch_all))
+        }
+        for thread in threads.values():
+            thread.start()
         if port is not None:
             self._tell({"type": "metrics", "port": port})
         for message in self._channel.receive():
@@ -108,6 +114,9 @@ class Courier:
                 case unknown:
                     raise AssertionError(f"the trainer sent a message of unknown type {unknown!r}")
         self._is_ending.set()
+        # What was staged last, often together with a checkpoint, is what a resumed run needs first.
+        self._outgoing.put(("", {"type": "end"}))
+        threads["outgoing"].join(DRAIN_TIMEOUT_S)
         self._changed.set()
 
     def _serve_metrics(self) -> int | None:
@@ -163,8 +172,12 @@ class Courier:
             signal.raise_signal(signal.SIGKILL)
 
     def _tell(self, message: Message) -> None:
-        with self._send_lock:
-            self._channel.send(message)
+        try:
+            with self._send_lock:
+                self._channel.send(message)
+        except ChannelClosedError:
+            if not self._is_ending.is_set():
+                raise
 
     # --- link: open, join, watch, and again
 
@@ -228,6 +241,8 @@ class Courier:
     def _send_all(self) -> None:
         while True:
             session_id, message = self._outgoing.get()
+            if message["type"] == "end":
+                return
             if message["type"] == "report":
                 self._report(session_id, message)
             else:
