@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.message import Message
 
 from sidecast.errors import SidecastError
+from sidecast.horizon import resolve_horizons
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.errors import (
@@ -36,7 +37,6 @@ from sidecast.nowcaster_service.sessions import (
     Session,
     SessionSettings,
     SnapshotEvent,
-    resolve_horizons,
 )
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, CodecError, decode_chunk, encode_chunk, split_chunks

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sidecast.errors import ConfigError
-from sidecast.horizon import horizon_schedule
-from sidecast.nowcaster_service.errors import MalformedError
-from sidecast.nowcaster_service.sessions import resolve_horizons
+from sidecast.horizon import horizon_at, horizon_schedule, resolve_horizons
 from sidecast.trainer.nowcast.schedule import jump_weight
 
 
@@ -39,8 +37,12 @@ def test_the_run_decides_where_nothing_is_said() -> None:
     assert resolve_horizons("", 0, 2.0, 0, 20, 5) == (5,)
     assert resolve_horizons("", 40, 2.0, 200, 20, 5) == horizon_schedule(10, 40)
     assert resolve_horizons("constant", 3, 2.0, 200, 20, 5) == (3,)
-    with pytest.raises(MalformedError, match="needs max_steps"):
+    with pytest.raises(ConfigError, match="needs max_steps"):
         resolve_horizons("power", 3, 2.0, 0, 20, 5)
+
+
+def test_the_horizon_follows_from_the_step_alone() -> None:
+    assert [horizon_at((9, 4, 1), step, 20) for step in (20, 40, 60, 80, 200)] == [9, 4, 1, 1, 1]
 
 
 def test_a_jump_is_worth_less_the_older_its_base() -> None:

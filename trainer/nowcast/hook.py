@@ -23,9 +23,9 @@ from sidecast.trainer.nowcast.acceptance import LossPoint, LossTrend, Verdict
 from sidecast.trainer.nowcast.buffers import SharedBuffer
 from sidecast.trainer.nowcast.channel import Message
 from sidecast.trainer.nowcast.config import NowcasterConfig
-from sidecast.trainer.nowcast.courier_handle import CourierHandle
 from sidecast.trainer.nowcast.events import EventKind, NowcastEvent
 from sidecast.trainer.nowcast.losses import LossMeter
+from sidecast.trainer.nowcast.messenger import Messenger
 from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy, StalePartitionError
 from sidecast.trainer.nowcast.schedule import Schedule, jump_weight
 from sidecast.trainer.nowcast.vote import Ballot, Decision, Votes
@@ -90,7 +90,7 @@ class Nowcaster:
         self,
         config: NowcasterConfig,
         partition: Partition,
-        courier: CourierHandle,
+        courier: Messenger,
         votes: Votes,
         *,
         step: int,
