@@ -24,11 +24,12 @@ from courier_harness import PacedCourier, hello, session, start_courier, until  
 from sidecast.errors import ConfigError  # noqa: E402
 from sidecast.manifest import ModelManifest, ParameterSpec  # noqa: E402
 from sidecast.protos.shards import ShardSpec  # noqa: E402
-from sidecast.trainer.nowcast.attach import load_rollback_copy, refused_together  # noqa: E402
+from sidecast.trainer.nowcast.attachment import load_rollback_copy  # noqa: E402
 from sidecast.trainer.nowcast.config import NowcasterConfig  # noqa: E402
 from sidecast.trainer.nowcast.hook import Nowcaster, rollback_path  # noqa: E402
 from sidecast.trainer.nowcast.partitions import RollbackCopy  # noqa: E402
 from sidecast.trainer.nowcast.partitions.rollback import packed_bytes  # noqa: E402
+from sidecast.trainer.nowcast.ranks import Ranks  # noqa: E402
 from sidecast.trainer.nowcast.replay import Replayer  # noqa: E402
 from sidecast.trainer.nowcast.vote import NO_VERSION, Ballot, VoteBox  # noqa: E402
 
@@ -157,7 +158,7 @@ def votes(group: dist.ProcessGroup, rank: int) -> list[Any]:
 def refusal(group: dist.ProcessGroup, rank: int) -> str:
     """What this rank raises where only rank 1 has reason to."""
     try:
-        with refused_together(group):
+        with Ranks(group).refused_together():
             if rank == 1:
                 raise ConfigError("rank 1 lacks the memory")
     except ConfigError as error:
@@ -190,7 +191,7 @@ def probations(group: dist.ProcessGroup, rank: int, folder: Path) -> list[bool]:
         if cut and rank == 1:
             path.write_bytes(path.read_bytes()[:100])
         hook = OnProbation()
-        load_rollback_copy(hook, folder, group)  # type: ignore[arg-type]
+        load_rollback_copy(hook, folder, Ranks(group))  # type: ignore[arg-type]
         results.append(hook.is_on_probation)
     return results
 

@@ -28,7 +28,7 @@ from sidecast.trainer.nowcast.events import EventKind, NowcastEvent
 from sidecast.trainer.nowcast.losses import LossMeter
 from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy, StalePartitionError
 from sidecast.trainer.nowcast.schedule import Schedule, jump_weight
-from sidecast.trainer.nowcast.vote import Ballot, Decision, VoteBox
+from sidecast.trainer.nowcast.vote import Ballot, Decision, Votes
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Nowcaster:
         config: NowcasterConfig,
         partition: Partition,
         courier: CourierHandle,
-        votes: VoteBox,
+        votes: Votes,
         *,
         step: int,
         run_id: str,
