@@ -1,7 +1,7 @@
 """sidecast: nowcasting for distributed training, as a sidecar that never stalls it.
 
-``import sidecast; engine = sidecast.attach(engine)`` is all that a DeepSpeed script needs; ``NowcastCallback`` is for the
-Hugging Face Trainer, ``LightningNowcastCallback`` for Lightning, ``NowcastOptimizer`` for single-process scripts.
+``import sidecast; engine = sidecast.attach(engine)`` is all that a DeepSpeed script needs; ``NowcastCallback`` is for
+the Hugging Face Trainer, ``LightningNowcastCallback`` for Lightning, ``NowcastOptimizer`` for one-process scripts.
 """
 
 from importlib import import_module
@@ -18,7 +18,7 @@ __all__ = ["LightningNowcastCallback", "NowcastCallback", "NowcastOptimizer", "a
 # Lazy, because the service and the courier import this package without torch or DeepSpeed.
 _HOMES = {
     "attach": ("sidecast.trainer.nowcast.attach", "trainer"),
-    "NowcastCallback": ("sidecast.trainer.integrations.huggingface", "trainer"),
+    "NowcastCallback": ("sidecast.trainer.integrations.huggingface", "huggingface"),
     "LightningNowcastCallback": ("sidecast.trainer.integrations.lightning", "lightning"),
     "NowcastOptimizer": ("sidecast.trainer.integrations.optimizer", "trainer"),
 }
