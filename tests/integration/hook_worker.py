@@ -27,7 +27,7 @@ from sidecast.protos.shards import ShardSpec  # noqa: E402
 from sidecast.trainer.nowcast.attach import load_rollback_copy, refused_together  # noqa: E402
 from sidecast.trainer.nowcast.config import NowcasterConfig  # noqa: E402
 from sidecast.trainer.nowcast.hook import Nowcaster, rollback_path  # noqa: E402
-from sidecast.trainer.nowcast.partitions import RollbackCopy  # noqa: E402
+from sidecast.trainer.nowcast.partitions import RollbackCopy, StalePartitionError  # noqa: E402
 from sidecast.trainer.nowcast.partitions.rollback import packed_bytes  # noqa: E402
 from sidecast.trainer.nowcast.replay import Replayer  # noqa: E402
 from sidecast.trainer.nowcast.vote import NO_VERSION, Ballot, VoteBox  # noqa: E402
@@ -47,9 +47,16 @@ class FakePartition:
         self.master_dtype = torch.float32
         (shard,) = self.owned_shards
         self.weights = torch.arange(shard.start, shard.stop, dtype=torch.float32)
+        self.moved_steps: Collection[int] = ()
+        self.is_moved = False
 
     def train(self, step: int) -> None:
         self.weights += 0.01 * math.sin(step) - 0.001 * self.weights
+        self.is_moved = step in self.moved_steps
+
+    def require_current(self) -> None:
+        if self.is_moved:
+            raise StalePartitionError("somebody moved it")
 
     def read(self, out: Tensor) -> None:
         out.copy_(self.weights)
@@ -62,6 +69,9 @@ class FakePartition:
 
     def capture(self, copy: RollbackCopy) -> None:
         copy.save({"weights": self.weights}, {})
+
+    def require_restorable(self, copy: RollbackCopy) -> None:
+        self.require_current()
 
     def restore(self, copy: RollbackCopy) -> None:
         self.weights.copy_(copy.tensors()["weights"])
@@ -83,6 +93,7 @@ class Run:
         *,
         loss_at: Callable[[int, int], float] = lambda step, num_jumps: 1.0,
         arrivals: Collection[int] = (),
+        moved_steps: Collection[int] = (),
         **settings: Any,
     ) -> dict[str, Any]:
         """Trains.
@@ -92,6 +103,7 @@ class Run:
             num_steps: How long.
             loss_at: Loss by step and number of jumps so far.
             arrivals: The steps at which this rank gets its predictions.
+            moved_steps: The steps at which this rank's tensors are not where they were.
             settings: Of the hook.
         """
         config = NowcasterConfig(context_len=2, period_steps=20, vote_interval_steps=1, probation_steps=12, **settings)
@@ -105,6 +117,7 @@ class Run:
             record_dir=self.folder / name,
         )
         partition = FakePartition(self.rank)
+        partition.moved_steps = moved_steps
         courier = start_courier(greeting, PacedCourier)
         assert isinstance(courier, PacedCourier)
         courier.is_pacing = config.mode == "async"
@@ -124,7 +137,7 @@ class Run:
             while step % 10 == 0 and hook.totals.bytes_uploaded == uploaded_bytes:
                 # Takes the couriers' speed out of the race: on only once this rank's part is with the service.
                 courier.wait_for = "sent"
-                hook._poll()
+                hook._inbox.poll()
             weights.append(partition.weights.tolist())
         summary = hook.summary()
         hook.close()
@@ -215,6 +228,16 @@ def main(rank: int, folder: Path, endpoint: str) -> None:
             max_rollbacks=2,
         ),
         "nan": run("nan", 30, arrivals=late, loss_at=lambda step, num_jumps: math.nan if num_jumps else 1.0),
+        # From here on rank 1's optimizer is elsewhere at times.
+        "moved-at-vote": run("moved-at-vote", 30, arrivals={21}, moved_steps=rank * [21, 22, 23]),
+        "moved-at-jump": run("moved-at-jump", 30, arrivals={21}, moved_steps=rank * [22]),
+        "moved-at-rollback": run(
+            "moved-at-rollback",
+            40,
+            arrivals={21},
+            loss_at=lambda step, num_jumps: 1.0 + 5.0 * num_jumps,
+            moved_steps=rank * [34, 35],
+        ),
         "stale": run("stale", 35, arrivals={30}),
         "sync": run("sync", 25, mode="sync"),
     }

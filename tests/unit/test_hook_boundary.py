@@ -34,6 +34,9 @@ class FakePartition:
     def __init__(self) -> None:
         self.weights = torch.zeros(2)
 
+    def require_current(self) -> None:
+        pass
+
     def read(self, out: torch.Tensor) -> None:
         out.copy_(self.weights)
 
@@ -92,6 +95,9 @@ class OneVoter:
         ballot, self.ballot = self.ballot, None
         return decide([ballot])
 
+    def confirm(self, is_ready: bool) -> bool:
+        return is_ready
+
 
 def hook_of(courier: FakeCourier, partition: FakePartition, step: int, **settings: Any) -> Nowcaster:
     config = NowcasterConfig(
@@ -114,6 +120,17 @@ def test_a_prediction_of_an_earlier_session_is_given_back_unapplied(session_id: 
 def test_sync_mode_waits_only_for_what_it_would_apply(is_suspended: bool, num_waits: int) -> None:
     courier = FakeCourier()
     hook = hook_of(courier, FakePartition(), step=19, mode="sync")
-    hook.is_suspended = is_suspended
+    hook._probation.is_suspended = is_suspended
     hook.after_step(20)
     assert len(courier.waited_s) == num_waits
+
+
+def test_a_nowcast_that_was_never_made_is_failed_and_not_rejected() -> None:
+    courier = FakeCourier()
+    hook = hook_of(courier, FakePartition(), step=22)
+    kinds: list[str] = []
+    hook.add_listener(lambda event: kinds.append(event.kind))
+    courier.unread.append({"type": "failed", "step": 20, "reason": "none today"})
+    hook.after_step(23)
+    assert kinds == ["failed"]
+    assert (hook.totals.num_failed, hook.totals.num_rejected) == (1, 0)

@@ -23,7 +23,7 @@ from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.nowcast.config import NowcasterConfig, parse_section
 from sidecast.trainer.nowcast.courier_handle import CourierHandle
 from sidecast.trainer.nowcast.hook import Nowcaster, dump_config, rollback_path
-from sidecast.trainer.nowcast.partitions import Partition, partition_of
+from sidecast.trainer.nowcast.partitions import Partition, RemappingPartition, partition_of
 from sidecast.trainer.nowcast.partitions.engine_facts import applied_steps, nowcaster_section, zero_stage
 from sidecast.trainer.nowcast.replay import Replayer
 from sidecast.trainer.nowcast.vote import VoteBox
@@ -112,7 +112,7 @@ def _agree(engine: Any, section: Any, group: dist.ProcessGroup) -> tuple[Nowcast
     """Reads settings and model; if any rank cannot, or ranks differ, all raise."""
     with refused_together(group):
         config = parse_section(section)
-        partition = partition_of(engine)
+        partition = RemappingPartition(lambda: partition_of(engine))
         manifest = ModelManifest(partition.parameters, _model_config(engine), partition.aliases)
     fingerprints: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(fingerprints, dump_config(config) + manifest.schema_hash, group=group)
@@ -289,7 +289,7 @@ def _wrap_load(engine: Any, hook: Nowcaster, courier: CourierHandle, group: dist
         if path is None:
             return path, client_state
         state = (client_state or {}).pop(CLIENT_STATE_KEY, None)
-        partition = partition_of(engine)
+        partition = RemappingPartition(lambda: partition_of(engine))
         if (partition.upload_shards, partition.owned_shards) != shards:
             raise ConfigError("the loaded checkpoint changed this rank's partition; attach after loading it instead")
         step = applied_steps(engine)
@@ -330,7 +330,7 @@ def _wrap_load_for_replay(engine: Any, replayer: Replayer) -> None:
         path, client_state = original(*args, **kwargs)
         if path is not None:
             (client_state or {}).pop(CLIENT_STATE_KEY, None)
-            replayer.resume(partition_of(engine), applied_steps(engine))
+            replayer.resume(RemappingPartition(lambda: partition_of(engine)), applied_steps(engine))
         return path, client_state
 
     engine.load_checkpoint = load_checkpoint

@@ -94,6 +94,7 @@ class VoteBox:
         self._rank = dist.get_rank(group)
         # A sum over rows that are zero but for one's own is a gather, and runs in place.
         self._rows = torch.zeros(dist.get_world_size(group), _FIELDS, dtype=torch.int64)
+        self._ready = torch.zeros(1, dtype=torch.int64)
         self._work: dist.Work | None = None
 
     @property
@@ -107,6 +108,16 @@ class VoteBox:
         self._rows.zero_()
         self._rows[self._rank] = torch.tensor(ballot.encode(), dtype=torch.int64)
         self._work = dist.all_reduce(self._rows, group=self._group, async_op=True)
+
+    def confirm(self, is_ready: bool) -> bool:
+        """Whether every rank is ready to do what the last vote decided; waits for all of them.
+
+        Rare, unlike votes: once for each jump and for each rollback.
+        """
+        assert self._work is None
+        self._ready[0] = int(is_ready)
+        dist.all_reduce(self._ready, dist.ReduceOp.MIN, group=self._group)
+        return bool(self._ready)
 
     def abandon(self, timeout_s: float) -> None:
         """Lets go of a launched vote, which a rank that has failed may never cast; waits a little for its end."""

@@ -46,6 +46,13 @@ class Partition(Protocol):
     @property
     def master_dtype(self) -> torch.dtype: ...
 
+    def require_current(self) -> None:
+        """Refuses to go on with tensors that are not the optimizer's any more; local.
+
+        Raises:
+            StalePartitionError: As for ``read``.
+        """
+
     def read(self, out: Tensor) -> None:
         """Copies the upload shards, in their order.
 
@@ -92,6 +99,14 @@ class Partition(Protocol):
         Raises:
             StalePartitionError: As for ``read``.
             RollbackError: ``copy`` is too small; the message says by how much.
+        """
+
+    def require_restorable(self, copy: RollbackCopy) -> None:
+        """Refuses what ``restore`` would refuse; local, so that ranks can agree before any weight is touched.
+
+        Raises:
+            StalePartitionError: As for ``read``.
+            RollbackError: As for ``restore``.
         """
 
     def restore(self, copy: RollbackCopy) -> None:

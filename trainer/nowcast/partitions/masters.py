@@ -56,6 +56,9 @@ class MasterPartition:
         self._scratch: dict[torch.device, Tensor] = {}
         self.master_dtype: torch.dtype = self._known_masters[0].dtype
 
+    def require_current(self) -> None:
+        self._current_masters()
+
     @torch.no_grad()
     def read(self, out: Tensor) -> None:
         flats = self._current_masters()
@@ -99,6 +102,10 @@ class MasterPartition:
     def capture(self, copy: RollbackCopy) -> None:
         self._current_masters()
         self._state.capture(self._known_masters, copy)
+
+    def require_restorable(self, copy: RollbackCopy) -> None:
+        self._current_masters()
+        self._state.require_restorable(self._known_masters, copy)
 
     @torch.no_grad()
     def restore(self, copy: RollbackCopy) -> None:

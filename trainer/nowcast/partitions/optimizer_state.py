@@ -55,12 +55,21 @@ class OptimizerState:
                 values[field] = getattr(self._loss_scaler, field)
         copy.save(tensors, values)
 
-    def restore(self, masters: Sequence[Tensor], copy: RollbackCopy) -> None:
-        """Puts masters, state and loss scale back, in place wherever a tensor still exists."""
-        tensors, values = copy.tensors(), copy.values()
+    def require_restorable(self, masters: Sequence[Tensor], copy: RollbackCopy) -> None:
+        """Refuses a copy that is empty or was captured from other tensors.
+
+        Raises:
+            RollbackError: It is.
+        """
+        tensors = copy.tensors()
         held = [(name, tensors[name].shape) for name in tensors if "." not in name]
         if held != [(f"{index}", master.shape) for index, master in enumerate(masters)]:
             raise RollbackError("the rollback copy is empty or was captured from other tensors; nothing was restored")
+
+    def restore(self, masters: Sequence[Tensor], copy: RollbackCopy) -> None:
+        """Puts masters, state and loss scale back, in place wherever a tensor still exists."""
+        self.require_restorable(masters, copy)
+        tensors, values = copy.tensors(), copy.values()
         for index, master in enumerate(masters):
             master.detach().copy_(tensors[f"{index}"])
             self._restore_entries(master, _without_prefix(tensors, f"{index}."), _without_prefix(values, f"{index}."))
