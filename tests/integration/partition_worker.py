@@ -25,7 +25,13 @@ from torch import distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sidecast.protos.shards import ShardSpec, coverage_error, total_elements
-from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy, StalePartitionError, partition_of
+from sidecast.trainer.nowcast.partitions import (
+    Partition,
+    RemappingPartition,
+    RollbackCopy,
+    StalePartitionError,
+    partition_of,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCABULARY = 29
@@ -226,6 +232,7 @@ class CaseRun:
         self.folder = folder
         self.engine = build_engine(case)
         self.partition: Partition = partition_of(self.engine)
+        self.partition.require_current()
         self.numels = [spec.numel for spec in self.partition.parameters]
         self.dtype = DTYPES[case.dtype]
 
@@ -376,6 +383,25 @@ class CaseRun:
         self.require(same_bits(self.snapshot(), saved), "the partition made after load_checkpoint reads other values")
         self.written_values_read_back()
 
+    def offloaded_states_are_refused_until_reloaded(self) -> None:
+        offloadable = self.case.stage > 0 and hasattr(self.engine.optimizer, "offload_states")
+        if not offloadable or "offload_optimizer" in self.case.zero:
+            return
+        before = self.snapshot()
+        partition = RemappingPartition(lambda: partition_of(self.engine))
+        self.engine.offload_states(pin_memory=False)
+        for fragile in (self.partition, partition):
+            try:
+                fragile.require_current()
+            except StalePartitionError as error:
+                self.require("engine.reload_states()" in str(error), f"{error} does not say what helps")
+            else:
+                self.require(False, "a partition is current although the optimizer's states are away")
+        self.engine.reload_states()
+        self.partition = partition
+        self.require(same_bits(self.snapshot(), before), "the partition reads other values after reload_states")
+        self.written_values_read_back()
+
     def stale_partition_raises(self) -> None:
         """Last, because it leaves the optimizer with tensors that nothing updates."""
         optimizer = self.engine.optimizer
@@ -391,8 +417,17 @@ class CaseRun:
         )
         if isinstance(masters[0], list):
             masters = masters[0]
+        expected = self.snapshot()
+        remapping = RemappingPartition(lambda: partition_of(self.engine))
         masters[0] = nn.Parameter(masters[0].detach().clone())
         self.require_stale("a master was replaced")
+        if masters[0].shape == parameter.shape and self.case.stage == 0:
+            # Where masters are the parameters themselves, a replaced one is no longer the model's.
+            return
+        self.partition = remapping
+        masters[0].data.add_(1.0)
+        changed = sum(not same_bits(now, then) for now, then in zip(self.snapshot(), expected, strict=True))
+        self.require(changed > 0, "the partition that maps itself anew reads the tensors of before")
 
     def require_stale(self, why: str) -> None:
         out = torch.empty(total_elements(self.partition.upload_shards))
@@ -404,6 +439,8 @@ class CaseRun:
             lambda: self.partition.write(delta),
             lambda: self.partition.capture(copy),
             lambda: self.partition.restore(copy),
+            lambda: self.partition.require_restorable(copy),
+            self.partition.require_current,
         )
         for use in uses:
             try:
@@ -422,6 +459,7 @@ CHECKS = (
     CaseRun.training_goes_on_equally,
     CaseRun.rollback_is_bit_identical,
     CaseRun.remapped_after_load_checkpoint,
+    CaseRun.offloaded_states_are_refused_until_reloaded,
     CaseRun.stale_partition_raises,
 )
 

@@ -81,7 +81,7 @@ def test_a_buffer_must_be_flat_bytes(buffer: torch.Tensor) -> None:
 def test_adam_needs_twelve_bytes_per_parameter() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1 << 16))
     optimizer = torch.optim.AdamW([parameter])
-    state = OptimizerState([optimizer.state], None)
+    state = OptimizerState([optimizer], None)
     before_first_step = state.num_bytes([parameter])
     step(optimizer, parameter)
     assert before_first_step == state.num_bytes([parameter])
@@ -91,7 +91,7 @@ def test_adam_needs_twelve_bytes_per_parameter() -> None:
 def test_state_made_after_the_capture_is_removed() -> None:
     parameter = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([parameter])
-    state = OptimizerState([optimizer.state], None)
+    state = OptimizerState([optimizer], None)
     copy = RollbackCopy.allocate(state.num_bytes([parameter]))
     state.capture([parameter], copy)
     step(optimizer, parameter)
@@ -103,7 +103,7 @@ def test_state_made_after_the_capture_is_removed() -> None:
 
 def test_restored_adam_steps_as_it_would_have() -> None:
     optimizer, parameter = stepped_adam()
-    state = OptimizerState([optimizer.state], None)
+    state = OptimizerState([optimizer], None)
     copy = RollbackCopy.allocate(state.num_bytes([parameter]))
     with torch.no_grad():
         state.capture([parameter], copy)
@@ -118,7 +118,7 @@ def test_restored_adam_steps_as_it_would_have() -> None:
 
 def test_an_empty_copy_or_one_of_other_tensors_restores_nothing() -> None:
     optimizer, parameter = stepped_adam()
-    state = OptimizerState([optimizer.state], None)
+    state = OptimizerState([optimizer], None)
     copy = RollbackCopy.allocate(state.num_bytes([parameter]))
     before = parameter.detach().clone()
     with pytest.raises(RollbackError, match="nothing was restored"):

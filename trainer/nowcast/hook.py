@@ -21,6 +21,7 @@ from sidecast.trainer.nowcast.acceptance import Verdict
 from sidecast.trainer.nowcast.application import Application
 from sidecast.trainer.nowcast.config import NowcasterConfig
 from sidecast.trainer.nowcast.courier_handle import CourierHandle
+from sidecast.trainer.nowcast.decay import LearningRateWindow
 from sidecast.trainer.nowcast.events import NowcastEvent
 from sidecast.trainer.nowcast.inbox import Inbox
 from sidecast.trainer.nowcast.losses import LossMeter
@@ -48,6 +49,7 @@ class Nowcaster:
         votes: Over all ranks.
         step: Optimizer steps applied so far.
         run_id: Of the run; kept over resumes.
+        rollback_copy: Where jumps are undone from; None: they are neither judged nor undone.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Nowcaster:
         *,
         step: int,
         run_id: str,
+        rollback_copy: RollbackCopy | None = None,
     ) -> None:
         self.config = config
         self.run_id = run_id
@@ -68,8 +71,9 @@ class Nowcaster:
         self._reporter = Reporter(courier, step)
         self._stager = Stager(courier)
         self._inbox = Inbox(courier, self._reporter, config.resolved_max_staleness_steps)
-        self._application = Application(config, partition, votes)
+        self._application = Application(config, partition, votes, rollback_copy)
         self._probation = Probation(config)
+        self._learning_rates = LearningRateWindow(config.context_len)
         self._meter = LossMeter()
         self._vote_step = 0
         self._is_closed = False
@@ -135,7 +139,7 @@ class Nowcaster:
             if self._votes.is_open:
                 self._on_decision(self._votes.read())
             # Not for one that could not be applied: it would cost the deadline at every base step.
-            if is_staged and self.epoch == staged_epoch and self._probation.allows_jumps:
+            if is_staged and self.epoch == staged_epoch and self._probation.allows_jumps and self._weight_scale() > 0:
                 self._inbox.await_prediction(self.config.sync_deadline_s)
             self._launch_vote()
             self._on_decision(self._votes.read())
@@ -149,8 +153,8 @@ class Nowcaster:
 
     def _stage(self) -> bool:
         """Hands the courier a snapshot; False if it could not."""
-        # Only now has the optimizer the state that a jump would have to be undone with.
-        self._application.allocate()
+        self._learning_rates.add(self._application.partition.learning_rates())
+        self._application.after_snapshot(self.step, is_base=self._schedule.is_base(self.step))
         reason = self._stager.stage(self._application.partition, self.step, self.epoch)
         self.totals.staging_s = self._stager.seconds
         if reason:
@@ -164,13 +168,23 @@ class Nowcaster:
 
     def _launch_vote(self) -> None:
         loss_sum, num_losses = self._meter.drain()
+        weight_scale = self._weight_scale()
+        if self._inbox.held is not None and weight_scale == 0.0:
+            self._inbox.reject("the learning rate decays")
         held = self._inbox.held if self._probation.allows_jumps else None
         if held is None or self._application.why_stale():
             ballot = Ballot(loss_sum=loss_sum, num_losses=num_losses)
         else:
-            ballot = Ballot(held.version, held.digest, held.epoch, loss_sum, num_losses)
+            ballot = Ballot(held.version, held.digest, held.epoch, loss_sum, num_losses, weight_scale)
         self._vote_step = self.step
         self._votes.launch(ballot)
+
+    def _weight_scale(self) -> float:
+        """What the learning rate leaves of a jump."""
+        if self.config.during_decay == "allow":
+            return 1.0
+        remaining = self._learning_rates.remaining(self._application.partition.learning_rates())
+        return remaining if self.config.during_decay == "scale" else float(remaining == 1.0)
 
     def _on_decision(self, decision: Decision) -> None:
         if decision.mean_loss is not None:
@@ -182,18 +196,21 @@ class Nowcaster:
             held.digest,
             self.epoch,
         ):
-            self._jump(held)
+            self._jump(held, decision.weight_scale)
 
     # --- jumps
 
-    def _jump(self, held: HeldPrediction) -> None:
+    def _jump(self, held: HeldPrediction, weight_scale: float) -> None:
         staleness_steps = self.step - held.base_step
         horizon_steps = held.horizon_intervals * self._schedule.interval_steps
-        weight = jump_weight(staleness_steps, horizon_steps, self.config.max_weight)
+        weight = jump_weight(staleness_steps, horizon_steps, self.config, weight_scale)
         if weight == 0.0:
-            self._inbox.reject(f"its base is {staleness_steps} steps old, its horizon {horizon_steps} steps")
+            self._inbox.reject(
+                f"its base is {staleness_steps} steps old, its horizon {horizon_steps} steps, "
+                f"and the learning rate leaves {weight_scale:.3g} of it"
+            )
             return
-        if reason := self._application.apply(self._inbox.delta, weight):
+        if reason := self._application.apply(self._inbox.delta, weight, base_step=held.base_step):
             log.warning("the prediction of step %d is not applied: %s", held.base_step, reason)
             self._inbox.reject(reason)
             return
@@ -207,6 +224,8 @@ class Nowcaster:
             "staleness_steps": staleness_steps,
             "horizon_intervals": held.horizon_intervals,
             "weight": weight,
+            "merge": self.config.merge,
+            "moments": self.config.moments,
             "digest": f"{held.digest:016x}",
             "relative_norm": held.relative_norm,
             "nowcast_s": held.nowcast_s,
@@ -247,7 +266,13 @@ class Nowcaster:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint; the rollback copy is saved beside them."""
-        return {"run_id": self.run_id, "epoch": self.epoch, "step": self.step, **self._probation.state()}
+        return {
+            "run_id": self.run_id,
+            "epoch": self.epoch,
+            "step": self.step,
+            "learning_rates": self._learning_rates.state(),
+            **self._probation.state(),
+        }
 
     def resume(self, state: Mapping[str, Any] | None, partition: Partition, step: int, run_id: str) -> None:
         """Goes on from a loaded checkpoint.
@@ -267,6 +292,7 @@ class Nowcaster:
             self._inbox.reject("a checkpoint was loaded")
         self.run_id = run_id if state is None else state["run_id"]
         self._reporter.epoch = 0 if state is None else state["epoch"]
+        self._learning_rates.load([] if state is None else state["learning_rates"])
         self._probation.load(state)
 
     @property

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 NO_VERSION = -1
-_FIELDS = 5
+_FIELDS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Ballot:
         epoch: Epoch of that prediction's base.
         loss_sum: Sum of its micro-batch losses since its last ballot.
         num_losses: How many those are.
+        weight_scale: What it would leave of the jump's weight, 0 to 1.
     """
 
     version: int = NO_VERSION
@@ -36,15 +37,16 @@ class Ballot:
     epoch: int = 0
     loss_sum: float = 0.0
     num_losses: int = 0
+    weight_scale: float = 1.0
 
     def encode(self) -> list[int]:
-        (bits,) = struct.unpack("<q", struct.pack("<d", self.loss_sum))
-        return [self.version, self.digest, self.epoch, bits, self.num_losses]
+        loss_bits, scale_bits = struct.unpack("<qq", struct.pack("<dd", self.loss_sum, self.weight_scale))
+        return [self.version, self.digest, self.epoch, loss_bits, self.num_losses, scale_bits]
 
     @classmethod
     def decode(cls, row: Sequence[int]) -> Ballot:
-        (loss_sum,) = struct.unpack("<d", struct.pack("<q", row[3]))
-        return cls(row[0], row[1], row[2], loss_sum, row[4])
+        loss_sum, weight_scale = struct.unpack("<dd", struct.pack("<qq", row[3], row[5]))
+        return cls(row[0], row[1], row[2], loss_sum, row[4], weight_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class Decision:
         epoch: Its epoch.
         mean_loss: Over all micro-batches of all ranks; None if nobody saw any.
         num_losses: How many those were.
+        weight_scale: The least that any rank would leave of the jump's weight.
     """
 
     version: int
@@ -64,6 +67,7 @@ class Decision:
     epoch: int
     mean_loss: float | None
     num_losses: int
+    weight_scale: float
 
 
 def decide(ballots: Sequence[Ballot]) -> Decision:
@@ -79,6 +83,7 @@ def decide(ballots: Sequence[Ballot]) -> Decision:
         epoch=first.epoch if is_unanimous else 0,
         mean_loss=sum(item.loss_sum for item in ballots) / num_losses if num_losses else None,
         num_losses=num_losses,
+        weight_scale=min(item.weight_scale for item in ballots),
     )
 
 

@@ -67,6 +67,36 @@ class Partition(Protocol):
             ValueError: ``out`` is of another dtype, device, layout or size.
         """
 
+    def read_owned(self, out: Tensor) -> None:
+        """Copies the owned elements, in their order; blocks.
+
+        Args:
+            out: Flat CPU float32 tensor of ``total_elements(owned_shards)`` elements.
+
+        Raises:
+            StalePartitionError: As for ``read``.
+            ValueError: ``out`` is of another dtype, device, layout or size.
+        """
+
+    def learning_rates(self) -> tuple[float, ...]:
+        """The optimizer's learning rates now, one per parameter group."""
+
+    def scale_momentum(self, factor: float) -> None:
+        """Multiplies the first moments; the second moments and step counters stay.
+
+        What the optimizers in use call them: ``exp_avg`` (the Adam family, LAMB, Lion) and ``momentum_buffer`` (SGD).
+
+        Raises:
+            StalePartitionError: As for ``read``.
+        """
+
+    def reset_moments(self) -> None:
+        """Sets moments and step counters to 0, as before the first step.
+
+        Raises:
+            StalePartitionError: As for ``read``.
+        """
+
     def apply(self, delta: Tensor, weight: float, *, mode: MergeMode = "add", base: Tensor | None = None) -> None:
         """Merges a prediction into the owned elements, then publishes them to the model on every rank.
 

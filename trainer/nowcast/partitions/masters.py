@@ -68,6 +68,26 @@ class MasterPartition:
                 out[run.buffer].copy_(flats[run.master][run.source], non_blocking=self._stream is not None)
 
     @torch.no_grad()
+    def read_owned(self, out: Tensor) -> None:
+        flats = self._current_masters()
+        _require_flat("out", out, self._num_owned)
+        for run in self._owned_runs:
+            out[run.buffer].copy_(flats[run.master][run.source])
+
+    def learning_rates(self) -> tuple[float, ...]:
+        return self._state.learning_rates()
+
+    @torch.no_grad()
+    def scale_momentum(self, factor: float) -> None:
+        self._current_masters()
+        self._state.scale_momentum(self._known_masters, factor)
+
+    @torch.no_grad()
+    def reset_moments(self) -> None:
+        self._current_masters()
+        self._state.reset_moments(self._known_masters)
+
+    @torch.no_grad()
     def apply(self, delta: Tensor, weight: float, *, mode: MergeMode = "add", base: Tensor | None = None) -> None:
         if mode not in ("add", "replace"):
             raise ValueError(f"merge mode is {mode!r}; it must be 'add' or 'replace'")

@@ -14,6 +14,8 @@ from sidecast.trainer.nowcast.partitions.rollback import RollbackCopy, RollbackE
 _ASSUMED_MOMENTS = 2
 _ASSUMED_STEP_BYTES = 4
 # The moving parts of DeepSpeed's loss scalers; their settings (window, factor, floor) never change.
+_MOMENTUM_KEYS = ("exp_avg", "momentum_buffer")
+_STEP_KEY = "step"
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -21,12 +23,12 @@ class OptimizerState:
     """Moments and step counters of each master, and the loss scale.
 
     Args:
-        states: ``optimizer.state`` of every inner optimizer, keyed by master tensor.
+        optimizers: Every inner optimizer; its ``state`` is keyed by master tensor.
         loss_scaler: The object that holds DeepSpeed's fp16 loss scale, if any.
     """
 
-    def __init__(self, states: Sequence[MutableMapping[Tensor, Any]], loss_scaler: Any | None) -> None:
-        self._states = states
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], loss_scaler: Any | None) -> None:
+        self._optimizers = optimizers
         self._loss_scaler = loss_scaler
 
     def num_bytes(self, masters: Sequence[Tensor]) -> int:
@@ -41,6 +43,27 @@ class OptimizerState:
                 else [master.nbytes] * _ASSUMED_MOMENTS + [_ASSUMED_STEP_BYTES]
             )
         return packed_bytes(sizes_bytes)
+
+    def learning_rates(self) -> tuple[float, ...]:
+        """Of every parameter group, now."""
+        return tuple(float(group["lr"]) for group in self._optimizers[0].param_groups)
+
+    def scale_momentum(self, masters: Sequence[Tensor], factor: float) -> None:
+        """Multiplies the first moments of these masters."""
+        for master in masters:
+            for key, value in self._entries(master).items():
+                if key in _MOMENTUM_KEYS and isinstance(value, Tensor):
+                    value.mul_(factor)
+
+    def reset_moments(self, masters: Sequence[Tensor]) -> None:
+        """Zeroes the moments and step counters of these masters, where they are."""
+        for master in masters:
+            entries = self._entries(master)
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and (value.shape == master.shape or key == _STEP_KEY):
+                    value.zero_()
+                elif key == _STEP_KEY:
+                    entries[key] = 0
 
     def capture(self, masters: Sequence[Tensor], copy: RollbackCopy) -> None:
         """Fills the copy with masters, state and loss scale."""
@@ -99,7 +122,8 @@ class OptimizerState:
         return self._state_of(master).get(master, {})
 
     def _state_of(self, master: Tensor) -> MutableMapping[Tensor, Any]:
-        return next((state for state in self._states if master in state), self._states[0])
+        states = [optimizer.state for optimizer in self._optimizers]
+        return next((state for state in states if master in state), states[0])
 
 
 def _without_prefix(entries: dict[str, Any], prefix: str) -> dict[str, Any]:

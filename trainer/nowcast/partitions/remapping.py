@@ -52,6 +52,18 @@ class RemappingPartition:
     def read(self, out: Tensor) -> None:
         self._current().read(out)
 
+    def read_owned(self, out: Tensor) -> None:
+        self._current().read_owned(out)
+
+    def learning_rates(self) -> tuple[float, ...]:
+        return self._mapped.learning_rates()
+
+    def scale_momentum(self, factor: float) -> None:
+        self._current().scale_momentum(factor)
+
+    def reset_moments(self) -> None:
+        self._current().reset_moments()
+
     def apply(self, delta: Tensor, weight: float, *, mode: MergeMode = "add", base: Tensor | None = None) -> None:
         self._current().apply(delta, weight, mode=mode, base=base)
 

@@ -44,7 +44,7 @@ def partition_of(engine: Any, *, stream: torch.cuda.Stream | None = None) -> Par
     if getattr(optimizer, "backup_optimizer", None) is not None:
         inner.append(optimizer.backup_optimizer)
     loss_scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
-    state = OptimizerState([each.state for each in inner], loss_scaler)
+    state = OptimizerState(inner, loss_scaler)
     return MasterPartition(trainable, layout, state, stream)
 
 
