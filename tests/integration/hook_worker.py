@@ -24,12 +24,14 @@ from courier_harness import PacedCourier, hello, session, start_courier, until  
 from sidecast.errors import ConfigError  # noqa: E402
 from sidecast.manifest import ModelManifest, ParameterSpec  # noqa: E402
 from sidecast.protos.shards import ShardSpec  # noqa: E402
-from sidecast.trainer.nowcast.attach import load_rollback_copy, refused_together  # noqa: E402
+from sidecast.trainer.nowcast.attachment import load_rollback_copy  # noqa: E402
 from sidecast.trainer.nowcast.config import NowcasterConfig  # noqa: E402
 from sidecast.trainer.nowcast.hook import Nowcaster, rollback_path  # noqa: E402
 from sidecast.trainer.nowcast.partitions import RollbackCopy, StalePartitionError  # noqa: E402
 from sidecast.trainer.nowcast.partitions.rollback import packed_bytes  # noqa: E402
+from sidecast.trainer.nowcast.ranks import Ranks  # noqa: E402
 from sidecast.trainer.nowcast.replay import Replayer  # noqa: E402
+from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy  # noqa: E402
 from sidecast.trainer.nowcast.vote import NO_VERSION, Ballot, VoteBox  # noqa: E402
 
 NUM_ELEMENTS = 10
@@ -47,12 +49,16 @@ class FakePartition:
         self.master_dtype = torch.float32
         (shard,) = self.owned_shards
         self.weights = torch.arange(shard.start, shard.stop, dtype=torch.float32)
+        self.rates: tuple[float, ...] = (0.1,)
         self.moved_steps: Collection[int] = ()
         self.is_moved = False
 
     def train(self, step: int) -> None:
         self.weights += 0.01 * math.sin(step) - 0.001 * self.weights
         self.is_moved = step in self.moved_steps
+
+    def learning_rates(self) -> tuple[float, ...]:
+        return self.rates
 
     def require_current(self) -> None:
         if self.is_moved:
@@ -123,7 +129,15 @@ class Run:
         courier.is_pacing = config.mode == "async"
         until(courier, "connected")
         dist.barrier(self.group)
-        hook = Nowcaster(config, partition, courier, VoteBox(self.group), step=0, run_id=name)
+        hook = Nowcaster(
+            config,
+            partition,
+            courier,
+            VoteBox(self.group),
+            step=0,
+            run_id=name,
+            rollback_copy=reserve_rollback_copy(config, partition),
+        )
         events: list[Any] = []
         hook.add_listener(lambda event: events.append([event.kind, event.step, dict(event.details)]))
         weights = []
@@ -170,7 +184,7 @@ def votes(group: dist.ProcessGroup, rank: int) -> list[Any]:
 def refusal(group: dist.ProcessGroup, rank: int) -> str:
     """What this rank raises where only rank 1 has reason to."""
     try:
-        with refused_together(group):
+        with Ranks(group).refused_together():
             if rank == 1:
                 raise ConfigError("rank 1 lacks the memory")
     except ConfigError as error:
@@ -203,7 +217,7 @@ def probations(group: dist.ProcessGroup, rank: int, folder: Path) -> list[bool]:
         if cut and rank == 1:
             path.write_bytes(path.read_bytes()[:100])
         hook = OnProbation()
-        load_rollback_copy(hook, folder, group)  # type: ignore[arg-type]
+        load_rollback_copy(hook, folder, Ranks(group))  # type: ignore[arg-type]
         results.append(hook.is_on_probation)
     return results
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.nowcast.buffers import SharedBuffer
 from sidecast.trainer.nowcast.config import NowcasterConfig
 from sidecast.trainer.nowcast.hook import Nowcaster
@@ -29,10 +30,15 @@ PREDICTION = {
 class FakePartition:
     """Two weights."""
 
-    upload_shards = owned_shards = parameters = ()
+    upload_shards = owned_shards = (ShardSpec(0, 0, 2),)
+    parameters = ()
 
     def __init__(self) -> None:
         self.weights = torch.zeros(2)
+        self.rates: tuple[float, ...] = (0.5,)
+
+    def learning_rates(self) -> tuple[float, ...]:
+        return self.rates
 
     def require_current(self) -> None:
         pass
@@ -40,8 +46,11 @@ class FakePartition:
     def read(self, out: torch.Tensor) -> None:
         out.copy_(self.weights)
 
-    def apply(self, delta: torch.Tensor, weight: float) -> None:
-        self.weights += weight * delta
+    def read_owned(self, out: torch.Tensor) -> None:
+        out.copy_(self.weights)
+
+    def apply(self, delta: torch.Tensor, weight: float, *, mode: str = "add", base: torch.Tensor | None = None) -> None:
+        self.weights = (self.weights if base is None else base) + weight * delta
 
 
 class FakeCourier:

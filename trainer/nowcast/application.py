@@ -20,7 +20,7 @@ from sidecast.trainer.nowcast.config import NowcasterConfig
 from sidecast.trainer.nowcast.merging import merge
 from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy
 from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy
-from sidecast.trainer.nowcast.vote import VoteBox
+from sidecast.trainer.nowcast.vote import Votes
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Application:
     """
 
     def __init__(
-        self, config: NowcasterConfig, partition: Partition, votes: VoteBox, rollback_copy: RollbackCopy | None
+        self, config: NowcasterConfig, partition: Partition, votes: Votes, rollback_copy: RollbackCopy | None
     ) -> None:
         self.partition = partition
         self.rollback_copy = rollback_copy

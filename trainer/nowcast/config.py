@@ -93,7 +93,7 @@ class NowcasterConfig:
     """After so many steps a jump is judged; None: half the period; 0: never."""
     rollback: Literal["host", "disk", "off"] = "host"
     """Where the copy for undoing a jump on probation is kept (12 bytes per owned parameter with Adam); ``disk``: in a
-    file in ``rollback_dir``, where a jump may have to wait for the disk; ``off``: jumps are neither judged nor undone."""
+    file in ``rollback_dir``, so that a jump may wait for the disk; ``off``: jumps are neither judged nor undone."""
     rollback_dir: str | None = None
     """Folder for ``rollback: disk``, on a disk local to the rank."""
     max_host_memory_gib: float | None = None

@@ -32,7 +32,7 @@ from sidecast.trainer.nowcast.reporting import Reporter
 from sidecast.trainer.nowcast.schedule import Schedule, jump_weight
 from sidecast.trainer.nowcast.staging import Stager
 from sidecast.trainer.nowcast.totals import Totals
-from sidecast.trainer.nowcast.vote import Ballot, Decision, VoteBox
+from sidecast.trainer.nowcast.vote import Ballot, Decision, Votes
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Nowcaster:
         config: NowcasterConfig,
         partition: Partition,
         courier: CourierHandle,
-        votes: VoteBox,
+        votes: Votes,
         *,
         step: int,
         run_id: str,

@@ -1,4 +1,4 @@
-"""What the hook will allocate on a host, added up over its ranks and refused before the first step if it is too much."""
+"""What the hook will allocate on a host, added up over its ranks, and refused before the first step if too much."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sidecast.errors import ConfigError
 from sidecast.protos.shards import total_elements
 from sidecast.trainer.nowcast.config import NowcasterConfig
 from sidecast.trainer.nowcast.courier_handle import NUM_SLOTS
+from sidecast.trainer.nowcast.host_memory import available_bytes, host_name
 from sidecast.trainer.nowcast.partitions import Partition
 from sidecast.trainer.nowcast.rollback_memory import keeps_rollback_copy
 
@@ -43,6 +44,11 @@ def needs_of(config: NowcasterConfig, partition: Partition) -> dict[str, int]:
     if config.rollback == "host" and keeps_rollback_copy(config):
         needs["rollback"] = partition.rollback_bytes()
     return needs
+
+
+def rank_memory(config: NowcasterConfig, partition: Partition) -> RankMemory:
+    """What this rank asks for, and what it sees of its host."""
+    return RankMemory(host=host_name(), needs_bytes=needs_of(config, partition), available_bytes=available_bytes())
 
 
 def require_room(ranks: Sequence[RankMemory], max_host_memory_gib: float | None) -> None:

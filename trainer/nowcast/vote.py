@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -87,6 +88,55 @@ def decide(ballots: Sequence[Ballot]) -> Decision:
     )
 
 
+class Votes(Protocol):
+    """Where a rank votes; one vote at a time."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a vote has been launched and not read yet."""
+
+    def launch(self, ballot: Ballot) -> None:
+        """Casts this rank's ballot without waiting for the others."""
+
+    def abandon(self, timeout_s: float) -> None:
+        """Lets go of a launched vote, which a rank that has failed may never cast; waits a little for its end."""
+
+    def read(self) -> Decision:
+        """Waits for the launched vote and counts it."""
+
+    def confirm(self, is_ready: bool) -> bool:
+        """Whether every rank is ready to do what the last vote decided; waits for all of them.
+
+        Rare, unlike votes: once for each jump and for each rollback.
+        """
+
+
+class SoloVotes:
+    """The votes of a process that trains alone."""
+
+    def __init__(self) -> None:
+        self._ballot: Ballot | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._ballot is not None
+
+    def launch(self, ballot: Ballot) -> None:
+        assert self._ballot is None
+        self._ballot = ballot
+
+    def abandon(self, timeout_s: float) -> None:
+        self._ballot = None
+
+    def read(self) -> Decision:
+        assert self._ballot is not None
+        ballot, self._ballot = self._ballot, None
+        return decide([ballot])
+
+    def confirm(self, is_ready: bool) -> bool:
+        return is_ready
+
+
 class VoteBox:
     """Runs votes over a process group of its own, so that they never mix with the trainer's collectives.
 
@@ -104,35 +154,27 @@ class VoteBox:
 
     @property
     def is_open(self) -> bool:
-        """Whether a vote has been launched and not read yet."""
         return self._work is not None
 
     def launch(self, ballot: Ballot) -> None:
-        """Casts this rank's ballot without waiting for the others."""
         assert self._work is None
         self._rows.zero_()
         self._rows[self._rank] = torch.tensor(ballot.encode(), dtype=torch.int64)
         self._work = dist.all_reduce(self._rows, group=self._group, async_op=True)
 
     def confirm(self, is_ready: bool) -> bool:
-        """Whether every rank is ready to do what the last vote decided; waits for all of them.
-
-        Rare, unlike votes: once for each jump and for each rollback.
-        """
         assert self._work is None
         self._ready[0] = int(is_ready)
         dist.all_reduce(self._ready, dist.ReduceOp.MIN, group=self._group)
         return bool(self._ready)
 
     def abandon(self, timeout_s: float) -> None:
-        """Lets go of a launched vote, which a rank that has failed may never cast; waits a little for its end."""
         work, self._work = self._work, None
         if work is not None:
             with contextlib.suppress(RuntimeError):
                 work.wait(timedelta(seconds=timeout_s))
 
     def read(self) -> Decision:
-        """Waits for the launched vote and counts it."""
         assert self._work is not None
         self._work.wait()
         self._work = None
