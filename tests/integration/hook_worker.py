@@ -49,7 +49,7 @@ class FakePartition:
         self.master_dtype = torch.float32
         (shard,) = self.owned_shards
         self.weights = torch.arange(shard.start, shard.stop, dtype=torch.float32)
-        self.rates: tuple[float, ...] = (0.1,)
+        self.rates: tuple[float, ...] = (0.5,)
         self.moved_steps: Collection[int] = ()
         self.is_moved = False
 
@@ -100,6 +100,7 @@ class Run:
         loss_at: Callable[[int, int], float] = lambda step, num_jumps: 1.0,
         arrivals: Collection[int] = (),
         moved_steps: Collection[int] = (),
+        later_rate: float = 0.5,
         **settings: Any,
     ) -> dict[str, Any]:
         """Trains.
@@ -109,6 +110,7 @@ class Run:
             num_steps: How long.
             loss_at: Loss by step and number of jumps so far.
             arrivals: The steps at which this rank gets its predictions.
+            later_rate: This rank's learning rate from step 21 on; 0.5 before.
             moved_steps: The steps at which this rank's tensors are not where they were.
             settings: Of the hook.
         """
@@ -143,6 +145,7 @@ class Run:
         weights = []
         for step in range(1, num_steps + 1):
             partition.train(step)
+            partition.rates = (0.5 if step <= 20 else later_rate,)
             hook.observe(loss_at(step, hook.totals.num_applied))
             if step in arrivals:
                 courier.wait_for = "prediction"
@@ -252,6 +255,8 @@ def main(rank: int, folder: Path, endpoint: str) -> None:
             loss_at=lambda step, num_jumps: 1.0 + 5.0 * num_jumps,
             moved_steps=rank * [34, 35],
         ),
+        # A schedule that looks at a rank's own loss may leave ranks with unequal rates.
+        "decaying": run("decaying", 30, arrivals={21}, later_rate=0.25 if rank else 0.4),
         "stale": run("stale", 35, arrivals={30}),
         "sync": run("sync", 25, mode="sync"),
     }

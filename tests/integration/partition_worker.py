@@ -374,6 +374,23 @@ class CaseRun:
         alike = of_all_ranks(digest(module_weights(self.engine)))
         self.require(len(set(alike)) == 1, "ranks hold different weights after a step that followed a rollback")
 
+    def moments_policies_are_undone(self) -> None:
+        copy = RollbackCopy.allocate(self.partition.rollback_bytes())
+        before = self.everything()
+        self.partition.capture(copy)
+        self.partition.scale_momentum(0.5)
+        for then, now in zip(before[1], optimizer_state_of(self.engine), strict=True):
+            halved = {**then, "exp_avg": then["exp_avg"] * 0.5} if then else then
+            self.require(same_bits(halved, now), "scaled moments are not the first ones times the factor")
+        self.partition.reset_moments()
+        for now in optimizer_state_of(self.engine):
+            left = {key for key, value in now.items() if torch.as_tensor(value).any()}
+            self.require(not left, f"{left} are not reset")
+        self.partition.restore(copy)
+        self.require_equal_state(before)
+        rates = of_all_ranks(self.partition.learning_rates())
+        self.require(all(each == (1e-2,) * self.case.groups for each in rates), f"learning rates are {rates}")
+
     def remapped_after_load_checkpoint(self) -> None:
         self.engine.save_checkpoint(str(self.folder / "resume"))
         saved = self.snapshot()
@@ -458,6 +475,7 @@ CHECKS = (
     CaseRun.applied_delta_is_published,
     CaseRun.training_goes_on_equally,
     CaseRun.rollback_is_bit_identical,
+    CaseRun.moments_policies_are_undone,
     CaseRun.remapped_after_load_checkpoint,
     CaseRun.offloaded_states_are_refused_until_reloaded,
     CaseRun.stale_partition_raises,

@@ -121,6 +121,12 @@ def test_tensors_that_move_between_vote_and_jump_keep_every_rank_from_jumping(ra
         assert rank["moved-at-jump"]["weights"] == rank["stale"]["weights"][:30]
 
 
+def test_a_decaying_learning_rate_weakens_the_jump_alike_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        (details,) = details_of(rank["decaying"], "applied")
+        assert details["weight"] == pytest.approx((1 - 2 / 50) * 0.25 / 0.5)
+
+
 def test_a_rollback_waits_until_every_rank_can_make_it(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         result = rank["moved-at-rollback"]

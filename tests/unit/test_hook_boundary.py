@@ -12,6 +12,7 @@ from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.nowcast.buffers import SharedBuffer
 from sidecast.trainer.nowcast.config import NowcasterConfig
 from sidecast.trainer.nowcast.hook import Nowcaster
+from sidecast.trainer.nowcast.partitions import RollbackCopy
 from sidecast.trainer.nowcast.vote import Ballot, Decision, decide
 
 PREDICTION = {
@@ -36,6 +37,7 @@ class FakePartition:
     def __init__(self) -> None:
         self.weights = torch.zeros(2)
         self.rates: tuple[float, ...] = (0.5,)
+        self.moments: list[Any] = []
 
     def learning_rates(self) -> tuple[float, ...]:
         return self.rates
@@ -45,6 +47,15 @@ class FakePartition:
 
     def read(self, out: torch.Tensor) -> None:
         out.copy_(self.weights)
+
+    def rollback_bytes(self) -> int:
+        return 64
+
+    def scale_momentum(self, factor: float) -> None:
+        self.moments.append(factor)
+
+    def reset_moments(self) -> None:
+        self.moments.append("reset")
 
     def read_owned(self, out: torch.Tensor) -> None:
         out.copy_(self.weights)
@@ -143,3 +154,69 @@ def test_a_nowcast_that_was_never_made_is_failed_and_not_rejected() -> None:
     hook.after_step(23)
     assert kinds == ["failed"]
     assert (hook.totals.num_failed, hook.totals.num_rejected) == (1, 0)
+
+
+BASE_STEP, JUMP_STEP = 20, 25
+
+
+def jumped(partition: FakePartition, **settings: Any) -> tuple[list[float], list[str]]:
+    """The weights after a jump of (1, 1), and the events: they were 1 at its base and 3 five steps later."""
+    courier = FakeCourier()
+    hook = hook_of(courier, partition, step=BASE_STEP - 1, **settings)
+    kinds: list[str] = []
+    hook.add_listener(lambda event: kinds.append(event.kind))
+    partition.weights = torch.ones(2)
+    partition.rates = (0.5,)
+    hook.after_step(BASE_STEP)
+    partition.weights = torch.full((2,), 3.0)
+    partition.rates = (0.25,)
+    courier.unread.append({**PREDICTION, "session_id": "now"})
+    hook.after_step(JUMP_STEP)
+    return partition.weights.tolist(), kinds
+
+
+@pytest.mark.parametrize(
+    ("merge", "weights"), [("age_weighted", [3.9, 3.9]), ("add", [4.0, 4.0]), ("replace", [2.0, 2.0])]
+)
+def test_how_a_jump_meets_what_training_did_since(merge: str, weights: list[float]) -> None:
+    assert jumped(FakePartition(), merge=merge, during_decay="allow")[0] == pytest.approx(weights)
+
+
+@pytest.mark.parametrize(
+    ("during_decay", "weights", "kind"),
+    [("allow", [4.0, 4.0], "applied"), ("scale", [3.5, 3.5], "applied"), ("suspend", [3.0, 3.0], "rejected")],
+)
+def test_what_becomes_of_a_jump_while_the_learning_rate_decays(
+    during_decay: str, weights: list[float], kind: str
+) -> None:
+    found, kinds = jumped(FakePartition(), merge="add", during_decay=during_decay)
+    assert found == weights
+    assert kind in kinds
+
+
+def test_without_its_base_a_prediction_replaces_nothing() -> None:
+    courier, partition = FakeCourier(), FakePartition()
+    hook = hook_of(courier, partition, step=22, merge="replace")
+    reasons: list[Any] = []
+    hook.add_listener(lambda event: reasons.append((event.kind, event.details.get("reason"))))
+    courier.unread.append({**PREDICTION, "session_id": "now"})
+    hook.after_step(23)
+    assert partition.weights.tolist() == [0.0, 0.0]
+    assert ("rejected", "the base of step 20, which it would replace, is not held") in reasons
+
+
+@pytest.mark.parametrize(("moments", "done"), [("keep", []), ("reset", ["reset"]), ("scale", [0.5])])
+def test_what_a_jump_does_to_the_moments(moments: str, done: list[Any]) -> None:
+    partition = FakePartition()
+    jumped(partition, merge="add", moments=moments)
+    assert partition.moments == done
+
+
+def test_a_copy_that_turns_out_too_small_is_made_anew_at_the_next_snapshot() -> None:
+    partition = FakePartition()
+    config = NowcasterConfig(context_len=2, period_steps=20, vote_interval_steps=1)
+    copy = RollbackCopy.allocate(4)
+    hook = Nowcaster(config, partition, FakeCourier(), OneVoter(), step=9, run_id="r", rollback_copy=copy)  # type: ignore[arg-type]
+    hook.after_step(10)
+    assert hook.rollback_copy is not None
+    assert hook.rollback_copy.num_bytes == partition.rollback_bytes()
