@@ -47,6 +47,7 @@ class FakePartition:
         self.aliases: Mapping[str, str] = {}
         self.upload_shards = self.owned_shards = tuple(ShardSpec(*shard) for shard in SHARDS[rank])
         self.master_dtype = torch.float32
+        self.device = torch.device("cpu")
         (shard,) = self.owned_shards
         self.weights = torch.arange(shard.start, shard.stop, dtype=torch.float32)
         self.rates: tuple[float, ...] = (0.5,)
@@ -64,7 +65,7 @@ class FakePartition:
         if self.is_moved:
             raise StalePartitionError("somebody moved it")
 
-    def read(self, out: Tensor) -> None:
+    def read(self, out: Tensor, stream: None = None) -> None:
         out.copy_(self.weights)
 
     def apply(self, delta: Tensor, weight: float, **_: Any) -> None:

@@ -33,6 +33,7 @@ class FakePartition:
 
     upload_shards = owned_shards = (ShardSpec(0, 0, 2),)
     parameters = ()
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.weights = torch.zeros(2)
@@ -45,7 +46,7 @@ class FakePartition:
     def require_current(self) -> None:
         pass
 
-    def read(self, out: torch.Tensor) -> None:
+    def read(self, out: torch.Tensor, stream: None = None) -> None:
         out.copy_(self.weights)
 
     def rollback_bytes(self) -> int:

@@ -170,3 +170,14 @@ def test_a_step_counter_that_is_a_number_is_reset_too() -> None:
 def test_the_learning_rate_of_every_group_is_told() -> None:
     groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": rate} for rate in (0.5, 0.25)]
     assert OptimizerState([torch.optim.AdamW(groups)], None).learning_rates() == (0.5, 0.25)
+
+
+def test_a_step_waits_for_the_copies_that_were_begun_before_it_and_only_that_one() -> None:
+    optimizer, parameter = stepped_adam()
+    seen: list[torch.Tensor] = []
+    before = parameter.detach().clone()
+    OptimizerState([optimizer], None).before_next_step(lambda: seen.append(parameter.detach().clone()))
+    for _ in range(2):
+        step(optimizer, parameter)
+    assert len(seen) == 1
+    assert seen[0].equal(before)

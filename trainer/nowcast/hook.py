@@ -30,7 +30,7 @@ from sidecast.trainer.nowcast.prediction import HeldPrediction
 from sidecast.trainer.nowcast.probation import Probation
 from sidecast.trainer.nowcast.reporting import Reporter
 from sidecast.trainer.nowcast.schedule import Schedule, jump_weight
-from sidecast.trainer.nowcast.staging import Stager
+from sidecast.trainer.nowcast.staging import Stager, side_stream
 from sidecast.trainer.nowcast.totals import Totals
 from sidecast.trainer.nowcast.vote import Ballot, Decision, Votes
 
@@ -69,7 +69,7 @@ class Nowcaster:
         self._votes = votes
         self._schedule = Schedule.of(config)
         self._reporter = Reporter(courier, step)
-        self._stager = Stager(courier)
+        self._stager = Stager(courier, side_stream(partition.device))
         self._inbox = Inbox(courier, self._reporter, config.resolved_max_staleness_steps)
         self._application = Application(config, partition, votes, rollback_copy)
         self._probation = Probation(config)
@@ -130,6 +130,7 @@ class Nowcaster:
             return
         self._reporter.step = step
         started_s = time.perf_counter()
+        self._collect()
         self._inbox.poll()
         if self._votes.is_open and step >= self._vote_step + self._schedule.vote_lag_steps:
             self._on_decision(self._votes.read())
@@ -140,6 +141,7 @@ class Nowcaster:
                 self._on_decision(self._votes.read())
             # Not for one that could not be applied: it would cost the deadline at every base step.
             if is_staged and self.epoch == staged_epoch and self._probation.allows_jumps and self._weight_scale() > 0:
+                self._collect()
                 self._inbox.await_prediction(self.config.sync_deadline_s)
             self._launch_vote()
             self._on_decision(self._votes.read())
@@ -163,6 +165,10 @@ class Nowcaster:
         self.totals.num_staged += 1
         self._reporter.emit("staged")
         return True
+
+    def _collect(self) -> None:
+        if reason := self._stager.collect():
+            self._reporter.drop(reason)
 
     # --- votes
 
@@ -266,6 +272,8 @@ class Nowcaster:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint; the rollback copy is saved beside them."""
+        # A resumed run needs first what was staged last.
+        self._collect()
         return {
             "run_id": self.run_id,
             "epoch": self.epoch,

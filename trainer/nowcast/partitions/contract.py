@@ -29,6 +29,7 @@ class Partition(Protocol):
         owned_shards: What this rank applies: everything where the optimizer is replicated (stage 0), otherwise
             the same as ``upload_shards``.
         master_dtype: Precision of the weights that the optimizer updates, normally ``torch.float32``.
+        device: Where those weights are; the device if only some are on one.
     """
 
     @property
@@ -46,6 +47,9 @@ class Partition(Protocol):
     @property
     def master_dtype(self) -> torch.dtype: ...
 
+    @property
+    def device(self) -> torch.device: ...
+
     def require_current(self) -> None:
         """Refuses to go on with tensors that are not the optimizer's any more; local.
 
@@ -53,14 +57,14 @@ class Partition(Protocol):
             StalePartitionError: As for ``read``.
         """
 
-    def read(self, out: Tensor) -> None:
+    def read(self, out: Tensor, stream: torch.cuda.Stream | None = None) -> None:
         """Copies the upload shards, in their order.
-
-        With a side stream the copies are only enqueued on it: synchronise the stream before reading ``out``, and
-        before the next optimizer step overwrites the source.
 
         Args:
             out: Flat CPU float32 tensor of ``total_elements(upload_shards)`` elements.
+            stream: Only enqueue the copies, on this stream: ``out`` is complete once the stream has got there. What
+                overwrites the source next (optimizer step, ``apply``, ``write``, ``restore``) waits on the device.
+                None: blocks.
 
         Raises:
             StalePartitionError: The optimizer's tensors are no longer the ones this partition was made from.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from sidecast.trainer.nowcast.partitions.rollback import RollbackCopy, RollbackError, packed_bytes
 
@@ -47,6 +48,17 @@ class OptimizerState:
     def learning_rates(self) -> tuple[float, ...]:
         """Of every parameter group, now."""
         return tuple(float(group["lr"]) for group in self._optimizers[0].param_groups)
+
+    def before_next_step(self, callback: Callable[[], None]) -> None:
+        """Calls back once, just before the masters are updated next."""
+        handles: list[RemovableHandle] = []
+
+        def call_once(*_: Any) -> None:
+            for handle in handles:
+                handle.remove()
+            callback()
+
+        handles.extend(optimizer.register_step_pre_hook(call_once) for optimizer in self._optimizers)
 
     def scale_momentum(self, masters: Sequence[Tensor], factor: float) -> None:
         """Multiplies the first moments of these masters."""

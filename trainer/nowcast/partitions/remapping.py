@@ -46,11 +46,15 @@ class RemappingPartition:
     def master_dtype(self) -> torch.dtype:
         return self._mapped.master_dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self._mapped.device
+
     def require_current(self) -> None:
         self._current()
 
-    def read(self, out: Tensor) -> None:
-        self._current().read(out)
+    def read(self, out: Tensor, stream: torch.cuda.Stream | None = None) -> None:
+        self._current().read(out, stream)
 
     def read_owned(self, out: Tensor) -> None:
         self._current().read_owned(out)
