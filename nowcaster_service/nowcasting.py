@@ -6,6 +6,7 @@ Free of Ray and gRPC. Requests and results are plain data, since they travel bet
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ class Nowcasting:
     def __init__(self, weights: Path | None, runner: Runner = run_here) -> None:
         self._weights = weights
         self._runner = runner
+        # Checks and predictions run in threads of their own.
+        self._lock = threading.Lock()
         self._predictors: dict[tuple[str, str], Predictor] = {}
 
     def check(self, request: PredictorRequest) -> PredictorAnswer:
@@ -144,10 +147,11 @@ class Nowcasting:
 
     def _predictor(self, request: PredictorRequest) -> Predictor:
         key = (request.predictor, repr(sorted(request.options.items())))
-        if key not in self._predictors:
-            weights = self._weights if takes_weights(request.predictor) else None
-            self._predictors[key] = create_predictor(request.predictor, weights=weights, options=request.options)
-        return self._predictors[key]
+        with self._lock:
+            if key not in self._predictors:
+                weights = self._weights if takes_weights(request.predictor) else None
+                self._predictors[key] = create_predictor(request.predictor, weights=weights, options=request.options)
+            return self._predictors[key]
 
 
 def _norm(vector_P: Tensor) -> float:
