@@ -46,7 +46,7 @@ from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
 from sidecast.trainer.nowcast.buffers import SharedBuffer
 from sidecast.trainer.nowcast.client import ClientConfig, NowcastClient, open_request
 from sidecast.trainer.nowcast.config import courier_environment
-from sidecast.trainer.nowcast.outbox import Outbox
+from sidecast.trainer.nowcast.upload import Upload
 
 MIB = 1 << 20
 PARAMETER_BYTES = 32 * MIB
@@ -241,10 +241,10 @@ def transfer(case: Case, port: int, peer_port: int, service_pid: int) -> dict[st
 
     def send(session_id: str, step: int) -> None:
         key = pb.ChunkKey(session_id=session_id, rank=0, id=step)
-        outbox = Outbox(key, len(staged.view), lambda start, length: staged.view[start : start + length])
-        outbox.fill(client.chunk_bytes)
-        client.upload(outbox)
-        client.commit(outbox)
+        upload = Upload(key, len(staged.view), lambda start, length: staged.view[start : start + length])
+        upload.fill(client.chunk_bytes)
+        client.upload(upload)
+        client.commit(upload)
 
     for step in range(1, CONTEXT_LEN + 1):
         send("down", step)
@@ -256,7 +256,7 @@ def transfer(case: Case, port: int, peer_port: int, service_pid: int) -> dict[st
         send("up", next(steps))
 
     def download() -> None:
-        client.fetch(client.new_inbox(pb.ChunkKey(session_id="down", rank=0, id=1), prediction.view))
+        client.fetch(client.new_download(pb.ChunkKey(session_id="down", rank=0, id=1), prediction.view))
 
     ours, raw = {"upload": upload, "download": download}, {}
     raw = {"upload": lambda: peer.upload(staged.view), "download": lambda: peer.download(prediction.view)}

@@ -16,9 +16,9 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, decode_chunk, encode_chunk
 from sidecast.protos.shards import ShardSpec
 from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
-from sidecast.trainer.nowcast.inbox import Inbox, Part
-from sidecast.trainer.nowcast.outbox import Outbox
+from sidecast.trainer.nowcast.download import Download, Part
 from sidecast.trainer.nowcast.throttle import Throttle
+from sidecast.trainer.nowcast.upload import Upload
 
 KEEPALIVE_MS = 20_000
 
@@ -164,19 +164,19 @@ class NowcastClient:
         reply = self._call("Join", request, pb.JoinReply, self._config.chunk_s)
         self.chunk_bytes = reply.chunk_bytes
 
-    def upload(self, outbox: Outbox) -> None:
-        """Sends what an outbox still holds, over all bulk connections at once.
+    def upload(self, upload: Upload) -> None:
+        """Sends what an upload still holds, over all bulk connections at once.
 
         Raises:
             UnavailableError: The service went away; what it has can be asked for with ``progress``.
         """
 
         def frames() -> Iterator[ChunkFrame]:
-            for frame in outbox.frames():
+            for frame in upload.frames():
                 self._throttle.pass_bytes(len(frame.data))
                 yield frame
 
-        timeout_s = self.transfer_s(outbox.num_bytes)
+        timeout_s = self.transfer_s(upload.num_bytes)
         calls = [
             channel.stream_unary(
                 f"/{SERVICE_NAME}/Upload",
@@ -199,20 +199,20 @@ class NowcastClient:
         reply = self._call("Progress", pb.ProgressRequest(key=key), pb.ProgressReply, self._config.chunk_s)
         return [(item.start, item.stop) for item in reply.received]
 
-    def commit(self, outbox: Outbox) -> bool:
+    def commit(self, upload: Upload) -> bool:
         """Seals an upload.
 
         Returns:
             Whether this completed the snapshot.
         """
-        key = outbox.key
+        key = upload.key
         request = pb.CommitRequest(
             session_id=key.session_id,
             rank=key.rank,
             step=key.id,
             epoch=key.epoch,
-            num_bytes=outbox.num_bytes,
-            digest=outbox.digest,
+            num_bytes=upload.num_bytes,
+            digest=upload.digest,
             dtype=key.dtype,
             base_step=key.base_step,
         )
@@ -227,39 +227,39 @@ class NowcastClient:
         )
         return EventStream(stream(pb.WatchRequest(session_id=session_id, rank=rank), metadata=self._metadata))
 
-    def new_inbox(self, key: pb.ChunkKey, buffer: memoryview) -> Inbox:
-        """An inbox with a part for each bulk connection."""
-        return Inbox(key, buffer, len(self._bulk_channels), self.chunk_bytes)
+    def new_download(self, key: pb.ChunkKey, buffer: memoryview) -> Download:
+        """A download with a part for each bulk connection."""
+        return Download(key, buffer, len(self._bulk_channels), self.chunk_bytes)
 
-    def fetch(self, inbox: Inbox) -> None:
-        """Receives what an inbox still lacks, over all bulk connections at once.
+    def fetch(self, download: Download) -> None:
+        """Receives what a download still lacks, over all bulk connections at once.
 
         Raises:
             CorruptError: A chunk is damaged, out of place, or missing.
             UnavailableError: The service went away; calling again goes on from there.
         """
-        missing = [part for part in inbox.parts if not part.is_whole]
+        missing = [part for part in download.parts if not part.is_whole]
         with ThreadPoolExecutor(max(1, len(missing))) as pool:
             work = zip(missing, self._bulk_channels, strict=False)
-            for future in [pool.submit(self._fetch_part, inbox, part, channel) for part, channel in work]:
+            for future in [pool.submit(self._fetch_part, download, part, channel) for part, channel in work]:
                 future.result()
 
-    def _fetch_part(self, inbox: Inbox, part: Part, channel: grpc.Channel) -> None:
-        version = inbox.key.id
+    def _fetch_part(self, download: Download, part: Part, channel: grpc.Channel) -> None:
+        version = download.key.id
         stream = channel.unary_stream(
             f"/{SERVICE_NAME}/Fetch",
             request_serializer=pb.FetchRequest.SerializeToString,
             response_deserializer=decode_chunk,
         )
         request = pb.FetchRequest(
-            session_id=inbox.key.session_id,
-            rank=inbox.key.rank,
+            session_id=download.key.session_id,
+            rank=download.key.rank,
             version=version,
             offset_bytes=part.position,
             num_bytes=part.stop - part.position,
-            dtype=inbox.key.dtype,
+            dtype=download.key.dtype,
         )
-        call = stream(request, timeout=self.transfer_s(inbox.num_bytes), metadata=self._metadata)
+        call = stream(request, timeout=self.transfer_s(download.num_bytes), metadata=self._metadata)
         try:
             for frame in call:
                 end = part.position + len(frame.data)
@@ -271,7 +271,7 @@ class NowcastClient:
                     raise CorruptError(
                         f"version {version}: the chunk at byte {part.position} fails its checksum or version"
                     )
-                inbox.put(part.position, frame.data)
+                download.put(part.position, frame.data)
                 part.position = end
                 self._throttle.pass_bytes(len(frame.data))
         except grpc.RpcError as error:

@@ -86,13 +86,13 @@ class Fetcher:
         """Fills the buffer and tells the trainer; says why it could not, if so."""
         started_s = time.perf_counter()
         key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=published.version)
-        inbox = self._client.new_inbox(key, self._buffer)
-        deadline_s = time.monotonic() + self._client.transfer_s(inbox.num_bytes)
+        download = self._client.new_download(key, self._buffer)
+        deadline_s = time.monotonic() + self._client.transfer_s(download.num_bytes)
         backoff_s = FIRST_BACKOFF_S
         num_corrupt = 0
         while True:
             try:
-                self._client.fetch(inbox)
+                self._client.fetch(download)
                 break
             except CorruptError as error:
                 reason, num_corrupt = str(error), num_corrupt + 1
@@ -108,7 +108,7 @@ class Fetcher:
             self._metrics.resumed.labels(*self._metrics.labels, "fetch").inc()
         if not _is_finite(self._buffer):
             return "the prediction is not finite"
-        self._metrics.fetched_bytes.labels(*self._metrics.labels).inc(inbox.num_bytes)
+        self._metrics.fetched_bytes.labels(*self._metrics.labels).inc(download.num_bytes)
         self._metrics.fetch_seconds.labels(*self._metrics.labels).observe(time.perf_counter() - started_s)
         self._tell(
             {
@@ -121,7 +121,7 @@ class Fetcher:
                 "digest": published.digest,
                 "relative_norm": published.relative_norm,
                 "nowcast_s": published.nowcast_seconds,
-                "bytes": inbox.num_bytes,
+                "bytes": download.num_bytes,
             }
         )
         return ""

@@ -14,7 +14,7 @@ from sidecast.trainer.nowcast.client import CorruptError, NowcastClient, ReopenE
 from sidecast.trainer.nowcast.fates import SnapshotFates
 from sidecast.trainer.nowcast.link import FIRST_BACKOFF_S, MAX_BACKOFF_S, Link
 from sidecast.trainer.nowcast.metrics import CourierMetrics
-from sidecast.trainer.nowcast.outbox import Outbox
+from sidecast.trainer.nowcast.upload import Upload
 
 log = logging.getLogger(__name__)
 
@@ -85,33 +85,33 @@ class Uploader:
         slot, step, epoch = message["slot"], message["step"], message["epoch"]
         buffer = self._slots[slot]
         key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=step, epoch=epoch)
-        outbox = Outbox(key, len(buffer), lambda start, length: buffer[start : start + length])
+        upload = Upload(key, len(buffer), lambda start, length: buffer[start : start + length])
         started_s = time.perf_counter()
-        reason = self._deliver(outbox) if self._link.is_connected else "not connected"
+        reason = self._deliver(upload) if self._link.is_connected else "not connected"
         seconds = time.perf_counter() - started_s
         if not reason:
-            self._metrics.uploaded_bytes.labels(*self._metrics.labels).inc(outbox.num_bytes)
+            self._metrics.uploaded_bytes.labels(*self._metrics.labels).inc(upload.num_bytes)
             self._metrics.upload_seconds.labels(*self._metrics.labels).observe(seconds)
         elif self._fates.lose(session_id, epoch, step):
             self._metrics.snapshots.labels(*self._metrics.labels, "unsent").inc()
         else:
             # The service has told of its end before.
             reason = ""
-        num_bytes = 0 if reason else outbox.num_bytes
+        num_bytes = 0 if reason else upload.num_bytes
         self._tell(
             {"type": "sent", "slot": slot, "step": step, "seconds": seconds, "bytes": num_bytes, "reason": reason}
         )
 
-    def _deliver(self, outbox: Outbox) -> str:
+    def _deliver(self, upload: Upload) -> str:
         """Uploads and commits, going on after interruptions; says why it could not, if so."""
-        deadline_s = time.monotonic() + self._client.transfer_s(outbox.num_bytes)
+        deadline_s = time.monotonic() + self._client.transfer_s(upload.num_bytes)
         backoff_s = FIRST_BACKOFF_S
         num_corrupt = 0
-        outbox.fill(self._client.chunk_bytes)
+        upload.fill(self._client.chunk_bytes)
         while True:
             try:
-                self._client.upload(outbox)
-                self._client.commit(outbox)
+                self._client.upload(upload)
+                self._client.commit(upload)
                 return ""
             except CorruptError as error:
                 reason, num_corrupt = str(error), num_corrupt + 1
@@ -120,17 +120,17 @@ class Uploader:
             except SidecastError as error:
                 return str(error)
             left_s = deadline_s - time.monotonic()
-            if num_corrupt == MAX_CORRUPT or not self._link.wait_connected(outbox.key.session_id, left_s):
+            if num_corrupt == MAX_CORRUPT or not self._link.wait_connected(upload.key.session_id, left_s):
                 return reason
             time.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
-            received = self._received(outbox)
+            received = self._received(upload)
             self._metrics.resumed.labels(*self._metrics.labels, "upload").inc()
-            outbox.fill(self._client.chunk_bytes, received)
+            upload.fill(self._client.chunk_bytes, received)
 
-    def _received(self, outbox: Outbox) -> list[tuple[int, int]]:
+    def _received(self, upload: Upload) -> list[tuple[int, int]]:
         try:
-            return self._client.progress(outbox.key)
+            return self._client.progress(upload.key)
         except SidecastError as error:
             # Everything again, then; if that is of no use either, the upload says so.
             log.debug("rank %d: no word of what has arrived: %s", self._rank, error)

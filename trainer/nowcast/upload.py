@@ -10,7 +10,7 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, buffer_digest
 
 
-class Outbox:
+class Upload:
     """Hands out chunks, each once, to the streams that share the work.
 
     Args:

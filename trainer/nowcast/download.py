@@ -20,7 +20,7 @@ class Part:
         return self.position == self.stop
 
 
-class Inbox:
+class Download:
     """A prediction being received; a part that was interrupted goes on where it stopped.
 
     Args:
