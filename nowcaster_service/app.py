@@ -13,6 +13,7 @@ import grpc
 import ray
 from prometheus_client import CollectorRegistry, start_http_server
 
+from sidecast.errors import ConfigError
 from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.engine import DividedRunner
 from sidecast.nowcaster_service.errors import AddressError
@@ -24,7 +25,6 @@ from sidecast.nowcaster_service.nowcasting import (
     NowcastRequest,
     PredictorAnswer,
     PredictorRequest,
-    run_here,
 )
 from sidecast.nowcaster_service.server import create_server
 from sidecast.nowcaster_service.servicer import Servicer
@@ -44,8 +44,12 @@ class EngineActor:
         import torch
 
         torch.set_num_threads(config.engine_threads)
-        runner = run_here if config.num_engines == 1 else DividedRunner(config.num_engines, config.engine_threads)
-        self._nowcasting = Nowcasting(config.weights, runner)
+        runner = (
+            None
+            if config.num_engines == 1
+            else DividedRunner(config.num_engines, config.engine_threads, config.engine_gpus)
+        )
+        self._nowcasting = Nowcasting(config.weights, device=config.device, runner=runner)
 
     # In a thread of its own: a run that opens must not wait for the nowcast of another.
     @ray.method(concurrency_group="checks")
@@ -148,14 +152,20 @@ class Application:
                 logging_level=logging.WARNING,
                 _node_ip_address="127.0.0.1",
             )
+            _require_gpus(config, ray.cluster_resources().get("GPU", 0))
         else:
             ray.init(address=ray_address, logging_level=logging.WARNING)
         # The engine itself only leads where workers share each nowcast.
-        num_cpus = 1 if config.num_engines == 1 else 0
-        engine = ray.remote(
-            num_cpus=num_cpus, num_gpus=config.engine_gpus, max_restarts=-1, concurrency_groups={"checks": 1}
+        works = config.num_engines == 1
+        # Ray's types know no options of actor classes.
+        actor: Any = ray.remote
+        engine = actor(
+            num_cpus=int(works),
+            num_gpus=config.engine_gpus if works else 0,
+            max_restarts=-1,
+            concurrency_groups={"checks": 1},
         )(EngineActor)
-        ingress = ray.remote(num_cpus=0, max_restarts=-1, runtime_env={"env_vars": BULK_ENVIRONMENT})(IngressActor)
+        ingress = actor(num_cpus=0, max_restarts=-1, runtime_env={"env_vars": BULK_ENVIRONMENT})(IngressActor)
         self._engine = engine.options(name=ENGINE_NAME).remote(config)
         # Ray's types do not follow an actor class made by a call.
         self._ingress: Any = ingress.options(max_concurrency=INGRESS_CALLS).remote(config)
@@ -178,3 +188,14 @@ class Application:
             ray.get(self._ingress.stop.remote(), timeout=2 * STOP_GRACE_S)
         finally:
             ray.shutdown()
+
+
+def _require_gpus(config: ServiceConfig, num_found: float) -> None:
+    # An engine without its GPU would wait for ever.
+    num_wanted = config.num_engines * config.engine_gpus
+    if num_wanted > num_found:
+        ray.shutdown()
+        raise ConfigError(
+            f"{config.num_engines} engines with {config.engine_gpus:g} GPUs each need {num_wanted:g} GPUs; this "
+            f"machine has {num_found:g} (--engines, --engine-gpus, --device)"
+        )

@@ -79,6 +79,7 @@ def service_config(folder: Path, **changes: Any) -> ServiceConfig:
         "num_engines": 1,
         "engine_threads": 1,
         "engine_gpus": 0.0,
+        "device": None,
         "nowcast_timeout_s": 20.0,
         "session_timeout_s": 60.0,
         "token": None,

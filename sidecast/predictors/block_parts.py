@@ -52,6 +52,11 @@ class BlockPart:
         return self.num_targets, 1 if self.paired else self.num_sources
 
     @property
+    def fqn(self) -> str | None:
+        """The parameter on the edges; None for structure."""
+        return self.view.fqn if self.view is not None else None
+
+    @property
     def num_kernel_elements(self) -> int:
         return self.view.num_kernel_elements if self.view is not None else 1
 
@@ -67,6 +72,29 @@ class BlockPart:
         if self.paired:
             return self.view.source_stride, 0, self.view.kernel_stride
         return self.view.target_stride, self.view.source_stride, self.view.kernel_stride
+
+    def read(self, states: Sequence[Tensor], parameter_start: int) -> list[Tensor]:
+        """The states of the parameters on the edges.
+
+        Args:
+            states: C parameter vectors.
+            parameter_start: Where the part's parameter begins in them.
+
+        Returns:
+            C tensors (T, S, F): strided views of the states, or copies if elements are scattered.
+        """
+        index = _scattered_index(self)
+        if index is not None:
+            return [state[parameter_start:][index] for state in states]
+        return [_strided(self, state, parameter_start) for state in states]
+
+    def write(self, values_TSF: Tensor, out: Tensor, parameter_start: int) -> None:
+        """Writes one value for each parameter on the edges into a parameter vector."""
+        index = _scattered_index(self)
+        if index is not None:
+            out[parameter_start:][index] = values_TSF
+        else:
+            _strided(self, out, parameter_start).copy_(values_TSF)
 
     def add_to(self, sums_VD: Tensor, values_TD: Tensor) -> None:
         """Adds one row for each target to the sums of its node."""
@@ -164,32 +192,6 @@ def _split_block(block: Block) -> Iterator[BlockPart]:
                 paired=diagonal,
                 view=replace(view, offset=offset),
             )
-
-
-def read_part(part: BlockPart, states: Sequence[Tensor], parameter_start: int) -> list[Tensor]:
-    """The states of the parameters on the edges of a part.
-
-    Args:
-        part: A part with a view.
-        states: C parameter vectors.
-        parameter_start: Where the part's parameter begins in them.
-
-    Returns:
-        C tensors (T, S, F): strided views of the states, or copies if elements are scattered.
-    """
-    index = _scattered_index(part)
-    if index is not None:
-        return [state[parameter_start:][index] for state in states]
-    return [_strided(part, state, parameter_start) for state in states]
-
-
-def write_part(part: BlockPart, values_TSF: Tensor, out: Tensor, parameter_start: int) -> None:
-    """Writes one value for each parameter on the edges of a part into a parameter vector."""
-    index = _scattered_index(part)
-    if index is not None:
-        out[parameter_start:][index] = values_TSF
-    else:
-        _strided(part, out, parameter_start).copy_(values_TSF)
 
 
 def _strided(part: BlockPart, vector: Tensor, parameter_start: int) -> Tensor:

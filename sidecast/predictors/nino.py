@@ -10,13 +10,13 @@ from torch import Tensor
 from sidecast.errors import ConfigError
 from sidecast.graphs.topology import Topology
 from sidecast.manifest import ModelManifest
-from sidecast.predictors.base import History, check_history
-from sidecast.predictors.block_parts import in_degrees, split_topology
+from sidecast.predictors.base import History
+from sidecast.predictors.block_parts import BlockPart, in_degrees, split_topology
 from sidecast.predictors.graph_cache import GraphCache
 from sidecast.predictors.nino_fusion import fuse, fuse_mlp
 from sidecast.predictors.nino_kernels import CpuKernels, Kernels
 from sidecast.predictors.nino_passes import ChangePass, ConvolutionPass, FirstConvolutionPass
-from sidecast.predictors.passes import BlockPass, PassPlan, run_plan
+from sidecast.predictors.passes import BlockPass, PassPlan, predict_in_passes
 from sidecast.predictors.scaling_pass import ScaledReader, ScalingPass
 from sidecast.predictors.step_length import StepLength, check_step_length
 from sidecast.predictors.weights import NinoWeights, load_weights
@@ -72,13 +72,13 @@ class NinoPredictor:
     def prepare(self, manifest: ModelManifest) -> None:
         self.plan(manifest, 1)
 
-    def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan:
+    def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan[BlockPart]:
         """The passes of a prediction, for running them in this process or on several workers."""
         self._config.check_horizon(self.name, horizon_intervals)
         graph = self._graphs.graph(manifest, self._layout, self._config.lpe_dim if self._config.gnn else 0)
         self._check_kernels(graph.topology)
-        reader = ScaledReader(manifest, self._config.context_len)
-        passes: list[BlockPass] = [ScalingPass(self.name, manifest)]
+        reader = ScaledReader(self._config.context_len)
+        passes: list[BlockPass[BlockPart]] = [ScalingPass(self.name, manifest)]
         if self._network.convolutions:
             degree_V = in_degrees(graph.topology)
             passes.append(FirstConvolutionPass(self._network, reader, graph.lpe_VL, degree_V))
@@ -108,10 +108,8 @@ class NinoPredictor:
                 )
 
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
-        check_history(self, history, horizon_intervals)
         num_threads = torch.get_num_threads() if self._num_threads is None else self._num_threads
-        with torch.inference_mode():
-            run_plan(self.plan(history.manifest, horizon_intervals), history, out, num_threads)
+        predict_in_passes(self, history, horizon_intervals, out, num_threads=num_threads)
 
 
 def create(

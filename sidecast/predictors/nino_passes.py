@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu
 
-from sidecast.predictors.block_parts import BlockPart, write_part
+from sidecast.predictors.block_parts import BlockPart
 from sidecast.predictors.nino_fusion import Affine, FusedNino, HiddenLayer
 from sidecast.predictors.nino_kernels import Kernels, Layer
-from sidecast.predictors.passes import Found, PartContext
-from sidecast.predictors.scaling_pass import SCALES, ScaledReader
+from sidecast.predictors.passes import Found, PartContext, WritingPass
+from sidecast.predictors.scaling_pass import SCALES, ScaledReader, found_scale
 from sidecast.predictors.step_length import StepLength, step_length
 from sidecast.scaling import EPSILON
 
@@ -55,7 +55,7 @@ class FirstConvolutionPass:
         self._source_LD = nodes.weight @ conv.source.weight
         self._gain_XLD = conv.scale.weight[:, None] * self._source_LD
 
-    def zeros(self) -> Tensor:
+    def zeros(self, context: PartContext) -> Tensor:
         return torch.zeros(len(self._degree_V), self._network.config.hidden_dim)
 
     def map(self, part: BlockPart, context: PartContext) -> Tensor:
@@ -110,7 +110,7 @@ class ConvolutionPass:
         self._degree_V = degree_V
         self._kernels = kernels
 
-    def zeros(self) -> Tensor:
+    def zeros(self, context: PartContext) -> Tensor:
         return torch.zeros(len(self._degree_V), self._network.config.hidden_dim)
 
     def map(self, part: BlockPart, context: PartContext) -> Tensor:
@@ -140,7 +140,7 @@ class ConvolutionPass:
         return {**context.found, node_key(self._layer + 1): sums}
 
 
-class ChangePass:
+class ChangePass(WritingPass):
     """The last pass: writes the predicted change of every parameter.
 
     Args:
@@ -169,9 +169,6 @@ class ChangePass:
         self._kernels = kernels
         self._by_element = by_element
 
-    def zeros(self) -> None:
-        return None
-
     def map(self, part: BlockPart, context: PartContext) -> None:
         if part.view is None:
             return
@@ -189,18 +186,12 @@ class ChangePass:
         else:
             output = Affine(self._output.weight[:, :num_elements], self._output.bias[:num_elements])
             change_TSF = self._kernels.changes(features_XTS, layers, output)
-        scale = self._reader.scale(part, context)
+        scale = found_scale(part, context)
         newest_TSF = features_XTS[context_len - 1 :: context_len].permute(1, 2, 0)
         change_TSF *= step_length(self._upd_scale, part.view.fqn) * scale.std
         # Scaled back without the epsilon, the newest state itself moves by that much.
         change_TSF.sub_(newest_TSF, alpha=EPSILON)
-        write_part(part, change_TSF, context.out, context.manifest.offsets[part.view.fqn])
-
-    def add(self, part: BlockPart, contribution: Tensor, sums: Tensor) -> None:
-        raise AssertionError("this pass has no sums")
-
-    def finish(self, sums: Tensor, context: PartContext) -> Found:
-        raise AssertionError("this pass has no sums")
+        part.write(change_TSF, context.out, context.manifest.offsets[part.view.fqn])
 
 
 def num_sources_each(part: BlockPart) -> int:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import non_finite
-from sidecast.predictors.block_parts import BlockPart, read_part
-from sidecast.predictors.passes import Found, PartContext
+from sidecast.predictors.block_parts import BlockPart
+from sidecast.predictors.passes import Found, Part, PartContext
 from sidecast.scaling import Moments, Scale
 
 SCALES = "scales"
@@ -30,21 +30,21 @@ class ScalingPass:
 
     def __init__(self, predictor: str, manifest: ModelManifest) -> None:
         self._predictor = predictor
-        self._row = {spec.fqn: row for row, spec in enumerate(manifest.parameters)}
+        self._manifest = manifest
 
-    def zeros(self) -> Tensor:
-        return torch.zeros(len(self._row), 3, dtype=torch.float64)
+    def zeros(self, context: PartContext) -> Tensor:
+        return torch.zeros(len(self._manifest.parameters), 3, dtype=torch.float64)
 
-    def map(self, part: BlockPart, context: PartContext) -> Tensor | None:
-        if part.view is None:
+    def map(self, part: Part, context: PartContext) -> Tensor | None:
+        if part.fqn is None:
             return None
-        start = context.manifest.offsets[part.view.fqn]
-        moments = Moments.of(read_part(part, context.states, start), _pivot(context, start))
+        start = context.manifest.offsets[part.fqn]
+        moments = Moments.of(part.read(context.states, start), _pivot(context, start))
         return torch.tensor([moments.count, moments.total, moments.total_squared], dtype=torch.float64)
 
-    def add(self, part: BlockPart, contribution: Tensor, sums: Tensor) -> None:
-        assert part.view is not None
-        sums[self._row[part.view.fqn]] += contribution
+    def add(self, part: Part, contribution: Tensor, sums: Tensor) -> None:
+        assert part.fqn is not None
+        sums[self._manifest.rows[part.fqn]] += contribution
 
     def finish(self, sums: Tensor, context: PartContext) -> Found:
         scales = []
@@ -57,32 +57,32 @@ class ScalingPass:
         return {SCALES: torch.tensor(scales, dtype=torch.float64)}
 
 
+def found_scale(part: Part, context: PartContext) -> Scale:
+    """The scale of a part's parameter, as the first pass found it."""
+    assert part.fqn is not None
+    mean, std = context.found[SCALES][context.manifest.rows[part.fqn]].tolist()
+    return Scale(mean, std)
+
+
 class ScaledReader:
-    """Reads parts in scaled space.
+    """Reads the edges of a graph in scaled space.
 
     Args:
-        manifest: The model.
-        feature_dim: Features of each structural edge, of which the first ``context_len`` are its constant.
+        context_len: States of each parameter, and features of each structural edge.
     """
 
-    def __init__(self, manifest: ModelManifest, context_len: int) -> None:
-        self._row = {spec.fqn: row for row, spec in enumerate(manifest.parameters)}
+    def __init__(self, context_len: int) -> None:
         self._context_len = context_len
-
-    def scale(self, part: BlockPart, context: PartContext) -> Scale:
-        assert part.view is not None
-        mean, std = context.found[SCALES][self._row[part.view.fqn]].tolist()
-        return Scale(mean, std)
 
     def features(self, part: BlockPart, context: PartContext) -> Tensor:
         """Edge features of a part, (F x C, T, S) fp32, kernel-element-major."""
         if part.view is None:
             return torch.full((self._context_len, *part.grid), part.constant)
-        states = read_part(part, context.states, context.manifest.offsets[part.view.fqn])
+        states = part.read(context.states, context.manifest.offsets[part.view.fqn])
         features_FCTS = torch.empty(part.num_kernel_elements, self._context_len, *part.grid)
         for position, state_TSF in enumerate(states):
             features_FCTS[:, position] = state_TSF.permute(2, 0, 1)
-        scale = self.scale(part, context)
+        scale = found_scale(part, context)
         return features_FCTS.sub_(scale.mean).mul_(scale.inverse).flatten(0, 1)
 
 

@@ -15,7 +15,7 @@ import torch
 from sidecast.errors import ConfigError
 from sidecast.trainer.nowcast.buffers import SharedBuffer, map_inherited
 from sidecast.trainer.nowcast.channel import MAX_UNSENT_BYTES, Channel, ChannelClosedError
-from sidecast.trainer.nowcast.hook import _as_tensor
+from sidecast.trainer.nowcast.staging import as_tensor
 
 Pair = tuple[Channel, socket.socket]
 
@@ -121,7 +121,7 @@ def test_high_descriptors_are_waited_on() -> None:
 
 def test_shared_memory_outlives_its_buffer_while_a_tensor_is_made_of_it() -> None:
     buffer = SharedBuffer("test", 12)
-    tensor = _as_tensor(buffer)
+    tensor = as_tensor(buffer)
     mapping = weakref.ref(buffer.map)
     tensor.fill_(3.0)
     buffer.close()
@@ -139,7 +139,7 @@ def test_both_sides_see_one_memory_and_empty_buffers_exist() -> None:
     torch.frombuffer(buffer.map, dtype=torch.float32, count=2).copy_(torch.tensor([1.0, 2.0]))
     assert torch.frombuffer(other, dtype=torch.float32).tolist() == [1.0, 2.0]
     empty = SharedBuffer("empty", 0)
-    assert (len(empty.view), _as_tensor(empty).numel(), len(map_inherited(empty.descriptor, 0))) == (0, 0, 0)
+    assert (len(empty.view), as_tensor(empty).numel(), len(map_inherited(empty.descriptor, 0))) == (0, 0, 0)
     buffer.close()
     empty.close()
 

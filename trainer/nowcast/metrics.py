@@ -18,11 +18,11 @@ class CourierMetrics:
     Args:
         run_name: Value of the ``run`` label.
         rank: Value of the ``rank`` label.
-        stage: ZeRO stage, value of the ``stage`` label.
+        stage: ZeRO stage, or what else holds the weights; value of the ``stage`` label.
     """
 
-    def __init__(self, run_name: str, rank: int, stage: int) -> None:
-        self.labels = (run_name, str(rank), str(stage))
+    def __init__(self, run_name: str, rank: int, stage: str) -> None:
+        self.labels = (run_name, str(rank), stage)
         self.registry = CollectorRegistry()
         self.snapshots = self._counter("snapshots", "Snapshots by how they ended: committed, aborted, unsent", "state")
         self.uploaded_bytes = self._counter("uploaded_bytes", "Snapshot bytes sent and committed")
