@@ -29,6 +29,8 @@ from sidecast.predictors.nino_kernels import Layer
 PRECISIONS = ("fp32", "tf32", "bf16")
 _MIN_DOT = 16
 """Smallest side of a matrix product in Triton."""
+_MAX_DIM = 128
+"""Of wider hidden layers, the weights would not fit beside each other in the memory of a multiprocessor."""
 
 
 @triton.jit
@@ -106,12 +108,12 @@ def _load_layers(  # type: ignore[no-untyped-def]
     for layer in tl.static_range(NUM_LAYERS):
         if (LAYERS_WITH_TARGET >> layer) & 1:
             addend = target_LTD + (layer * num_targets + targets[:, None]) * D + columns[None, :]
-            addends = addends + (tl.load(addend, mask=(targets < num_targets)[:, None], other=0.0),)  # noqa: RUF005
+            addends = addends + (tl.load(addend, mask=(targets < num_targets)[:, None], other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
         else:
-            addends = addends + (tl.load(target_LTD + layer * num_targets * D + columns)[None, :],)  # noqa: RUF005
+            addends = addends + (tl.load(target_LTD + layer * num_targets * D + columns)[None, :],)  # type: ignore[assignment]  # noqa: RUF005
         if layer > 0:
             weight = later_LDD + ((layer - 1) * D + rows[:, None]) * D + columns[None, :]
-            weights = weights + (tl.load(weight),)  # noqa: RUF005
+            weights = weights + (tl.load(weight),)  # type: ignore[assignment]  # noqa: RUF005
     return weights, addends
 
 
@@ -270,7 +272,7 @@ class TileShape:
         block_targets: Targets of one program, a power of two of at least 16; 64 is the height of a Hopper product.
         group_sources: Sources that one program goes through.
         num_warps: Warps of one program.
-        num_stages: Features that are fetched ahead.
+        num_stages: Stages of fetching features ahead.
     """
 
     block_targets: int = 64
@@ -287,6 +289,13 @@ class TileShape:
             raise ConfigError(f"group_sources is {self.group_sources}; it must be at least 1")
 
 
+# Chosen by what the compiler makes of them for Hopper: these fill the tensor cores' height with one warp group, which
+# then needs no exchange between groups, and two programs fit on a multiprocessor; fp32 has no tensor cores, and spills
+# registers with fewer threads.
+_TENSOR_CORES = TileShape()
+_FP32 = TileShape(block_targets=32, num_warps=16, num_stages=1)
+
+
 class TritonKernels:
     """The tile loops as one kernel each; hidden vectors never leave the chip.
 
@@ -296,7 +305,7 @@ class TritonKernels:
         precision: Of the products: ``fp32``, ``tf32`` or ``bf16``; sums are fp32. SiLU uses the GPU's approximation of
             tanh, with an error of 2^-11, unless this is ``fp32``.
         context_len: C.
-        shape: How work is divided.
+        shape: How work is divided; what suits the precision on a Hopper GPU if None.
     """
 
     def __init__(self, precision: str, context_len: int, shape: TileShape | None = None) -> None:
@@ -304,7 +313,8 @@ class TritonKernels:
             raise ConfigError(f"precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
         self._precision = precision
         self._context_len = context_len
-        self._shape = TileShape() if shape is None else shape
+        default = _FP32 if precision == "fp32" else _TENSOR_CORES
+        self.shape = default if shape is None else shape
 
     def message_sums(
         self, features_XTS: Tensor, layers: Sequence[Layer], scale_DD: Tensor, gain_SD: Tensor
@@ -345,7 +355,7 @@ class TritonKernels:
         return change_FST.permute(2, 1, 0)
 
     def _grid(self, num_targets: int, num_sources: int) -> tuple[int, int]:
-        shape = self._shape
+        shape = self.shape
         return triton.cdiv(num_targets, shape.block_targets), triton.cdiv(num_sources, shape.group_sources)
 
     def _rounded(self, weight: Tensor) -> Tensor:
@@ -355,8 +365,8 @@ class TritonKernels:
         num_features, num_targets, num_sources = features_XTS.shape
         first, *later = layers
         dim = first.target_TD.shape[1]
-        if dim < _MIN_DOT or dim & (dim - 1):
-            raise ConfigError(f"hidden_dim is {dim}; Triton kernels need a power of two of at least {_MIN_DOT}")
+        if not _MIN_DOT <= dim <= _MAX_DIM or dim & (dim - 1):
+            raise ConfigError(f"hidden_dim is {dim}; Triton kernels need a power of two, {_MIN_DOT} to {_MAX_DIM}")
         nothing = first.target_TD.new_zeros(1, dim).expand(num_sources, dim)
         sources = [nothing if layer.source_SD is None else layer.source_SD for layer in layers]
         first_XD = first.weight
@@ -378,16 +388,21 @@ class TritonKernels:
             "NUM_LAYERS": len(layers),
             "LAYERS_WITH_SOURCE": sum(1 << i for i, layer in enumerate(layers) if layer.source_SD is not None),
             "LAYERS_WITH_TARGET": sum(1 << i for i, layer in enumerate(layers) if len(layer.target_TD) > 1),
-            "PRECISION": "ieee" if self._precision == "fp32" else self._precision,
-            # Edge features are few: their product is cheap, and its rounding would reach every sum.
-            "FIRST_PRECISION": {"fp32": "ieee", "tf32": "tf32x3", "bf16": "bf16"}[self._precision],
+            **precision_constants(self._precision),
             "COMPILED": features_XTS.is_cuda,
-            "BLOCK_T": self._shape.block_targets,
-            "GROUP_S": self._shape.group_sources,
-            "num_warps": self._shape.num_warps,
-            "num_stages": self._shape.num_stages,
+            "BLOCK_T": self.shape.block_targets,
+            "GROUP_S": self.shape.group_sources,
+            "num_warps": self.shape.num_warps,
+            "num_stages": self.shape.num_stages,
         }
         return arguments, constants
+
+
+def precision_constants(precision: str) -> dict[str, Any]:
+    """How the kernels multiply in a precision."""
+    # Edge features are few: their product is cheap, and its rounding would reach every sum.
+    first = {"fp32": "ieee", "tf32": "tf32x3", "bf16": "bf16"}[precision]
+    return {"PRECISION": "ieee" if precision == "fp32" else precision, "FIRST_PRECISION": first}
 
 
 def _packed_weight(weight_XD: Tensor, context_len: int) -> Tensor:

@@ -17,7 +17,7 @@ from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest, ParameterSpec
 from sidecast.predictors.base import History
 from sidecast.predictors.device import check_device, open_device
-from sidecast.predictors.passes import PartContext, PassPlan, WritingPass, predict_in_passes
+from sidecast.predictors.passes import BlockPass, PartContext, PassPlan, WritingPass, predict_in_passes
 from sidecast.predictors.scaling_pass import ScalingPass, found_scale
 from sidecast.predictors.state_reader import StateReader
 from sidecast.predictors.step_length import StepLength, check_step_length, step_length
@@ -119,7 +119,7 @@ class WnnPredictor:
         reader = StateReader(open_device(self._device))
         network = copy.deepcopy(self._network).to(reader.device)
         changes = WnnChangePass(network, horizon_intervals, self._upd_scale, reader)
-        passes = [ScalingPass(self.name, manifest, reader), changes]
+        passes: list[BlockPass[ElementRange]] = [ScalingPass(self.name, manifest, reader), changes]
         max_threads = None if reader.device.type == "cpu" else 1
         return PassPlan(split_tensors(manifest, PART_ELEMENTS), passes, max_threads)
 
