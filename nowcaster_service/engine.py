@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.nowcasting import LocalRunner
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
 from sidecast.predictors.base import Predictor, check_history
-from sidecast.predictors.passes import PartContext, PassPlan, PassPredictor, divide_parts, run_pass
+from sidecast.predictors.passes import PartContext, PassPredictor, divide_parts, run_pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class PassWorker:
         history = task.files.open()
         check_history(self._predictor, history, task.horizon_intervals)
         plan = self._predictor.plan(task.files.manifest, task.horizon_intervals)
-        self._plan = PassPlan(divide_parts(plan.parts, task.num_workers)[task.worker], plan.passes)
+        self._plan = replace(plan, parts=divide_parts(plan.parts, task.num_workers)[task.worker])
         out = map_vector(task.out_path, task.files.manifest, torch.float32, writable=True)
         self._context = PartContext(task.files.manifest, history.states, {}, out)
         return len(plan.passes)
@@ -86,7 +87,8 @@ class PassWorker:
             sums = total.clone().to(self._sums_device)
             found = self._plan.passes[pass_index - 1].finish(sums, self._context)
             self._context = replace(self._context, found=found)
-        sums_here = run_pass(self._plan.passes[pass_index], self._plan.parts, self._context, self._num_threads)
+        num_threads = self._plan.num_threads(self._num_threads)
+        sums_here = run_pass(self._plan.passes[pass_index], self._plan.parts, self._context, num_threads)
         if sums_here is None:
             return None
         self._sums_device = sums_here.device
@@ -195,19 +197,25 @@ class DividedRunner:
         self._local = LocalRunner()
         self._pool: EnginePool | None = None
         self._loaded: Predictor | None = None
+        # Runs are checked in another thread than nowcasts are made in; the pool serves one of the two at a time.
+        self._pool_lock = threading.Lock()
 
     def prepare(self, predictor: Predictor, manifest: ModelManifest, horizon_intervals: int) -> None:
-        if not isinstance(predictor, PassPredictor):
+        # A run that opens does not wait for another's nowcast: this process can check as well, if it has the device.
+        if isinstance(predictor, PassPredictor) and self._pool_lock.acquire(blocking=self._num_gpus > 0):
+            try:
+                with self._pool_of(predictor) as pool:
+                    pool.prepare(manifest, horizon_intervals)
+            finally:
+                self._pool_lock.release()
+        else:
             self._local.prepare(predictor, manifest, horizon_intervals)
-            return
-        with self._pool_of(predictor) as pool:
-            pool.prepare(manifest, horizon_intervals)
 
     def predict(self, predictor: Predictor, files: HistoryFiles, horizon_intervals: int, delta_path: Path) -> None:
         if not isinstance(predictor, PassPredictor):
             self._local.predict(predictor, files, horizon_intervals, delta_path)
             return
-        with self._pool_of(predictor) as pool:
+        with self._pool_lock, self._pool_of(predictor) as pool:
             pool.predict(files, horizon_intervals, delta_path)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from sidecast.errors import ConfigError
 from sidecast.horizon import horizon_at, horizon_schedule, resolve_horizons
+from sidecast.trainer.nowcast.config import NowcasterConfig
 from sidecast.trainer.nowcast.schedule import jump_weight
 
 
@@ -46,4 +47,6 @@ def test_the_horizon_follows_from_the_step_alone() -> None:
 
 
 def test_a_jump_is_worth_less_the_older_its_base() -> None:
-    assert [jump_weight(age, 10, 0.8) for age in (0, 5, 10, 11)] == [0.8, 0.4, 0.0, 0.0]
+    by_age, as_it_is = NowcasterConfig(max_weight=0.8), NowcasterConfig(max_weight=0.8, merge="add")
+    assert [jump_weight(age, 10, by_age, 1.0) for age in (0, 5, 10, 11)] == [0.8, 0.4, 0.0, 0.0]
+    assert [jump_weight(age, 10, as_it_is, 0.5) for age in (0, 5, 11)] == [0.4, 0.4, 0.4]

@@ -71,6 +71,7 @@ class NowcastCallback(TrainerCallback):
         section = choose_settings(self, self._settings, None)
         if is_disabled(section):
             return
+        assert self._trainer.model is not None
         saved = self._saved_state()
         self._num_steps = state.global_step if saved is None else saved["step"]
         trainee = replica_of(
@@ -93,7 +94,7 @@ class NowcastCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._attachment is None or self._trainer.is_deepspeed_enabled:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         own = self._attachment.state_dict()
         if own is None:
             return
@@ -124,7 +125,7 @@ class NowcastCallback(TrainerCallback):
             self._checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
             return train(resume_from_checkpoint, *args, **kwargs)
 
-        self._trainer.train = train_from
+        setattr(self._trainer, "train", train_from)  # noqa: B010  mypy takes a method for constant
 
     def _wrap_accelerator(self) -> None:
         trainer, accelerator = self._trainer, self._trainer.accelerator

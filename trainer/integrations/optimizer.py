@@ -19,7 +19,9 @@ from sidecast.predictors.registry import create_predictor
 from sidecast.trainer.nowcast.config import NowcasterConfig, parse_section
 from sidecast.trainer.nowcast.hook import Nowcaster
 from sidecast.trainer.nowcast.in_process import InProcessNowcaster
+from sidecast.trainer.nowcast.partitions import RemappingPartition
 from sidecast.trainer.nowcast.partitions.plain import plain_partition
+from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.nowcast.trainee import model_config_of
 from sidecast.trainer.nowcast.vote import SoloVotes
 
@@ -96,7 +98,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         name = predictor if isinstance(predictor, str) else predictor.name
         section = _section(name, context_len, period_steps, asynchronous, settings)
         config = parse_section(section)
-        partition = plain_partition(model, optimizer)
+        partition = RemappingPartition(lambda: plain_partition(model, optimizer))
         manifest = ModelManifest(partition.parameters, model_config_of(model), partition.aliases)
         if isinstance(predictor, str):
             path = None if weights is None else Path(weights)
@@ -105,7 +107,13 @@ class NowcastOptimizer(torch.optim.Optimizer):
         self._num_steps = 0
         self._has_seen_loss = False
         self.nowcaster = Nowcaster(
-            config, partition, self._messenger, SoloVotes(), step=0, run_id=uuid.uuid4().hex[:16]
+            config,
+            partition,
+            self._messenger,
+            SoloVotes(),
+            step=0,
+            run_id=uuid.uuid4().hex[:16],
+            rollback_copy=reserve_rollback_copy(config, partition),
         )
         """The hook: ``add_listener`` tells of every jump, ``summary()`` counts them, ``close()`` frees the memory."""
 
@@ -191,7 +199,8 @@ class NowcastOptimizer(torch.optim.Optimizer):
         self._num_steps = 0 if own is None else own["num_steps"]
         state = None if own is None else own["hook"]
         hook = self.nowcaster
-        hook.resume(state, plain_partition(self._model, self.optimizer), self._num_steps, hook.run_id)
+        partition = RemappingPartition(lambda: plain_partition(self._model, self.optimizer))
+        hook.resume(state, partition, self._num_steps, hook.run_id)
         self._messenger.load_state_dict(None if own is None else own["window"])
         if own is not None and own["rollback"] is not None:
             hook.load_rollback_copy(own["rollback"])

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from sidecast.trainer.nowcast.messenger import Messenger
 from sidecast.trainer.nowcast.events import EventKind, NowcastEvent
+from sidecast.trainer.nowcast.messenger import Messenger
 from sidecast.trainer.nowcast.probation import Probation
 from sidecast.trainer.nowcast.totals import Totals
 

@@ -50,7 +50,7 @@ def plain_partition(
         rank=rank,
         world_size=world_size,
     )
-    return MasterPartition(trainable, layout, OptimizerState([optimizer.state], None))
+    return MasterPartition(trainable, layout, OptimizerState([optimizer], None))
 
 
 def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
