@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, Protocol
+from zlib import crc32
 
 from sidecast.nowcaster_service.admission import PredictorChecks, admit
 from sidecast.nowcaster_service.config import ServiceConfig
@@ -15,7 +16,7 @@ from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.session_table import SessionTable
 from sidecast.protos import nowcast_pb2 as pb
-from sidecast.protos.codec import ChunkFrame, split_chunks
+from sidecast.protos.codec import ChunkFrame
 from sidecast.protos.shards import ShardSpec
 
 _OUTCOMES = {
@@ -105,7 +106,7 @@ class Servicer:
     async def commit(self, request: pb.CommitRequest) -> pb.CommitReply:
         session = self.sessions.get(request.session_id)
         num_committed = session.counts.committed
-        task = session.commit(request.rank, request.step, request.epoch, request.num_bytes, request.digest)
+        task = session.commit(request)
         if task is not None:
             self._dispatcher.start(session, task)
         return pb.CommitReply(snapshot_committed=session.counts.committed > num_committed)
@@ -119,18 +120,27 @@ class Servicer:
         session = self.sessions.get(request.session_id)
         plan, prediction = session.fetch_plan(request.rank, request.version)
         task = prediction.task
+        is_bf16 = request.dtype == pb.BF16
+        if is_bf16 and not session.settings.rounds_to_bf16:
+            raise MalformedError("a fetch asks for bf16; this run was opened with another wire_dtype")
         key = pb.ChunkKey(
-            session_id=request.session_id, rank=request.rank, id=request.version, epoch=prediction.task.epoch
+            session_id=request.session_id,
+            rank=request.rank,
+            id=request.version,
+            epoch=prediction.task.epoch,
+            dtype=request.dtype,
         )
         sent = self.metrics.sent_bytes.labels(session.settings.run_id)
         task.delta.pin()
         try:
-            stop = request.offset_bytes + request.num_bytes if request.num_bytes else plan.num_bytes
+            stop = request.offset_bytes + request.num_bytes
+            if request.num_bytes == 0:
+                stop = plan.travelling_bytes(request.dtype)
             for start in range(request.offset_bytes, stop, self.config.chunk_bytes):
                 length = min(self.config.chunk_bytes, stop - start)
-                data = plan.gather(task.delta.view, start, length)
-                frame = next(split_chunks(key, data, length))
-                yield ChunkFrame(key, start, frame.crc32, data)
+                gather = plan.gather_halves if is_bf16 else plan.gather
+                data = gather(task.delta.view, start, length)
+                yield ChunkFrame(key, start, crc32(data), data)
                 sent.inc(length)
         finally:
             task.delta.unpin()

@@ -13,6 +13,8 @@ import pytest
 from courier_harness import hello, session, start_courier, until
 from service_harness import MANIFEST, RunningService, open_request, state
 
+from sidecast.protos.bf16 import from_bf16, round_to_bf16
+from sidecast.trainer.nowcast.channel import Message
 from sidecast.trainer.nowcast.client import ClientConfig, NowcastClient, UnavailableError
 from sidecast.trainer.nowcast.courier_handle import CourierHandle
 from sidecast.trainer.nowcast.record import read_delta, read_log
@@ -48,6 +50,16 @@ def predicted(courier: CourierHandle, epoch: int = 0, first_step: int = 10) -> d
     assert until(courier, "sent")["reason"] == ""
     stage(courier, 2, first_step + 10, epoch)
     return dict(until(courier, "prediction"))
+
+
+def settled(courier: CourierHandle) -> Message:
+    """Waits until a snapshot is sent and committed, whichever is heard of first."""
+    seen: list[Message] = []
+    sent = until(courier, "sent", seen)
+    assert sent["reason"] == ""
+    if not any(message["type"] == "committed" for message in seen):
+        until(courier, "committed")
+    return sent
 
 
 def kill(courier: CourierHandle) -> None:
@@ -133,6 +145,55 @@ def test_a_resume_is_opened_although_nothing_happens_in_the_session_before(
     assert until(courier, "prediction")["version"] == 2
     assert bytes(courier.prediction.view) == (state(7) - state(6)).tobytes()
     assert service.servicer.sessions.get("s2").epoch == 0
+
+
+def test_changes_travel_in_half_the_bytes_and_both_sides_hold_the_same_state(service: RunningService) -> None:
+    greeting = hello(service.endpoint, MANIFEST, ALL, first=session("s1"), wire_dtype="bf16_delta", context_len=3)
+    courier = start_courier(greeting)
+    try:
+        until(courier, "connected")
+        start = state(1)
+        states = [start, start + 1e-3 * state(2), start + 2e-3 * state(3)]
+        held, sent_bytes = states[0], []
+        for step, values in zip((10, 20, 30), states, strict=True):
+            slot = courier.take_slot()
+            assert slot is not None
+            courier.slots[slot].view[:] = values.tobytes()
+            courier.post({"type": "snapshot", "slot": slot, "step": step, "epoch": 0})
+            sent_bytes.append(settled(courier)["bytes"])
+            held = held + from_bf16(round_to_bf16(values - held))
+            vector = service.servicer.sessions.get("s1")._snapshots[step].vector.view
+            assert bytes(vector) == held.tobytes()
+        assert sent_bytes == [4 * MANIFEST.num_elements, *[2 * MANIFEST.num_elements] * 2]
+        message = until(courier, "prediction")
+        assert message["bytes"] == 2 * MANIFEST.num_elements
+        expected = from_bf16(round_to_bf16(held - states[0]))
+        assert bytes(courier.prediction.view) == expected.tobytes()
+    finally:
+        courier.close()
+
+
+def test_changes_since_a_state_that_nobody_holds_are_never_sent(service: RunningService) -> None:
+    greeting = hello(service.endpoint, MANIFEST, ALL, first=session("s1"), wire_dtype="bf16_delta")
+    courier = start_courier(greeting)
+    try:
+        until(courier, "connected")
+        whole_bytes = 4 * MANIFEST.num_elements
+
+        def sent_bytes(step: int, epoch: int) -> int:
+            stage(courier, step, step, epoch)
+            return int(settled(courier)["bytes"])
+
+        assert sent_bytes(10, 0) == whole_bytes
+        # Another epoch begins: the service forgets the states before it.
+        assert sent_bytes(20, 1) == whole_bytes
+        assert sent_bytes(30, 1) == whole_bytes // 2
+        # The service loses the base, and the courier does not know.
+        service.servicer.sessions.get("s1")._snapshots.clear()
+        assert sent_bytes(40, 1) == whole_bytes
+        assert sent_bytes(50, 1) == whole_bytes // 2
+    finally:
+        courier.close()
 
 
 def test_a_killed_courier_is_replaced_and_a_held_prediction_stays(courier: CourierHandle, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from sidecast.trainer.nowcast.fates import SnapshotFates
 from sidecast.trainer.nowcast.fetcher import Fetcher
 from sidecast.trainer.nowcast.link import Link
 from sidecast.trainer.nowcast.metrics import CourierMetrics
+from sidecast.trainer.nowcast.reconstruction import Reconstruction
 from sidecast.trainer.nowcast.record import Recorder
 from sidecast.trainer.nowcast.uploader import Uploader
 
@@ -58,6 +59,7 @@ class Courier:
         client = NowcastClient(ClientConfig(**hello["client"]))
         shards = tuple([ShardSpec(*item) for item in hello[name]] for name in ("upload_shards", "fetch_shards"))
         opening = None if hello["opening"] is None else functools.partial(_announcement, hello["opening"])
+        sends_changes = hello["wire_dtype"] == "bf16_delta"
         self._fates = SnapshotFates()
         self._link = Link(
             client,
@@ -68,7 +70,16 @@ class Courier:
             tell=self._tell,
             on_event=self._on_event,
         )
-        self._uploader = Uploader(client, self._rank, slots, self._link, self._fates, self._metrics, self._tell)
+        self._uploader = Uploader(
+            client,
+            self._rank,
+            slots,
+            self._link,
+            self._fates,
+            self._metrics,
+            self._tell,
+            Reconstruction(hello["upload_bytes"]) if sends_changes else None,
+        )
         self._fetcher = Fetcher(
             client,
             self._rank,
@@ -76,6 +87,7 @@ class Courier:
             self._link,
             self._metrics,
             self._tell,
+            dtype=pb.BF16 if sends_changes else pb.FP32,
             is_held=hello["prediction_is_held"],
         )
 
