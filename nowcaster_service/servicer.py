@@ -12,6 +12,7 @@ from sidecast.nowcaster_service.admission import PredictorChecks, admit
 from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.dispatch import Dispatcher, Predictions
 from sidecast.nowcaster_service.errors import MalformedError
+from sidecast.nowcaster_service.handover import Handover
 from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.session_table import SessionTable
@@ -19,6 +20,8 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame
 from sidecast.protos.shards import ShardSpec
 
+# A rank hands over its prediction buffer last.
+PREDICTION_BUFFER = -1
 _OUTCOMES = {
     pb.ReportRequest.APPLIED: "applied",
     pb.ReportRequest.ACCEPTED: "accepted",
@@ -44,6 +47,7 @@ class Servicer:
 
     Attributes:
         sessions: All that are open.
+        handover: Where couriers on this host leave their buffers, once it is started.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Servicer:
         self.config = config
         self.metrics = metrics
         self.sessions = SessionTable(store, metrics, clock, config.session_timeout_s)
+        self.handover = Handover(config.history_dir, self.sessions)
         self._store = store
         self._engines = engines
         self._dispatcher = Dispatcher(engines, config.nowcast_timeout_s)
@@ -84,7 +89,8 @@ class Servicer:
         session = self.sessions.get(request.session_id)
         session.join(request.rank, _shards(request.upload_shards), _shards(request.fetch_shards))
         self.metrics.ranks.labels(session.settings.run_id).set(session.num_joined)
-        return pb.JoinReply(chunk_bytes=self.config.chunk_bytes)
+        path, ticket = self.handover.issue(request.session_id, request.rank)
+        return pb.JoinReply(chunk_bytes=self.config.chunk_bytes, local_socket=path, local_ticket=ticket)
 
     async def upload(self, frames: AsyncIterator[ChunkFrame | None]) -> pb.UploadReply:
         received_bytes = 0
@@ -93,8 +99,9 @@ class Servicer:
                 raise MalformedError("an upload holds a message that is not a Chunk")
             session = self.sessions.get(frame.key.session_id)
             session.receive(frame)
-            received_bytes += len(frame.data)
-            self.metrics.received_bytes.labels(session.settings.run_id).inc(len(frame.data))
+            num_bytes = frame.shared_bytes or len(frame.data)
+            received_bytes += num_bytes
+            self.metrics.received_bytes.labels(session.settings.run_id).inc(num_bytes)
             self.metrics.history_bytes.set(self._store.used_bytes)
         return pb.UploadReply(received_bytes=received_bytes)
 
@@ -140,7 +147,11 @@ class Servicer:
                 length = min(self.config.chunk_bytes, stop - start)
                 gather = plan.gather_halves if is_bf16 else plan.gather
                 data = gather(task.delta.view, start, length)
-                yield ChunkFrame(key, start, crc32(data), data)
+                if request.into_shared:
+                    session.shared(request.rank, PREDICTION_BUFFER, start, length)[:] = data
+                    yield ChunkFrame(key, start, crc32(data), memoryview(b""), length)
+                else:
+                    yield ChunkFrame(key, start, crc32(data), data)
                 sent.inc(length)
         finally:
             task.delta.unpin()

@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from zlib import crc32
 
 from sidecast.nowcaster_service.assembly import RankPlan
-from sidecast.nowcaster_service.errors import CorruptChunkError, MalformedError, SaturatedError, WrongStateError
+from sidecast.nowcaster_service.errors import (
+    CorruptChunkError,
+    MalformedError,
+    MissingReferenceError,
+    SaturatedError,
+    WrongStateError,
+)
 from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.session_events import (
     Event,
@@ -56,6 +63,7 @@ class Session:
         self._last_ended_step = -1
         self._nowcast_step: int | None = None
         self._is_closed = False
+        self._shared: dict[int, tuple[memoryview, ...]] = {}
 
     # --- joining
 
@@ -84,6 +92,7 @@ class Session:
             fault = coverage_error(numels, [candidate[index] for index in range(self.settings.world_size)])
             if fault is not None:
                 raise MalformedError(f"the ranks' ranges do not cover the model exactly once: {fault}")
+        self._shared.pop(rank, None)
         self._upload_shards = candidate
         self._upload_plans[rank] = RankPlan(self.settings.manifest, upload_shards)
         self._fetch_plans[rank] = RankPlan(self.settings.manifest, fetch_shards)
@@ -96,17 +105,38 @@ class Session:
         if must_have_joined and rank not in self._upload_plans:
             raise WrongStateError(f"rank {rank} has not joined session {self.settings.session_id}")
 
+    # --- buffers of ranks on this host
+
+    def share(self, rank: int, buffers: Sequence[memoryview]) -> None:
+        """Takes a rank's mapped buffers: those that it stages in, and its prediction buffer last."""
+        self._check_rank(rank)
+        self._shared[rank] = tuple(buffers)
+
+    def shared(self, rank: int, index: int, offset_bytes: int, num_bytes: int) -> memoryview:
+        """A piece of one of a rank's buffers.
+
+        Raises:
+            MissingReferenceError: The rank shares no such memory.
+        """
+        buffers = self._shared.get(rank, ())
+        end = offset_bytes + num_bytes
+        if not -len(buffers) <= index < len(buffers) or end > len(buffers[index]):
+            raise MissingReferenceError(f"rank {rank} shares no buffer {index} with a byte {end - 1}: send the bytes")
+        return buffers[index][offset_bytes:end]
+
     # --- receiving
 
     def receive(self, frame: ChunkFrame) -> None:
         """Stores one chunk of a snapshot; the same chunk again is harmless."""
-        key = frame.key
+        key, data = frame.key, frame.data
         self._check_rank(key.rank)
+        if frame.shared_bytes:
+            data = self.shared(key.rank, frame.shared_buffer, frame.offset_bytes, frame.shared_bytes)
         known = self._snapshots.get(key.id)
         if known is not None and known.epoch == key.epoch and key.rank in known.rank_digests:
             return
         snapshot = self._receiving(key.id, key.epoch)
-        if not frame.is_intact():
+        if crc32(data) != frame.crc32:
             raise CorruptChunkError(
                 f"chunk at byte {frame.offset_bytes} of rank {key.rank}'s part of step {key.id} fails its checksum"
             )
@@ -116,19 +146,19 @@ class Session:
             part = snapshot.parts[key.rank] = Part(key.dtype, key.base_step)
         plan, vector = self._upload_plans[key.rank], snapshot.vector.view
         if key.dtype == pb.BF16:
-            plan.scatter_changes(vector, self._base(snapshot, key).vector.view, frame.offset_bytes, frame.data)
+            plan.scatter_changes(vector, self._base(snapshot, key).vector.view, frame.offset_bytes, data)
         elif key.dtype == pb.FP32:
-            plan.scatter(vector, frame.offset_bytes, frame.data)
+            plan.scatter(vector, frame.offset_bytes, data)
         else:
             raise MalformedError(f"a chunk's dtype is {key.dtype}; allowed: {', '.join(pb.WireDtype.keys())}")
-        part.chunks[frame.offset_bytes] = (len(frame.data), frame.crc32)
+        part.chunks[frame.offset_bytes] = (len(data), frame.crc32)
 
     def _base(self, snapshot: Snapshot, key: pb.ChunkKey | pb.CommitRequest) -> Snapshot:
         """The committed snapshot that a rank's changes are since."""
         base = self._snapshots.get(key.base_step)
         is_whole = base is not None and base.state is SnapshotState.COMMITTED and base.epoch == snapshot.epoch
         if base is None or not is_whole or key.rank not in base.rank_digests:
-            raise WrongStateError(
+            raise MissingReferenceError(
                 f"rank {key.rank}'s part of step {snapshot.step} is a change since step {key.base_step}, "
                 "which is not held here: send the state"
             )
@@ -328,6 +358,7 @@ class Session:
         for snapshot in self._snapshots.values():
             snapshot.vector.delete()
         self._snapshots.clear()
+        self._shared.clear()
         if self.prediction is not None:
             self.prediction.task.delta.delete()
             self.prediction = None

@@ -33,6 +33,7 @@ def hello(
     record_dir: Path | None = None,
     connect_s: float = 1.0,
     wire_dtype: str = "fp32",
+    shared_memory: str = "off",
     **client: Any,
 ) -> dict[str, Any]:
     """A rank's first message to its courier."""
@@ -53,6 +54,7 @@ def hello(
     parameters = [[spec.fqn, list(spec.shape)] for spec in manifest.parameters]
     return {
         "wire_dtype": wire_dtype,
+        "shared_memory": shared_memory,
         "rank": rank,
         "stage": "2",
         "run_name": "test",

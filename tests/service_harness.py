@@ -123,6 +123,7 @@ class RunningService:
         self.metrics = ServiceMetrics(CollectorRegistry())
         self.servicer = Servicer(self.config, self.store, self.engines, self.metrics, version="test", clock=self.clock)
         self._server, self.port = create_server(self.servicer, self._wanted_port)
+        self.servicer.handover.start()
         await self._server.start()
 
     def __enter__(self) -> RunningService:
@@ -141,6 +142,7 @@ class RunningService:
         self.engines.may_finish.set()
         self.channel.close()
         self.call(self._server.stop(None))
+        self.call(self.servicer.handover.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(WAIT_S)
         self._loop.close()

@@ -121,6 +121,9 @@ class NowcasterConfig:
     wire_dtype: Literal["fp32", "bf16_delta"] = "fp32"
     """``bf16_delta``: after a first snapshot in fp32, changes travel in bf16, rounding errors in the next one, and
     predictions too: about half the traffic, for 4 bytes of memory per uploaded parameter."""
+    shared_memory: Literal["auto", "off"] = "auto"
+    """``auto``: a service of the same user on the same host maps the courier's buffers, and no bytes travel;
+    ``wire_dtype`` then only rounds predictions."""
     channels: int = 1
     """Connections that share a transfer; more help where one cannot fill the network."""
     max_mbytes_per_s: float | None = None

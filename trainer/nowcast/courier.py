@@ -56,7 +56,9 @@ class Courier:
         self._recorder = Recorder(hello["record_dir"], self._rank) if hello["record_dir"] else None
         self._prediction = map_inherited(hello["prediction_descriptor"], hello["fetch_bytes"])
         slots = [map_inherited(descriptor, hello["upload_bytes"]) for descriptor in hello["slot_descriptors"]]
-        client = NowcastClient(ClientConfig(**hello["client"]))
+        descriptors = (*hello["slot_descriptors"], hello["prediction_descriptor"])
+        shared = descriptors if hello["shared_memory"] == "auto" else ()
+        client = NowcastClient(ClientConfig(**hello["client"]), shared)
         shards = tuple([ShardSpec(*item) for item in hello[name]] for name in ("upload_shards", "fetch_shards"))
         opening = None if hello["opening"] is None else functools.partial(_announcement, hello["opening"])
         sends_changes = hello["wire_dtype"] == "bf16_delta"

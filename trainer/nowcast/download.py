@@ -33,10 +33,14 @@ class Download:
         buffer: The rank's prediction buffer, fp32, whatever the key says of how its values travel.
         num_parts: Streams that share the work.
         chunk_bytes: Size of the service's chunks, at which parts begin.
+        is_shared: The service writes into the buffer itself.
     """
 
-    def __init__(self, key: pb.ChunkKey, buffer: memoryview, num_parts: int, chunk_bytes: int) -> None:
+    def __init__(
+        self, key: pb.ChunkKey, buffer: memoryview, num_parts: int, chunk_bytes: int, *, is_shared: bool = False
+    ) -> None:
         self.key = key
+        self.is_shared = is_shared
         self.buffer = buffer
         self.num_bytes = len(buffer) // (FP32_BYTES // BF16_BYTES if key.dtype == pb.BF16 else 1)
         part_bytes = max(1, math.ceil(self.num_bytes / chunk_bytes / num_parts)) * chunk_bytes
@@ -52,6 +56,10 @@ class Download:
             np.frombuffer(self.buffer, np.float32)[start : start + len(halves)] = from_bf16(halves)
         else:
             self.buffer[offset_bytes : offset_bytes + len(data)] = data
+
+    def at(self, offset_bytes: int, num_bytes: int) -> memoryview:
+        """What the service has put into the buffer."""
+        return self.buffer[offset_bytes : offset_bytes + num_bytes]
 
     @property
     def received_bytes(self) -> int:

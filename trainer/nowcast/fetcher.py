@@ -88,7 +88,9 @@ class Fetcher:
     def _fetch(self, session_id: str, published: pb.PredictionPublished) -> str:
         """Fills the buffer and tells the trainer; says why it could not, if so."""
         started_s = time.perf_counter()
-        key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=published.version, dtype=self._dtype)
+        # Into shared memory in full width; rounded values are the same either way.
+        dtype = pb.FP32 if self._client.is_sharing else self._dtype
+        key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=published.version, dtype=dtype)
         download = self._client.new_download(key, self._buffer)
         deadline_s = time.monotonic() + self._client.transfer_s(download.num_bytes)
         backoff_s = FIRST_BACKOFF_S

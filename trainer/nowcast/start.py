@@ -125,6 +125,7 @@ def _start_courier(
             "max_bytes_per_s": None if config.max_mbytes_per_s is None else config.max_mbytes_per_s * 1e6,
         },
         "wire_dtype": config.wire_dtype,
+        "shared_memory": config.shared_memory,
         "metrics_port": metrics_port,
         "record_dir": config.record_dir,
         "session": session,

@@ -18,6 +18,7 @@ from sidecast.trainer.nowcast.client import (
     OutdatedError,
     RefusedError,
     ReopenError,
+    ResendError,
     UnavailableError,
 )
 from sidecast.trainer.nowcast.fates import SnapshotFates
@@ -108,12 +109,11 @@ class Uploader:
                 if base is not None:
                     upload = self._change(base, message, buffer)
                 reason = self._deliver(upload)
-            except OutdatedError as error:
-                reason = str(error)
-                if base is not None:
-                    # Most likely the service does not hold the base any more.
-                    upload = self._state(session_id, message, buffer)
-                    reason = self._deliver_or_say(upload)
+            except ResendError as error:
+                log.info("rank %d sends step %d once more, in full: %s", self._rank, step, error)
+                self._client.is_sharing = False
+                upload = self._state(session_id, message, buffer)
+                reason = self._deliver(upload)
         seconds = time.perf_counter() - started_s
         if not reason:
             self._metrics.uploaded_bytes.labels(*self._metrics.labels).inc(upload.num_bytes)
@@ -132,14 +132,20 @@ class Uploader:
 
     def _base(self, session_id: str, epoch: int) -> Base | None:
         """The snapshot that the service holds as this rank's reconstruction does; None if there is none."""
-        base = None if self._reconstruction is None else self._reconstruction.base
+        if self._reconstruction is None or self._client.is_sharing:
+            # Memory that both sides have mapped is faster than rounding.
+            return None
+        base = self._reconstruction.base
         if base is None or (base.session_id, base.epoch) != (session_id, epoch):
             return None
         return base if self._fates.is_committed(session_id, epoch, base.step, BASE_WAIT_S) else None
 
     def _state(self, session_id: str, message: Message, buffer: memoryview) -> Upload:
         key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=message["step"], epoch=message["epoch"])
-        return Upload(key, len(buffer), lambda start, length: buffer[start : start + length])
+        shared_buffer = message["slot"] if self._client.is_sharing else None
+        return Upload(
+            key, len(buffer), lambda start, length: buffer[start : start + length], shared_buffer=shared_buffer
+        )
 
     def _change(self, base: Base, message: Message, buffer: memoryview) -> Upload:
         reconstruction = self._reconstruction
@@ -155,17 +161,11 @@ class Uploader:
         num_bytes = len(buffer) // FP32_BYTES * BF16_BYTES
         return Upload(key, num_bytes, functools.partial(reconstruction.change, buffer), base.digest)
 
-    def _deliver_or_say(self, upload: Upload) -> str:
-        try:
-            return self._deliver(upload)
-        except OutdatedError as error:
-            return str(error)
-
     def _deliver(self, upload: Upload) -> str:
         """Uploads and commits, going on after interruptions; says why it could not, if so.
 
         Raises:
-            OutdatedError: The session has moved on, or does not hold what this is the change of.
+            ResendError: The service lacks what the upload refers to.
         """
         deadline_s = time.monotonic() + self._client.transfer_s(upload.num_bytes)
         backoff_s = FIRST_BACKOFF_S
@@ -180,7 +180,7 @@ class Uploader:
                 reason, num_corrupt = str(error), num_corrupt + 1
             except (UnavailableError, ReopenError) as error:
                 reason = str(error)
-            except RefusedError as error:
+            except (OutdatedError, RefusedError) as error:
                 return str(error)
             left_s = deadline_s - time.monotonic()
             if num_corrupt == MAX_CORRUPT or not self._link.wait_connected(upload.key.session_id, left_s):
