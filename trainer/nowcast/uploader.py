@@ -101,34 +101,41 @@ class Uploader:
         slot, step, epoch = message["slot"], message["step"], message["epoch"]
         buffer = self._slots[slot]
         started_s = time.perf_counter()
-        reason = "not connected"
-        upload = self._state(session_id, message, buffer)
+        upload, reason = self._state(session_id, message, buffer), "not connected"
         if self._link.is_connected:
-            base = self._base(session_id, epoch)
-            try:
-                if base is not None:
-                    upload = self._change(base, message, buffer)
-                reason = self._deliver(upload)
-            except ResendError as error:
-                log.info("rank %d sends step %d once more, in full: %s", self._rank, step, error)
-                self._client.is_sharing = False
-                upload = self._state(session_id, message, buffer)
-                reason = self._deliver(upload)
+            upload, reason = self._deliver_somehow(session_id, message, buffer)
         seconds = time.perf_counter() - started_s
+        num_bytes = 0
         if not reason:
-            self._metrics.uploaded_bytes.labels(*self._metrics.labels).inc(upload.num_bytes)
+            num_bytes = upload.num_bytes
+            self._metrics.uploaded_bytes.labels(*self._metrics.labels).inc(num_bytes)
             self._metrics.upload_seconds.labels(*self._metrics.labels).observe(seconds)
+            if self._reconstruction is not None:
+                self._reconstruction.follow(upload.key, buffer, upload.digest)
         elif self._fates.lose(session_id, epoch, step):
             self._metrics.snapshots.labels(*self._metrics.labels, "unsent").inc()
         else:
-            # The service has told of its end before.
+            # The service has told of its end before: that loss has been counted.
             reason = ""
-        if self._reconstruction is not None and not reason:
-            self._reconstruction.follow(upload.key, buffer, upload.digest)
-        num_bytes = 0 if reason else upload.num_bytes
         self._tell(
             {"type": "sent", "slot": slot, "step": step, "seconds": seconds, "bytes": num_bytes, "reason": reason}
         )
+
+    def _deliver_somehow(self, session_id: str, message: Message, buffer: memoryview) -> tuple[Upload, str]:
+        """Delivers by the shortest way that is open: shared memory, a change, the whole state."""
+        base = self._base(session_id, message["epoch"])
+        try:
+            if self._client.is_sharing:
+                upload = self._state(session_id, message, buffer, shared_buffer=message["slot"])
+                return upload, self._deliver(upload)
+            if base is not None:
+                upload = self._change(base, message, buffer)
+                return upload, self._deliver(upload)
+        except ResendError as error:
+            log.info("rank %d sends step %d once more, in full: %s", self._rank, message["step"], error)
+            self._client.is_sharing = False
+        upload = self._state(session_id, message, buffer)
+        return upload, self._deliver(upload)
 
     def _base(self, session_id: str, epoch: int) -> Base | None:
         """The snapshot that the service holds as this rank's reconstruction does; None if there is none."""
@@ -140,9 +147,10 @@ class Uploader:
             return None
         return base if self._fates.is_committed(session_id, epoch, base.step, BASE_WAIT_S) else None
 
-    def _state(self, session_id: str, message: Message, buffer: memoryview) -> Upload:
+    def _state(
+        self, session_id: str, message: Message, buffer: memoryview, *, shared_buffer: int | None = None
+    ) -> Upload:
         key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=message["step"], epoch=message["epoch"])
-        shared_buffer = message["slot"] if self._client.is_sharing else None
         return Upload(
             key, len(buffer), lambda start, length: buffer[start : start + length], shared_buffer=shared_buffer
         )
