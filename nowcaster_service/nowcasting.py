@@ -24,6 +24,7 @@ from sidecast.predictors.base import ModelPredictor, Predictor
 from sidecast.predictors.jump_norm import jump_norm
 from sidecast.predictors.passes import PassPredictor
 from sidecast.predictors.registry import create_predictor, takes_option
+from sidecast.protos.bf16 import round_in_place
 from sidecast.protos.codec import buffer_digest
 
 DIGEST_BLOCK_BYTES = 1 << 24
@@ -58,6 +59,7 @@ class NowcastRequest:
         delta_path: File of P fp32 values to be overwritten with prediction - newest state.
         horizon_intervals: k.
         max_relative_norm: Largest accepted ||delta|| / ||newest state||.
+        rounds_to_bf16: The delta is to hold only values that bf16 holds exactly, as it will travel.
     """
 
     predictor: PredictorRequest
@@ -65,6 +67,7 @@ class NowcastRequest:
     delta_path: Path
     horizon_intervals: int
     max_relative_norm: float
+    rounds_to_bf16: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +156,9 @@ class Nowcasting:
             self._runner.predict(predictor, files, request.horizon_intervals, request.delta_path)
         except SidecastError as error:
             return NowcastAnswer(refusal=str(error))
+        if request.rounds_to_bf16:
+            # What is checked, named by the digest and sent is what every rank will apply.
+            round_in_place(map_vector(request.delta_path, manifest, torch.float32, writable=True).numpy())
         delta_P = map_vector(request.delta_path, manifest, torch.float32)
         relative_norm = jump_norm(delta_P, files.open().states[-1])
         if not math.isfinite(relative_norm):

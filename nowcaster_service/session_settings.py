@@ -32,6 +32,7 @@ class SessionSettings:
         predictor: Name of the predictor.
         predictor_options: Its options.
         max_relative_norm: Largest accepted ||prediction - base|| / ||base||.
+        rounds_to_bf16: Predictions are rounded to bf16 before they are checked and published.
     """
 
     session_id: str
@@ -45,6 +46,7 @@ class SessionSettings:
     predictor: str
     predictor_options: Mapping[str, object]
     max_relative_norm: float
+    rounds_to_bf16: bool = False
 
     def horizon_at(self, base_step: int) -> int:
         """The horizon of the nowcast made at a step, in snapshot intervals: a function of the step alone."""
