@@ -13,8 +13,9 @@ from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import History, check_history
 from sidecast.predictors.block_parts import in_degrees, split_topology
 from sidecast.predictors.graph_cache import GraphCache
+from sidecast.predictors.nino_compiled import cpu_kernels
 from sidecast.predictors.nino_fusion import fuse, fuse_mlp
-from sidecast.predictors.nino_kernels import CpuKernels, Kernels
+from sidecast.predictors.nino_kernels import Kernels
 from sidecast.predictors.nino_passes import ChangePass, ConvolutionPass, FirstConvolutionPass
 from sidecast.predictors.passes import BlockPass, PassPlan, run_plan
 from sidecast.predictors.scaling_pass import ScaledReader, ScalingPass
@@ -66,7 +67,7 @@ class NinoPredictor:
         self._graphs = graphs
         self._layout = layout
         self._upd_scale = upd_scale
-        self._kernels = kernels if kernels is not None else CpuKernels(_PRODUCT_DTYPES[precision])
+        self._kernels = kernels if kernels is not None else cpu_kernels(_PRODUCT_DTYPES[precision])
         self._num_threads = num_threads
 
     def prepare(self, manifest: ModelManifest) -> None:
