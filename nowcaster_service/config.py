@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sidecast.errors import ConfigError
+from sidecast.predictors.device import check_device
 
 MIN_CHUNK_BYTES = 64 << 10
 MAX_PORT = 65_535
@@ -39,6 +40,7 @@ class ServiceConfig:
         num_engines: Processes that share each nowcast.
         engine_threads: CPU threads of one engine.
         engine_gpus: GPUs of one engine.
+        device: Where predictors that can choose compute, unless a run says otherwise; None leaves it to them.
         nowcast_timeout_s: A nowcast that takes longer is given up.
         session_timeout_s: A session without any message for so long is closed.
         token: Shared secret that every call must carry; None for none.
@@ -55,6 +57,7 @@ class ServiceConfig:
     num_engines: int
     engine_threads: int
     engine_gpus: float
+    device: str | None
     nowcast_timeout_s: float
     session_timeout_s: float
     token: str | None
@@ -83,6 +86,8 @@ class ServiceConfig:
             raise ConfigError(f"--engine-threads is {self.engine_threads}; it must be at least 1")
         if not self.engine_gpus >= 0:
             raise ConfigError(f"--engine-gpus is {self.engine_gpus:g}; it must be 0 or more")
+        if self.device is not None:
+            check_device("--device", self.device)
         if not 0 < self.nowcast_timeout_s < self.session_timeout_s:
             raise ConfigError(
                 f"timeouts must rise: nowcast ({self.nowcast_timeout_s:g} s) < session ({self.session_timeout_s:g} s)"

@@ -6,6 +6,7 @@ Free of Ray and gRPC. Requests and results are plain data, since they travel bet
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
 from sidecast.predictors.base import ModelPredictor, Predictor
 from sidecast.predictors.passes import PassPredictor
-from sidecast.predictors.registry import create_predictor, takes_weights
+from sidecast.predictors.registry import create_predictor, takes_option
 from sidecast.protos.codec import buffer_digest
 
 DIGEST_BLOCK_BYTES = 1 << 24
@@ -76,17 +77,38 @@ class NowcastAnswer:
 
 
 class Runner(Protocol):
-    """How a prediction is computed: in this process, or divided among others."""
+    """Where predictions are computed: in this process, or divided among others."""
 
-    def __call__(self, predictor: Predictor, files: HistoryFiles, horizon_intervals: int, delta_path: Path) -> None:
+    def prepare(self, predictor: Predictor, manifest: ModelManifest, horizon_intervals: int) -> None:
+        """Builds what depends on the model alone where it will be needed.
+
+        Args:
+            predictor: The predictor.
+            manifest: The model.
+            horizon_intervals: How far ahead it will be asked at most; 0 if that is left to the predictor.
+
+        Raises:
+            ConfigError: The predictor cannot work there, on this model or so far ahead.
+        """
+        ...
+
+    def predict(self, predictor: Predictor, files: HistoryFiles, horizon_intervals: int, delta_path: Path) -> None:
         """Writes the predicted change to a file of P fp32 values."""
         ...
 
 
-def run_here(predictor: Predictor, files: HistoryFiles, horizon_intervals: int, delta_path: Path) -> None:
-    """Computes a prediction in this process."""
-    delta_P = map_vector(delta_path, files.manifest, torch.float32, writable=True)
-    predictor.predict(files.open(), horizon_intervals, delta_P)
+class LocalRunner:
+    """Computes predictions in this process."""
+
+    def prepare(self, predictor: Predictor, manifest: ModelManifest, horizon_intervals: int) -> None:
+        if isinstance(predictor, ModelPredictor):
+            predictor.prepare(manifest)
+        if isinstance(predictor, PassPredictor) and horizon_intervals > 0:
+            predictor.plan(manifest, horizon_intervals)
+
+    def predict(self, predictor: Predictor, files: HistoryFiles, horizon_intervals: int, delta_path: Path) -> None:
+        delta_P = map_vector(delta_path, files.manifest, torch.float32, writable=True)
+        predictor.predict(files.open(), horizon_intervals, delta_P)
 
 
 class Nowcasting:
@@ -94,12 +116,16 @@ class Nowcasting:
 
     Args:
         weights: Weights for the predictors that need them; None if there are none.
-        runner: How predictions are computed.
+        device: Where predictors that can choose compute, unless a request says otherwise; None leaves it to them.
+        runner: How predictions are computed; in this process if None.
     """
 
-    def __init__(self, weights: Path | None, runner: Runner = run_here) -> None:
+    def __init__(self, weights: Path | None, *, device: str | None = None, runner: Runner | None = None) -> None:
         self._weights = weights
-        self._runner = runner
+        self._device = device
+        self._runner = LocalRunner() if runner is None else runner
+        # Checks and predictions run in threads of their own.
+        self._lock = threading.Lock()
         self._predictors: dict[tuple[str, str], Predictor] = {}
 
     def check(self, request: PredictorRequest) -> PredictorAnswer:
@@ -111,11 +137,7 @@ class Nowcasting:
                     refusal=f"context_len is {request.context_len}; predictor {request.predictor!r} needs "
                     f"{predictor.context_len}"
                 )
-            manifest = ModelManifest.from_json(request.manifest_json)
-            if isinstance(predictor, ModelPredictor):
-                predictor.prepare(manifest)
-            if isinstance(predictor, PassPredictor) and request.max_horizon > 0:
-                predictor.plan(manifest, request.max_horizon)
+            self._runner.prepare(predictor, ModelManifest.from_json(request.manifest_json), request.max_horizon)
         except SidecastError as error:
             return PredictorAnswer(refusal=str(error))
         return PredictorAnswer(max_horizon=predictor.max_horizon)
@@ -126,7 +148,8 @@ class Nowcasting:
         manifest = ModelManifest.from_json(request.predictor.manifest_json)
         try:
             files = HistoryFiles(manifest=manifest, paths=request.state_paths)
-            self._runner(self._predictor(request.predictor), files, request.horizon_intervals, request.delta_path)
+            predictor = self._predictor(request.predictor)
+            self._runner.predict(predictor, files, request.horizon_intervals, request.delta_path)
         except SidecastError as error:
             return NowcastAnswer(refusal=str(error))
         delta_P = map_vector(request.delta_path, manifest, torch.float32)
@@ -144,10 +167,14 @@ class Nowcasting:
 
     def _predictor(self, request: PredictorRequest) -> Predictor:
         key = (request.predictor, repr(sorted(request.options.items())))
-        if key not in self._predictors:
-            weights = self._weights if takes_weights(request.predictor) else None
-            self._predictors[key] = create_predictor(request.predictor, weights=weights, options=request.options)
-        return self._predictors[key]
+        with self._lock:
+            if key not in self._predictors:
+                weights = self._weights if takes_option(request.predictor, "weights") else None
+                options = dict(request.options)
+                if self._device is not None and takes_option(request.predictor, "device"):
+                    options.setdefault("device", self._device)
+                self._predictors[key] = create_predictor(request.predictor, weights=weights, options=options)
+            return self._predictors[key]
 
 
 def _norm(vector_P: Tensor) -> float:

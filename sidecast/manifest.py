@@ -82,6 +82,11 @@ class ModelManifest:
         return offsets
 
     @cached_property
+    def rows(self) -> dict[str, int]:
+        """Which one each parameter is in this order, from 0."""
+        return {spec.fqn: row for row, spec in enumerate(self.parameters)}
+
+    @cached_property
     def by_name(self) -> dict[str, ParameterSpec]:
         return {spec.fqn: spec for spec in self.parameters}
 

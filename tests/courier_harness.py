@@ -50,7 +50,7 @@ def hello(
     parameters = [[spec.fqn, list(spec.shape)] for spec in manifest.parameters]
     return {
         "rank": rank,
-        "stage": 2,
+        "stage": "2",
         "run_name": "test",
         "client": {
             "endpoint": endpoint,

@@ -118,12 +118,12 @@ def _shapes_on_meta(config: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]
         import transformers
     except ImportError as error:
         raise ConfigError("a model's shapes are read from its safetensors files, or else need transformers") from error
-    architectures = config.get("architectures") or []
-    model_class = getattr(transformers, str(architectures[0]), None) if architectures else None
+    architectures = config.get("architectures") or [_causal_lm_of(config.get("model_type"))]
+    model_class = getattr(transformers, str(architectures[0]), None)
     if model_class is None:
         raise ConfigError(
-            f"the configuration has architectures={architectures!r}; without safetensors files it must name a class "
-            "of transformers"
+            f"the configuration has architectures={architectures[0]!r} and model_type={config.get('model_type')!r}; "
+            "without safetensors files it must name a class of transformers, or the type of a causal language model"
         )
     try:
         with torch.device("meta"):
@@ -131,3 +131,11 @@ def _shapes_on_meta(config: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"transformers cannot make a {architectures[0]} of this configuration: {error}") from error
     return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+
+
+def _causal_lm_of(model_type: object) -> str | None:
+    """The class of causal language models of that type, for a configuration that was written by hand."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(model_type))
+    return name if isinstance(name, str) else None

@@ -20,6 +20,7 @@ import psutil
 
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, read_token, require_ray_token
+from sidecast.nowcaster_service.errors import AddressError
 
 GIB = 1 << 30
 PR_SET_PDEATHSIG = 1
@@ -44,7 +45,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--chunk-kib", type=int, default=1024, help="message size in KiB (default: %(default)s)")
     parser.add_argument("--engines", type=int, default=1, help="processes per nowcast (default: %(default)s)")
     parser.add_argument("--engine-threads", type=int, default=1, help="CPU threads per engine (default: %(default)s)")
-    parser.add_argument("--engine-gpus", type=float, default=0.0, help="GPUs per engine (default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        help="where predictors compute that can choose: cpu or cuda, unless a run's own options say otherwise",
+    )
+    parser.add_argument("--engine-gpus", type=float, help="GPUs per engine (default: 1 with --device cuda, 0 without)")
     parser.add_argument("--nowcast-timeout-s", type=float, default=300.0, help="longest nowcast (default: %(default)s)")
     parser.add_argument(
         "--session-timeout-s", type=float, default=3600.0, help="forget idle runs after this (default: %(default)s)"
@@ -64,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="sidecast-history-", ignore_cleanup_errors=True))
             )
         config = service_config(args, history_dir / "vectors")
+        _check_ports(config)
         return _supervise(lambda: _serve(config, args.ray_address, args.port_file), stack.close)
 
 
@@ -142,12 +148,29 @@ def service_config(args: argparse.Namespace, history_dir: Path) -> ServiceConfig
         chunk_bytes=args.chunk_kib << 10,
         num_engines=args.engines,
         engine_threads=args.engine_threads,
-        engine_gpus=args.engine_gpus,
+        engine_gpus=args.engine_gpus if args.engine_gpus is not None else float(_is_cuda(args.device)),
+        device=args.device,
         nowcast_timeout_s=args.nowcast_timeout_s,
         session_timeout_s=args.session_timeout_s,
         token=None if args.token_file is None else read_token("--token-file", args.token_file),
         tls=tls,
     )
+
+
+def _check_ports(config: ServiceConfig) -> None:
+    """Finds out in a moment what would otherwise come to light once Ray has started."""
+    for option, port in (("--port", config.port), ("--metrics-port", config.metrics_port)):
+        if port is not None:
+            try:
+                socket.create_server((config.host, port)).close()
+            except OSError as error:
+                # Python's own text for this error says the address twice.
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                raise AddressError(f"{option} {port} cannot be used on {config.host}: {reason}") from error
+
+
+def _is_cuda(device: str | None) -> bool:
+    return device is not None and device.startswith("cuda")
 
 
 def _free_port(host: str) -> int:

@@ -1,9 +1,10 @@
 """Neural graphs: topology, builders per model family, positional encodings."""
 
+from sidecast.graphs.builder import GraphBuilder
 from sidecast.graphs.export import to_edges, to_pyg
 from sidecast.graphs.module_trace import manifest_of_module, topology_of_module
 from sidecast.graphs.positional import laplacian_encoding
-from sidecast.graphs.registry import GraphBuilder, build_topology, graph_builders
+from sidecast.graphs.registry import build_topology, graph_builders
 from sidecast.graphs.topology import Block, BlockKind, EdgeType, NodeLayer, NodeRange, ParameterView, Topology
 
 __all__ = [

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 
 from sidecast.errors import ConfigError
 from sidecast.graphs.adapters import draw_adapter, put_together, take_apart
 from sidecast.graphs.assembler import TopologyAssembler
+from sidecast.graphs.builder import GraphBuilder
+from sidecast.graphs.builders import BUILDERS
 from sidecast.graphs.model_config import ModelConfig
 from sidecast.graphs.topology import Topology
 from sidecast.manifest import ModelManifest
 
 LAYOUTS = ("official", "symmetric")
 ENTRY_POINT_GROUP = "sidecast.graph_builders"
-
-DrawLayout = Callable[[TopologyAssembler, ModelConfig], None]
-"""Adds the nodes and blocks of a model, read from the assembler's manifest and the configuration."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GraphBuilder:
-    """How to draw one family of models.
-
-    Attributes:
-        family: Its name in the topology.
-        model_types: Values of ``model_type`` in a model's configuration that it stands for.
-        layouts: One function for each layout that the family has.
-    """
-
-    family: str
-    model_types: tuple[str, ...]
-    layouts: Mapping[str, DrawLayout]
 
 
 @cache
@@ -43,8 +25,6 @@ def graph_builders() -> dict[str, GraphBuilder]:
     Raises:
         ConfigError: Two builders claim one model type.
     """
-    from sidecast.graphs.builders import BUILDERS
-
     builders: dict[str, GraphBuilder] = {}
     loaded = [entry_point.load() for entry_point in entry_points(group=ENTRY_POINT_GROUP)]
     for builder in (*BUILDERS, *loaded):

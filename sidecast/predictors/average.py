@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from sidecast.errors import ConfigError
-from sidecast.predictors.base import History, check_history
-from sidecast.predictors.window import combine_window
+from sidecast.manifest import ModelManifest
+from sidecast.predictors.base import History
+from sidecast.predictors.passes import PartContext, PassPlan, predict_in_passes
+from sidecast.predictors.tensor_parts import ElementRange, split_tensors
+from sidecast.predictors.window import CombinePass
 
 
 class AveragePredictor:
@@ -29,8 +32,13 @@ class AveragePredictor:
             raise ConfigError(f"decay is {decay}; it must be above 0 and at most 1")
         self._decay = decay
 
+    def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan[ElementRange]:
+        return PassPlan(split_tensors(manifest), [CombinePass(self.name, self._weights)])
+
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
-        check_history(self, history, horizon_intervals)
-        ages_C = torch.arange(history.context_len - 1, -1, -1, dtype=torch.float32)
+        predict_in_passes(self, history, horizon_intervals, out)
+
+    def _weights(self, part: ElementRange, context: PartContext) -> Tensor:
+        ages_C = torch.arange(len(context.states) - 1, -1, -1, dtype=torch.float32)
         weights_C = self._decay**ages_C
-        combine_window(self, history, weights_C / weights_C.sum(), out)
+        return weights_C / weights_C.sum()

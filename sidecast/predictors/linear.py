@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sidecast.predictors.base import History, check_history
-from sidecast.predictors.window import combine_window
+from sidecast.manifest import ModelManifest
+from sidecast.predictors.base import History
+from sidecast.predictors.passes import PartContext, PassPlan, predict_in_passes
+from sidecast.predictors.tensor_parts import ElementRange, split_tensors
+from sidecast.predictors.window import CombinePass
 
 
 class LinearPredictor:
@@ -20,9 +23,14 @@ class LinearPredictor:
     context_len: int | None = None
     max_horizon = 5
 
+    def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan[ElementRange]:
+        def weights(part: ElementRange, context: PartContext) -> Tensor:
+            return slope_weights(len(context.states)) * horizon_intervals
+
+        return PassPlan(split_tensors(manifest), [CombinePass(self.name, weights)])
+
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
-        check_history(self, history, horizon_intervals)
-        combine_window(self, history, slope_weights(history.context_len) * horizon_intervals, out)
+        predict_in_passes(self, history, horizon_intervals, out)
 
 
 def slope_weights(context_len: int) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu
 
-from sidecast.predictors.block_parts import BlockPart, write_part
+from sidecast.predictors.block_parts import BlockPart
 from sidecast.predictors.nino_fusion import Affine, FusedNino, HiddenLayer
 from sidecast.predictors.nino_kernels import Kernels, Layer
-from sidecast.predictors.passes import Found, PartContext
-from sidecast.predictors.scaling_pass import SCALES, ScaledReader
+from sidecast.predictors.passes import Found, PartContext, WritingPass
+from sidecast.predictors.scaling_pass import SCALES, FeatureReader, found_scale
 from sidecast.predictors.step_length import StepLength, step_length
 from sidecast.scaling import EPSILON
 
@@ -41,22 +41,22 @@ class FirstConvolutionPass:
         degree_V: Incoming edges of the nodes.
     """
 
-    def __init__(self, network: FusedNino, reader: ScaledReader, lpe_VL: Tensor, degree_V: Tensor) -> None:
+    def __init__(self, network: FusedNino, reader: FeatureReader, lpe_VL: Tensor, degree_V: Tensor) -> None:
         self._network = network
         self._reader = reader
         self._degree_V = degree_V
         # The constant column makes the sums hold the plain sums of the features too.
         self._encoding_VL = pad(lpe_VL, (0, 1), value=1.0)
-        conv, dim = network.convolutions[0], network.config.hidden_dim
+        conv = network.convolutions[0]
         assert network.node_input is not None
         self._inputs = inputs = network.node_input
-        nodes = Affine(torch.cat([inputs.weight, inputs.bias[None]]), torch.zeros(dim))
+        nodes = Affine(torch.cat([inputs.weight, inputs.bias[None]]), torch.zeros_like(inputs.bias))
         self._target = Affine(nodes.weight @ conv.target.weight, conv.target.bias)
         self._source_LD = nodes.weight @ conv.source.weight
         self._gain_XLD = conv.scale.weight[:, None] * self._source_LD
 
-    def zeros(self) -> Tensor:
-        return torch.zeros(len(self._degree_V), self._network.config.hidden_dim)
+    def zeros(self, context: PartContext) -> Tensor:
+        return self._degree_V.new_zeros(len(self._degree_V), self._network.config.hidden_dim)
 
     def map(self, part: BlockPart, context: PartContext) -> Tensor:
         conv = self._network.convolutions[0]
@@ -102,7 +102,7 @@ class ConvolutionPass:
     """
 
     def __init__(
-        self, network: FusedNino, layer: int, reader: ScaledReader, degree_V: Tensor, kernels: Kernels
+        self, network: FusedNino, layer: int, reader: FeatureReader, degree_V: Tensor, kernels: Kernels
     ) -> None:
         self._network = network
         self._layer = layer
@@ -110,8 +110,8 @@ class ConvolutionPass:
         self._degree_V = degree_V
         self._kernels = kernels
 
-    def zeros(self) -> Tensor:
-        return torch.zeros(len(self._degree_V), self._network.config.hidden_dim)
+    def zeros(self, context: PartContext) -> Tensor:
+        return self._degree_V.new_zeros(len(self._degree_V), self._network.config.hidden_dim)
 
     def map(self, part: BlockPart, context: PartContext) -> Tensor:
         conv = self._network.convolutions[self._layer]
@@ -140,7 +140,7 @@ class ConvolutionPass:
         return {**context.found, node_key(self._layer + 1): sums}
 
 
-class ChangePass:
+class ChangePass(WritingPass):
     """The last pass: writes the predicted change of every parameter.
 
     Args:
@@ -156,7 +156,7 @@ class ChangePass:
         self,
         network: FusedNino,
         horizon_intervals: int,
-        reader: ScaledReader,
+        reader: FeatureReader,
         upd_scale: StepLength,
         kernels: Kernels,
         *,
@@ -168,9 +168,6 @@ class ChangePass:
         self._upd_scale = upd_scale
         self._kernels = kernels
         self._by_element = by_element
-
-    def zeros(self) -> None:
-        return None
 
     def map(self, part: BlockPart, context: PartContext) -> None:
         if part.view is None:
@@ -189,18 +186,12 @@ class ChangePass:
         else:
             output = Affine(self._output.weight[:, :num_elements], self._output.bias[:num_elements])
             change_TSF = self._kernels.changes(features_XTS, layers, output)
-        scale = self._reader.scale(part, context)
+        scale = found_scale(part, context)
         newest_TSF = features_XTS[context_len - 1 :: context_len].permute(1, 2, 0)
         change_TSF *= step_length(self._upd_scale, part.view.fqn) * scale.std
         # Scaled back without the epsilon, the newest state itself moves by that much.
         change_TSF.sub_(newest_TSF, alpha=EPSILON)
-        write_part(part, change_TSF, context.out, context.manifest.offsets[part.view.fqn])
-
-    def add(self, part: BlockPart, contribution: Tensor, sums: Tensor) -> None:
-        raise AssertionError("this pass has no sums")
-
-    def finish(self, sums: Tensor, context: PartContext) -> Found:
-        raise AssertionError("this pass has no sums")
+        part.write(change_TSF, context.out, context.manifest.offsets[part.view.fqn])
 
 
 def num_sources_each(part: BlockPart) -> int:

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from sidecast.errors import ConfigError
-from sidecast.predictors.base import History, check_history
-from sidecast.predictors.window import combine_window
+from sidecast.manifest import ModelManifest
+from sidecast.predictors.base import History
+from sidecast.predictors.passes import PartContext, PassPlan, predict_in_passes
+from sidecast.predictors.tensor_parts import ElementRange, split_tensors
+from sidecast.predictors.window import CombinePass
 
 
 class OuterNesterovPredictor:
@@ -33,13 +36,21 @@ class OuterNesterovPredictor:
             raise ConfigError(f"momentum is {momentum}; it must be at least 0 and below 1")
         self._momentum = momentum
 
+    def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan[ElementRange]:
+        def weights(part: ElementRange, context: PartContext) -> Tensor:
+            return self._weights(len(context.states), horizon_intervals)
+
+        return PassPlan(split_tensors(manifest), [CombinePass(self.name, weights)])
+
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
-        check_history(self, history, horizon_intervals)
-        ages_D = torch.arange(history.context_len - 2, -1, -1, dtype=torch.float32)
+        predict_in_passes(self, history, horizon_intervals, out)
+
+    def _weights(self, context_len: int, horizon_intervals: int) -> Tensor:
+        ages_D = torch.arange(context_len - 2, -1, -1, dtype=torch.float32)
         look_ahead = sum(self._momentum**step for step in range(1, horizon_intervals + 1))
         change_weights_D = look_ahead * self._momentum**ages_D
         # Change t is state t + 1 minus state t.
-        weights_C = torch.zeros(history.context_len)
+        weights_C = torch.zeros(context_len)
         weights_C[1:] += change_weights_D
         weights_C[:-1] -= change_weights_D
-        combine_window(self, history, weights_C, out)
+        return weights_C

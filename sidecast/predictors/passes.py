@@ -1,4 +1,4 @@
-"""Predictions as a list of passes over the parts of a graph, on one thread or many.
+"""Predictions as a list of passes over the parts of a model or of its graph, on one thread or many.
 
 A pass maps every part, given what earlier passes found, and sums what the parts contribute. The sums are
 associative, so that parts may be divided over threads or machines.
@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from sidecast.manifest import ModelManifest
-from sidecast.predictors.base import History, Predictor
-from sidecast.predictors.block_parts import BlockPart
+from sidecast.predictors.base import History, Predictor, check_history
 
 Found = Mapping[str, Tensor]
 """What the passes so far have found, by name: scales of the parameters, states of the nodes."""
@@ -39,18 +38,45 @@ class PartContext:
     out: Tensor
 
 
-class BlockPass(Protocol):
+class Part(Protocol):
+    """Some scalars that are worked on together, few enough for a processor's memory."""
+
+    @property
+    def fqn(self) -> str | None:
+        """The parameter that they belong to; None for the constants of a graph's structure."""
+        ...
+
+    @property
+    def num_scalars(self) -> int:
+        """How many. What the part costs."""
+        ...
+
+    def read(self, states: Sequence[Tensor], parameter_start: int) -> list[Tensor]:
+        """They in each of C parameter vectors, as views where they lie evenly.
+
+        Args:
+            states: The vectors.
+            parameter_start: Where the parameter begins in them.
+        """
+        ...
+
+
+PartT = TypeVar("PartT", bound=Part)
+PartContraT = TypeVar("PartContraT", bound=Part, contravariant=True)
+
+
+class BlockPass(Protocol[PartContraT]):
     """One pass over all parts."""
 
-    def zeros(self) -> Tensor | None:
+    def zeros(self, context: PartContext) -> Tensor | None:
         """A sum of no contributions; None if the pass writes its result and sums nothing."""
         ...
 
-    def map(self, part: BlockPart, context: PartContext) -> Tensor | None:
+    def map(self, part: PartContraT, context: PartContext) -> Tensor | None:
         """Works on one part; may run on several threads at once. Returns its contribution."""
         ...
 
-    def add(self, part: BlockPart, contribution: Tensor, sums: Tensor) -> None:
+    def add(self, part: PartContraT, contribution: Tensor, sums: Tensor) -> None:
         """Adds a contribution to the sums, in place."""
         ...
 
@@ -59,19 +85,43 @@ class BlockPass(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class PassPlan:
-    """How to predict: every pass over all parts, in this order."""
+class WritingPass:
+    """What passes have in common that write their result and sum nothing."""
 
-    parts: Sequence[BlockPart]
-    passes: Sequence[BlockPass]
+    def zeros(self, context: PartContext) -> None:
+        return None
+
+    def add(self, part: Part, contribution: Tensor, sums: Tensor) -> None:
+        raise AssertionError("this pass has no sums")
+
+    def finish(self, sums: Tensor, context: PartContext) -> Found:
+        raise AssertionError("this pass has no sums")
+
+
+@dataclass(frozen=True)
+class PassPlan(Generic[PartT]):
+    """How to predict: every pass over all parts, in this order.
+
+    Attributes:
+        parts: All parts of the model.
+        passes: All passes.
+        max_threads: Parts that may be worked on at the same time, for work on a device that has its own threads.
+    """
+
+    parts: Sequence[PartT]
+    passes: Sequence[BlockPass[PartT]]
+    max_threads: int | None = None
+
+    def num_threads(self, num_wanted: int) -> int:
+        """How many of the threads at hand to use."""
+        return num_wanted if self.max_threads is None else min(num_wanted, self.max_threads)
 
 
 @runtime_checkable
 class PassPredictor(Predictor, Protocol):
     """A predictor whose work can be divided."""
 
-    def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan:
+    def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan[Any]:
         """The same plan for the same model and horizon, on every machine."""
         ...
 
@@ -97,27 +147,38 @@ def ordered_map(
 
 
 def run_pass(
-    block_pass: BlockPass, parts: Sequence[BlockPart], context: PartContext, num_threads: int
+    block_pass: BlockPass[PartT], parts: Sequence[PartT], context: PartContext, num_threads: int
 ) -> Tensor | None:
     """One pass over some parts; returns their sums. The order of summation does not depend on the threads."""
-    sums = block_pass.zeros()
-    contributions = ordered_map(lambda part: block_pass.map(part, context), parts, num_threads)
+    sums = block_pass.zeros(context)
+    # Torch keeps the mode for each thread.
+    work = torch.inference_mode()(lambda part: block_pass.map(part, context))
+    contributions = ordered_map(work, parts, num_threads)
     for part, contribution in zip(parts, contributions, strict=True):
         if sums is not None and contribution is not None:
             block_pass.add(part, contribution, sums)
     return sums
 
 
-def run_plan(plan: PassPlan, history: History, out: Tensor, num_threads: int) -> None:
+def run_plan(plan: PassPlan[PartT], history: History, out: Tensor, num_threads: int) -> None:
     """Runs a plan in this process."""
     context = PartContext(history.manifest, history.states, {}, out)
     for block_pass in plan.passes:
-        sums = run_pass(block_pass, plan.parts, context, num_threads)
+        sums = run_pass(block_pass, plan.parts, context, plan.num_threads(num_threads))
         if sums is not None:
             context = PartContext(history.manifest, history.states, block_pass.finish(sums, context), out)
 
 
-def divide_parts(parts: Sequence[BlockPart], num_workers: int) -> list[list[BlockPart]]:
+def predict_in_passes(
+    predictor: PassPredictor, history: History, horizon_intervals: int, out: Tensor, *, num_threads: int = 1
+) -> None:
+    """``Predictor.predict`` of any predictor that has a plan."""
+    check_history(predictor, history, horizon_intervals)
+    with torch.inference_mode():
+        run_plan(predictor.plan(history.manifest, horizon_intervals), history, out, num_threads)
+
+
+def divide_parts(parts: Sequence[PartT], num_workers: int) -> list[list[PartT]]:
     """Divides parts among workers by cost, the largest first to the least loaded; each share keeps the parts' order."""
     loads = [0] * num_workers
     shares: list[list[int]] = [[] for _ in range(num_workers)]

@@ -32,10 +32,10 @@ def predictor_names() -> list[str]:
     return sorted(_factories())
 
 
-def takes_weights(name: str) -> bool:
-    """Whether a predictor is made from a weights file; False for unknown names."""
+def takes_option(name: str, option: str) -> bool:
+    """Whether a predictor's factory takes an option (``weights`` is one); False for unknown names."""
     factory = _factories().get(name)
-    return factory is not None and "weights" in inspect.signature(factory.load()).parameters
+    return factory is not None and option in inspect.signature(factory.load()).parameters
 
 
 def create_predictor(name: str, *, weights: Path | None = None, options: Mapping[str, Any] | None = None) -> Predictor:

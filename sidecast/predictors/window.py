@@ -1,45 +1,53 @@
-"""Predictions that are weighted sums of the states of a window, piece by piece.
+"""Predictions that are weighted sums of the states of a window, part by part.
 
-Shape suffixes: C context, N elements of one piece.
+Shape suffixes: C context, N elements of one part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from sidecast.manifest import ParameterSpec
-from sidecast.predictors.base import History, Predictor, non_finite
+from sidecast.predictors.base import non_finite
+from sidecast.predictors.passes import PartContext, WritingPass
+from sidecast.predictors.tensor_parts import ElementRange
 
-PIECE_ELEMENTS = 1 << 20
-"""Elements of a tensor that are worked on at once: 4 MiB of each state in fp32."""
+Weights = Callable[[ElementRange, PartContext], Tensor]
+"""Weights of the C states for the tensor that a part belongs to, (C,) fp32."""
 
 
-def tensor_pieces(predictor: Predictor, history: History, spec: ParameterSpec) -> Iterator[tuple[slice, Tensor]]:
-    """The states of one parameter in pieces, relative to its newest state.
+class CombinePass(WritingPass):
+    """Writes the sum of ``weight * (state - newest)`` over the states of a window.
 
-    Yields:
-        Where a piece is in the parameter vector, and its C states minus the newest, (C, N) fp32. Relative values keep
-        the small changes of large parameters precise.
+    Args:
+        predictor: Name for messages.
+        weights: Of the states.
+    """
+
+    def __init__(self, predictor: str, weights: Weights) -> None:
+        self._predictor = predictor
+        self._weights = weights
+
+    def map(self, part: ElementRange, context: PartContext) -> None:
+        relative_CN = relative_states(self._predictor, part, context)
+        weights_C = self._weights(part, context).to(relative_CN)
+        part.write(weights_C @ relative_CN, context.out, context.manifest.offsets[part.fqn])
+
+
+def relative_states(predictor: str, part: ElementRange, context: PartContext) -> Tensor:
+    """The states of a part relative to its newest one, (C, N) fp32, where the history lies.
+
+    Relative values keep the small changes of large parameters precise.
 
     Raises:
-        ConfigError: A value is not finite.
+        ConfigError: A value is not finite; predictions from such a history would be noise.
     """
-    first = history.manifest.offsets[spec.fqn]
-    for start in range(first, first + spec.numel, PIECE_ELEMENTS):
-        piece = slice(start, min(start + PIECE_ELEMENTS, first + spec.numel))
-        newest_N = history.states[-1][piece].to(torch.float32)
-        relative_CN = torch.stack([state[piece].to(torch.float32) - newest_N for state in history.states])
-        # Infinities cancel to NaN, or stay.
-        if not relative_CN.sum().isfinite():
-            raise non_finite(predictor.name, spec.fqn)
-        yield piece, relative_CN
-
-
-def combine_window(predictor: Predictor, history: History, weights_C: Tensor, out: Tensor) -> None:
-    """Writes the sum of ``weight * (state - newest)`` over the states of a window, for every parameter."""
-    for spec in history.manifest.parameters:
-        for piece, relative_CN in tensor_pieces(predictor, history, spec):
-            out[piece] = weights_C @ relative_CN
+    states = part.read(context.states, context.manifest.offsets[part.fqn])
+    newest_N = states[-1].to(torch.float32)
+    relative_CN = torch.stack([state.to(torch.float32) - newest_N for state in states])
+    # Infinities cancel to NaN, or stay. The sum of finite values may overflow too, so that alone is no proof.
+    if not relative_CN.sum().isfinite() and not all(bool(state.isfinite().all()) for state in states):
+        raise non_finite(predictor, part.fqn)
+    return relative_CN

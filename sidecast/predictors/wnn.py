@@ -1,10 +1,11 @@
 """WNN: a small network for one parameter's recent values and changes.
 
-Shape suffixes: C context, N elements of one piece, K horizons.
+Shape suffixes: C context, N elements of one part, K horizons.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from sidecast.errors import ConfigError
-from sidecast.manifest import ParameterSpec
-from sidecast.predictors.base import History, check_history, non_finite
+from sidecast.manifest import ModelManifest, ParameterSpec
+from sidecast.predictors.base import History
+from sidecast.predictors.device import check_device, open_device
+from sidecast.predictors.passes import BlockPass, PartContext, PassPlan, WritingPass, predict_in_passes
+from sidecast.predictors.scaling_pass import ScalingPass, found_scale
+from sidecast.predictors.state_reader import StateReader
 from sidecast.predictors.step_length import StepLength, check_step_length, step_length
+from sidecast.predictors.tensor_parts import ElementRange, split_tensors
 from sidecast.predictors.weights import load_tensors
-from sidecast.scaling import Scale, tensor_scale
 
 OPERATIONS = ("conv", "linear", "bias")
-_PIECE_ELEMENTS = 1 << 16
+PART_ELEMENTS = 1 << 16
+"""Elements of one part: what the network makes of them takes some tens of megabytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,45 +96,62 @@ class WnnPredictor:
     Args:
         network: A trained network.
         upd_scale: Share of the predicted scaled change that is used, for all parameters or by name pattern.
+        device: Where to compute: ``cpu``, ``cuda`` or ``cuda:0`` and so on. The history may be elsewhere.
     """
 
     name = "wnn"
 
-    def __init__(self, network: WnnNetwork, *, upd_scale: StepLength = 1.0) -> None:
+    def __init__(self, network: WnnNetwork, *, upd_scale: StepLength = 1.0, device: str = "cpu") -> None:
         check_step_length("upd_scale", upd_scale)
+        check_device("device", device)
+        self._device = device
         self.context_len: int | None = network.config.context_len
         self.max_horizon = network.config.max_horizon
         self._network = network.eval()
         self._upd_scale = upd_scale
 
-    def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
-        check_history(self, history, horizon_intervals)
-        if horizon_intervals > self.max_horizon:
+    def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan[ElementRange]:
+        if not 1 <= horizon_intervals <= self.max_horizon:
             raise ConfigError(
                 f"horizon is {horizon_intervals}; predictor {self.name!r} has outputs for 1 to {self.max_horizon} "
                 "snapshot intervals"
             )
-        for spec in history.manifest.parameters:
-            if spec.numel:
-                self._predict_tensor(history, spec, horizon_intervals, out)
+        reader = StateReader(open_device(self._device))
+        network = copy.deepcopy(self._network).to(reader.device)
+        changes = WnnChangePass(network, horizon_intervals, self._upd_scale, reader)
+        passes: list[BlockPass[ElementRange]] = [ScalingPass(self.name, manifest, reader), changes]
+        max_threads = None if reader.device.type == "cpu" else 1
+        return PassPlan(split_tensors(manifest, PART_ELEMENTS), passes, max_threads)
 
-    @torch.inference_mode()
-    def _predict_tensor(self, history: History, spec: ParameterSpec, horizon_intervals: int, out: Tensor) -> None:
-        scale = _finite_scale(self.name, history, spec.fqn)
-        factor = step_length(self._upd_scale, spec.fqn)
-        first = history.manifest.offsets[spec.fqn]
-        for start in range(first, first + spec.numel, _PIECE_ELEMENTS):
-            piece = slice(start, min(start + _PIECE_ELEMENTS, first + spec.numel))
-            scaled_NC = torch.stack([scale.scaled(state[piece]) for state in history.states], dim=-1)
-            change_N = self._network(operation_of(spec), scaled_NC)[:, horizon_intervals - 1] * factor
-            out[piece] = scale.delta(change_N, history.states[-1][piece])
+    def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
+        predict_in_passes(self, history, horizon_intervals, out)
 
 
-def _finite_scale(predictor: str, history: History, fqn: str) -> Scale:
-    scale = tensor_scale(history.tensor(fqn))
-    if not torch.tensor([scale.mean, scale.std]).isfinite().all():
-        raise non_finite(predictor, fqn)
-    return scale
+class WnnChangePass(WritingPass):
+    """The last pass: writes the predicted change of every parameter.
+
+    Args:
+        network: The network.
+        horizon_intervals: k.
+        upd_scale: Share of the change that is used.
+        reader: Brings states to the network.
+    """
+
+    def __init__(self, network: WnnNetwork, horizon_intervals: int, upd_scale: StepLength, reader: StateReader) -> None:
+        self._reader = reader
+        self._network = network
+        self._horizon_intervals = horizon_intervals
+        self._upd_scale = upd_scale
+
+    def map(self, part: ElementRange, context: PartContext) -> None:
+        scale = found_scale(part, context)
+        start = context.manifest.offsets[part.fqn]
+        states = self._reader.read(part, context)
+        scaled_NC = torch.stack([scale.scaled(state) for state in states], dim=-1)
+        operation = operation_of(context.manifest.spec(part.fqn))
+        change_N = self._network(operation, scaled_NC)[:, self._horizon_intervals - 1]
+        change_N *= step_length(self._upd_scale, part.fqn)
+        part.write(scale.delta(change_N, states[-1]), context.out, start)
 
 
 def network_from_tensors(source: str, tensors: Mapping[str, Tensor]) -> WnnNetwork:
@@ -155,7 +178,7 @@ def network_from_tensors(source: str, tensors: Mapping[str, Tensor]) -> WnnNetwo
     return network
 
 
-def create(*, weights: Path, upd_scale: StepLength = 1.0) -> WnnPredictor:
+def create(*, weights: Path, upd_scale: StepLength = 1.0, device: str = "cpu") -> WnnPredictor:
     """WNN with the weights of a file."""
     tensors, _ = load_tensors(weights)
-    return WnnPredictor(network_from_tensors(str(weights), tensors), upd_scale=upd_scale)
+    return WnnPredictor(network_from_tensors(str(weights), tensors), upd_scale=upd_scale, device=device)

@@ -13,17 +13,19 @@ from nino_goldens import GOLDEN_NAMES, GoldenPrediction
 from torch import Tensor
 
 from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.engine import EnginePool
+from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service.engine import DividedRunner, EnginePool
 from sidecast.nowcaster_service.vector_files import HistoryFiles
 from sidecast.predictors.base import History
 from sidecast.predictors.graph_cache import GraphCache
 from sidecast.predictors.nino import NinoPredictor
+from sidecast.predictors.registry import create_predictor
 from sidecast.predictors.weights import load_weights
 
 
 @pytest.fixture(scope="module")
 def pools(nino_data: Path) -> Iterator[dict[int, EnginePool]]:
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         predictor = NinoPredictor(load_weights(nino_data / "nino_mlp_h32.pt"), graphs=GraphCache())
         yield {num_workers: EnginePool(predictor, num_workers) for num_workers in (1, 2)}
@@ -62,6 +64,34 @@ def test_published_predictions(
     golden = GoldenPrediction.load(nino_data, name)
     pools[num_workers].load(NinoPredictor(load_weights(golden.weights_path), graphs=golden.graphs()))
     golden.check(PooledPredictor(pools[num_workers], tmp_path))
+
+
+@pytest.mark.parametrize("name", ["linear", "rank1"])
+def test_any_model_is_divided(pools: dict[int, EnginePool], name: str, tmp_path: Path) -> None:
+    manifest = ModelManifest.from_shapes([("matrix", [40, 30]), ("vector", [41])], {"model_type": "unheard of"})
+    history = History(manifest, [torch.randn(manifest.num_elements) for _ in range(5)])
+    predictor = create_predictor(name)
+    expected = torch.empty(manifest.num_elements)
+    predictor.predict(history, 4, expected)
+    runner = DividedRunner(2, 1)
+    runner.prepare(predictor, manifest, 4)
+    runner.predict(predictor, write_history(history, tmp_path), 4, tmp_path / "delta")
+    found = torch.from_numpy(np.fromfile(tmp_path / "delta", dtype=np.float32))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    history.states[1][3] = torch.inf
+    with pytest.raises(ConfigError, match=r"^parameter 'matrix' has NaN"):
+        runner.predict(predictor, write_history(history, tmp_path), 4, tmp_path / "delta")
+    runner.close()
+
+
+def test_workers_are_prepared_when_a_run_opens(pools: dict[int, EnginePool], nino_data: Path) -> None:
+    golden = GoldenPrediction.load(nino_data, "mlp")
+    runner = DividedRunner(2, 1)
+    predictor = NinoPredictor(load_weights(golden.weights_path), graphs=golden.graphs())
+    with pytest.raises(ConfigError, match=r"^horizon is 41"):
+        runner.prepare(predictor, golden.history.manifest, 41)
+    runner.prepare(predictor, golden.history.manifest, 40)
+    runner.close()
 
 
 def test_refusals_reach_the_caller(pools: dict[int, EnginePool], nino_data: Path, tmp_path: Path) -> None:

@@ -23,5 +23,5 @@ def test_a_workers_refusal_is_told_in_one_line() -> None:
     runner = DividedRunner(2, 1)
     runner._pool, runner._loaded = SimpleNamespace(predict=refuse), predictor  # type: ignore[assignment]
     with pytest.raises(ConfigError) as caught:
-        runner(predictor, None, 1, Path("delta"))  # type: ignore[arg-type]
+        runner.predict(predictor, None, 1, Path("delta"))  # type: ignore[arg-type]
     assert str(caught.value) == "bad"

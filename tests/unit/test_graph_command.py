@@ -72,6 +72,16 @@ def test_configuration_alone_is_enough(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.startswith("bert, symmetric: ")
 
 
+def test_without_architectures_the_model_type_is_taken_for_a_causal_language_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dict(SMALL_MODELS["llama"]().manifest.config)
+    config.pop("architectures", None)
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    assert run(tmp_path / "config.json", "--out", tmp_path / "graph.html") == 0
+    assert capsys.readouterr().out.startswith("llama, official: ")
+
+
 def test_frozen_parameters_are_mentioned(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     snapshot = tmp_path / "snapshot.safetensors"
     save_file({"model.norm.weight": torch.ones(12)}, snapshot)
@@ -91,8 +101,8 @@ def test_refusals_name_what_is_wrong(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read weights from .*bad.safetensors"):
         run(model_dir, "--snapshot", tmp_path / "bad.safetensors", "--out", "graph.html")
     bare = tmp_path / "bare.json"
-    bare.write_text('{"model_type": "llama"}')
-    with pytest.raises(ConfigError, match=r"architectures=\[\]; without safetensors files it must name a class"):
+    bare.write_text('{"model_type": "lama"}')
+    with pytest.raises(ConfigError, match=r"model_type='lama'; without safetensors files it must name a class"):
         run(bare, "--out", "graph.html")
 
 

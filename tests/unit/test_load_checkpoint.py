@@ -1,4 +1,4 @@
-"""Which run a loaded checkpoint continues."""
+"""Which run a loaded checkpoint continues, and what of it the user gets to see."""
 
 from __future__ import annotations
 
@@ -8,28 +8,43 @@ from typing import Any
 
 import pytest
 
-from sidecast.trainer.nowcast import attach
+from sidecast.errors import ConfigError
+from sidecast.trainer.nowcast.attach import wrap
+from sidecast.trainer.nowcast.attachment import NowcastAttachment
+from sidecast.trainer.nowcast.ranks import Ranks
+
+
+def attachment_at(step: int, resumed: list[Any], shards: tuple[Any, ...] = ()) -> NowcastAttachment:
+    """A hook on a run whose checkpoint leaves it at a step, with some shards."""
+    trainee: Any = SimpleNamespace(
+        map_partition=lambda: SimpleNamespace(upload_shards=shards, owned_shards=shards), applied_steps=lambda: step
+    )
+    hook: Any = SimpleNamespace(
+        shards=((), ()), is_on_probation=False, resume=lambda state, *_: resumed.append(state is not None)
+    )
+    courier: Any = SimpleNamespace(new_session=lambda session: resumed.append(session["run_id"]))
+    return NowcastAttachment(trainee, hook, courier, Ranks(None))
 
 
 @pytest.mark.parametrize(("loaded_step", "is_continued"), [(500, True), (0, False)])
 def test_a_run_is_continued_only_at_the_step_of_its_checkpoint(
-    loaded_step: int, is_continued: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    loaded_step: int, is_continued: bool, tmp_path: Path
 ) -> None:
     saved = {"run_id": "pretraining", "step": 500, "epoch": 2}
-    resumed: list[Any] = []
-    partition = SimpleNamespace(upload_shards=(), owned_shards=())
-    monkeypatch.setattr(attach, "partition_of", lambda engine: partition)
-    monkeypatch.setattr(attach, "_new_session", lambda group, step, state: {"run_id": "fresh"})
     engine = SimpleNamespace(
-        global_steps=loaded_step,
-        skipped_steps=0,
+        step=None,
+        backward=None,
+        save_checkpoint=None,
         load_checkpoint=lambda *_, **__: (str(tmp_path / "model.pt"), {"sidecast": saved, "theirs": 1}),
     )
-    hook = SimpleNamespace(
-        shards=((), ()), is_on_probation=False, resume=lambda state, *_: resumed.append(state is not None)
-    )
-    courier = SimpleNamespace(new_session=lambda session: None)
-    attach._wrap_load(engine, hook, courier, None)  # type: ignore[arg-type]
+    resumed: list[Any] = []
+    wrap(engine, attachment_at(loaded_step, resumed))
     _, client_state = engine.load_checkpoint(str(tmp_path))
-    assert resumed == [is_continued]
+    continues, run_id = resumed
+    assert (continues, run_id == "pretraining") == (is_continued, is_continued)
     assert client_state == {"theirs": 1}
+
+
+def test_a_checkpoint_that_changes_what_a_rank_holds_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="changed this rank's partition"):
+        attachment_at(500, [], shards=(object(),)).resume(None, tmp_path)

@@ -53,7 +53,7 @@ def service_registry() -> CollectorRegistry:
 
 
 def trainer_registry() -> CollectorRegistry:
-    metrics = CourierMetrics("demo", rank=1, stage=2)
+    metrics = CourierMetrics("demo", rank=1, stage="2")
     metrics.begin_session("a-run")
     metrics.update(dict.fromkeys(STATS, 1.0))
     return metrics.registry
@@ -126,7 +126,7 @@ def test_promtool_has_no_complaint_about_names_and_units(
 
 
 def test_labels_hold_nothing_that_grows_with_the_run() -> None:
-    allowed = {"run", "run_id", "rank", "stage", "state", "result", "outcome", "predictor", "status", "le"}
+    allowed = {"run", "run_id", "rank", "stage", "state", "result", "outcome", "predictor", "status", "direction", "le"}
     for registry in (service_registry(), trainer_registry()):
         for family in families(registry):
             for sample in family.samples:
@@ -136,7 +136,7 @@ def test_labels_hold_nothing_that_grows_with_the_run() -> None:
 def test_counters_are_there_before_they_count() -> None:
     service = ServiceMetrics(CollectorRegistry())
     service.begin_run("a-run")
-    trainer = CourierMetrics("demo", rank=1, stage=2)
+    trainer = CourierMetrics("demo", rank=1, stage="2")
     of_rank = {"run": "demo", "rank": "1", "stage": "2"}
     for registry, name, labels in (
         (service.registry, "sidecast_service_snapshots_total", {"run_id": "a-run", "state": "aborted"}),
@@ -177,7 +177,7 @@ def test_a_forgotten_run_leaves_no_series_and_others_stay() -> None:
 def test_totals_of_the_trainer_survive_a_new_courier() -> None:
     labels = {"run": "demo", "rank": "0", "stage": "2"}
     for _ in range(2):
-        metrics = CourierMetrics("demo", rank=0, stage=2)
+        metrics = CourierMetrics("demo", rank=0, stage="2")
         metrics.update({"num_applied": 3.0, "step": 10.0})
         metrics.update({"num_applied": 5.0, "step": 20.0})
         assert metrics.registry.get_sample_value("sidecast_trainer_jumps_applied_total", labels) == 5

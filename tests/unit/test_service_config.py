@@ -27,6 +27,7 @@ from sidecast.protos import nowcast_pb2 as pb
         ({"num_engines": 0}, "--engines is 0"),
         ({"engine_threads": 0}, "--engine-threads is 0"),
         ({"engine_gpus": -1.0}, "--engine-gpus is -1"),
+        ({"device": "tpu"}, "--device is 'tpu'; allowed: cpu, cuda"),
         ({"nowcast_timeout_s": 60.0}, r"nowcast \(60 s\) < session \(60 s\)"),
         ({"weights": Path("/nowhere")}, "--weights /nowhere is not a file"),
         ({"token": ""}, "--token-file holds an empty token"),

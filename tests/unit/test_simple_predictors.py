@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
-from sidecast.predictors import window
+from sidecast.predictors import tensor_parts
 from sidecast.predictors.base import History, Predictor
 from sidecast.predictors.registry import create_predictor
 from sidecast.predictors.wnn import WnnConfig, WnnNetwork
@@ -90,7 +90,7 @@ def test_outer_nesterov_is_momentum_running_on(horizon: int) -> None:
 @pytest.mark.parametrize("name", CLOSED_FORM)
 def test_pieces_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = delta(create_predictor(name), wandering(), 2)
-    monkeypatch.setattr(window, "PIECE_ELEMENTS", 7)
+    monkeypatch.setattr(tensor_parts, "MAX_ELEMENTS", 7)
     torch.testing.assert_close(delta(create_predictor(name), wandering(), 2), whole)
 
 

@@ -1,7 +1,7 @@
 """One file per family of models; each draws its layouts."""
 
+from sidecast.graphs.builder import GraphBuilder
 from sidecast.graphs.builders import bert, gpt2, llama, mixtral, module_graph, qwen3, sequential, vit
-from sidecast.graphs.registry import GraphBuilder
 
 BUILDERS: tuple[GraphBuilder, ...] = (
     llama.BUILDER,

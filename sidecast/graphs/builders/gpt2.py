@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from sidecast.graphs.builder import GraphBuilder
 from sidecast.graphs.builders.gpt2_official import draw_gpt2_official
 from sidecast.graphs.builders.gpt2_symmetric import draw_gpt2_symmetric
-from sidecast.graphs.registry import GraphBuilder
 
 BUILDER = GraphBuilder(
     family="gpt2",

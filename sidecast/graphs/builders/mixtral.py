@@ -8,10 +8,10 @@ from __future__ import annotations
 from functools import partial
 
 from sidecast.graphs.assembler import MatrixSlice, TopologyAssembler
+from sidecast.graphs.builder import GraphBuilder
 from sidecast.graphs.builders.decoder_symmetric import draw_decoder_symmetric
 from sidecast.graphs.builders.symmetric_parts import Projection, gated_mlp, project
 from sidecast.graphs.model_config import ModelConfig
-from sidecast.graphs.registry import GraphBuilder
 from sidecast.graphs.topology import EdgeType, NodeRange
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from sidecast.errors import ConfigError
 from sidecast.graphs.assembler import MatrixSlice, TopologyAssembler
+from sidecast.graphs.builder import GraphBuilder
 from sidecast.graphs.builders.recurrent import RecurrentShape, draw_recurrent
 from sidecast.graphs.builders.symmetric_parts import attach
 from sidecast.graphs.model_config import ModelConfig
-from sidecast.graphs.registry import GraphBuilder
 from sidecast.graphs.topology import BlockKind, EdgeType, NodeRange
 
 

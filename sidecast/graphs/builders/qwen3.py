@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
+from sidecast.graphs.builder import GraphBuilder
 from sidecast.graphs.builders.decoder_symmetric import draw_decoder_symmetric
 from sidecast.graphs.builders.llama_official import draw_llama_official
-from sidecast.graphs.registry import GraphBuilder
 
 BUILDER = GraphBuilder(
     family="qwen3",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from sidecast.errors import ConfigError
 from sidecast.graphs.assembler import TopologyAssembler
+from sidecast.graphs.builder import GraphBuilder
 from sidecast.graphs.model_config import ModelConfig
-from sidecast.graphs.registry import GraphBuilder
 from sidecast.graphs.topology import EdgeType, NodeRange, ParameterView
 from sidecast.manifest import ParameterSpec
 

@@ -6,6 +6,7 @@ There is no published graph of this family, so there is no official layout.
 from __future__ import annotations
 
 from sidecast.graphs.assembler import MatrixSlice, TopologyAssembler, VectorSlice
+from sidecast.graphs.builder import GraphBuilder
 from sidecast.graphs.builders.symmetric_parts import (
     AttentionWeights,
     Projection,
@@ -18,7 +19,6 @@ from sidecast.graphs.builders.symmetric_parts import (
     project,
 )
 from sidecast.graphs.model_config import AttentionShape, ModelConfig
-from sidecast.graphs.registry import GraphBuilder
 from sidecast.graphs.topology import EdgeType, NodeRange
 
 
