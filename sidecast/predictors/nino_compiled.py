@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def _load() -> ctypes.CDLL:
         raise OSError(f"there is no {stem}*.so: sidecast was installed without a C++ compiler")
     library = ctypes.CDLL(str(path))
     size, pointer = ctypes.c_int64, ctypes.c_void_p
-    part = [pointer, size, size, size, ctypes.POINTER(_CompiledLayer), size, size]
+    part: list[Any] = [pointer, size, size, size, ctypes.POINTER(_CompiledLayer), size, size]
     library.sidecast_runs_here.restype = ctypes.c_int
     library.sidecast_scratch_bytes.argtypes, library.sidecast_scratch_bytes.restype = [size], size
     library.sidecast_message_sums.argtypes, library.sidecast_message_sums.restype = [*part, *[pointer] * 5], None
