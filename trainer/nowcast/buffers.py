@@ -33,7 +33,9 @@ class SharedBuffer:
         try:
             # A mapping needs a byte at least.
             os.posix_fallocate(self.descriptor, 0, max(1, num_bytes))
-            self.map = mmap.mmap(self.descriptor, max(1, num_bytes))
+            # Mapped here and now: a page that is mapped when it is first written costs several times the write.
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            self.map = mmap.mmap(self.descriptor, max(1, num_bytes), flags)
         except OSError as error:
             os.close(self.descriptor)
             raise ConfigError(
