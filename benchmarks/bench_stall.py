@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -55,8 +56,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_key_value_heads": 3,
         },
         "sequence_length": 32,
-        "window_steps": 3,
-        "num_cycles": 5,
+        "window_steps": 1,
+        "num_cycles": 7,
         "num_saves": 2,
     },
 }
@@ -151,6 +152,8 @@ def summary(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
+    # So that what was started is ended, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="quick")
     parser.add_argument("--ranks", type=int, default=1)
