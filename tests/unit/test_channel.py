@@ -65,7 +65,6 @@ def test_a_full_socket_delays_what_matters_and_loses_what_may_be_lost(pair: Pair
     num_stats = 0
     while channel.post({"type": "stats", "number": num_stats}, may_be_lost=True):
         num_stats += 1
-    assert channel.num_lost == 1
     assert channel.post({"type": "release"})
     assert not channel.post({"type": "stats"}, may_be_lost=True)
     reader = Channel(theirs)
@@ -84,7 +83,6 @@ def test_what_is_kept_for_a_stopped_courier_is_bounded(pair: Pair) -> None:
     assert sent[0]
     assert not sent[-1]
     assert len(channel._unsent) <= MAX_UNSENT_BYTES
-    assert channel.num_lost == sent.count(False)
 
 
 def test_what_the_other_side_said_before_it_went_is_still_heard(pair: Pair) -> None:

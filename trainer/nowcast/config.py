@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from sidecast.errors import ConfigError
 from sidecast.horizon import MAX_POWER, MIN_POWER
+from sidecast.protos.transport import BULK_ENVIRONMENT
 
 Section = TypeVar("Section")
 
@@ -213,7 +214,7 @@ class NowcasterConfig:
 def courier_environment() -> dict[str, str]:
     """What a courier inherits: paths and locale. It needs no device, and no rank variables of the launcher."""
     kept = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "LANG", "LC_ALL", "HOME", "TMPDIR")
-    return {name: os.environ[name] for name in kept if name in os.environ}
+    return {name: os.environ[name] for name in kept if name in os.environ} | BULK_ENVIRONMENT
 
 
 def parse_section(section: Mapping[str, Any]) -> NowcasterConfig:
