@@ -31,6 +31,9 @@ from scipy import stats
 
 WORKER = Path(__file__).with_name("stall_worker.py")
 INTERVAL_STEPS = 200
+# Without them glibc gives large blocks back at once, and much of a step on the CPU is the kernel handing out the same
+# pages again. A shorter step makes inflation harsher; but then PyTorch's savers find their memory for nothing, too.
+KEPT_PAGES = {"MALLOC_MMAP_THRESHOLD_": f"{4 << 30}", "MALLOC_TRIM_THRESHOLD_": f"{64 << 30}"}
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "model": {
@@ -82,7 +85,7 @@ def service(folder: Path) -> Iterator[str]:
         process.wait(60)
 
 
-def train(settings: dict[str, Any], num_ranks: int) -> list[dict[str, Any]]:
+def train(settings: dict[str, Any], num_ranks: int, *, keep_pages: bool) -> list[dict[str, Any]]:
     """Runs all ranks to their end and returns what they measured."""
     folder = Path(settings["folder"])
     workers = []
@@ -96,9 +99,7 @@ def train(settings: dict[str, Any], num_ranks: int) -> list[dict[str, Any]]:
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
-            # Otherwise half of a step is the kernel handing out the same pages again.
-            "MALLOC_MMAP_THRESHOLD_": f"{4 << 30}",
-            "MALLOC_TRIM_THRESHOLD_": f"{64 << 30}",
+            **(KEPT_PAGES if keep_pages else {}),
         }
         with (folder / f"rank{rank}.log").open("wb") as log:
             command = [sys.executable, str(WORKER), json.dumps(settings)]
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int)
     parser.add_argument("--window-steps", type=int)
     parser.add_argument("--cycles", type=int)
+    parser.add_argument("--keep-pages", action="store_true", help="let the ranks' allocator keep what is freed")
     arguments = parser.parse_args()
     settings = {**PRESETS[arguments.preset], "stage": arguments.stage, "batch_size": arguments.batch_size}
     for name, value in (
@@ -175,11 +177,14 @@ def main() -> None:
         if value is not None:
             settings[name] = value
     with tempfile.TemporaryDirectory() as folder, service(Path(folder)) as endpoint:
-        ranks = train({**settings, "folder": folder, "endpoint": endpoint}, arguments.ranks)
+        ranks = train(
+            {**settings, "folder": folder, "endpoint": endpoint}, arguments.ranks, keep_pages=arguments.keep_pages
+        )
     result = {
         "preset": arguments.preset,
         "ranks": arguments.ranks,
         "stage": arguments.stage,
+        "keep_pages": arguments.keep_pages,
         "tokens_per_rank_and_step": arguments.batch_size * settings["sequence_length"],
         **summary(ranks),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
