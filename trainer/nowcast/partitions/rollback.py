@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from math import prod
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sidecast.errors import SidecastError
+from sidecast.trainer.nowcast.partitions.host_copy import copy_to_host
 
 # A multiple of every element size, so that each tensor can be viewed in place; also a cache line.
 _ALIGNMENT_BYTES = 64
@@ -92,17 +94,18 @@ class RollbackCopy:
         offset = 0
         for name, tensor in tensors.items():
             places[name] = (offset, tensor.dtype, tuple(tensor.shape))
-            self._view(*places[name]).copy_(tensor.detach())
+            copy_to_host(self._view(*places[name]), tensor.detach())
             offset += _aligned(tensor.nbytes)
-        self._places, self._values = places, dict(values)
+        # Some optimizers keep lists and update them in place.
+        self._places, self._values = places, deepcopy(dict(values))
 
     def tensors(self) -> dict[str, Tensor]:
         """Views of the tensors held, valid until the next ``save``."""
         return {name: self._view(*place) for name, place in self._places.items()}
 
     def values(self) -> dict[str, Any]:
-        """The values held."""
-        return dict(self._values)
+        """Copies of the values held."""
+        return deepcopy(self._values)
 
     def state_dict(self) -> dict[str, Any]:
         """The memory itself and plain values, for a checkpoint that ``torch.load(weights_only=True)`` reads."""
