@@ -28,10 +28,10 @@ async def duplicate(messages: Messages, fire: Fire) -> Messages:
 async def reorder(messages: Messages, fire: Fire) -> Messages:
     """The first message after the second."""
     first = await anext(messages)
+    fire()
     async for message in messages:
         yield message
         if first:
-            fire()
             yield first
             first = b""
 
@@ -47,9 +47,9 @@ async def end_early(messages: Messages, fire: Fire) -> Messages:
 
 async def lose_one(messages: Messages, fire: Fire) -> Messages:
     """All messages but the second."""
+    fire()
     yield await anext(messages)
     await anext(messages)
-    fire()
     async for message in messages:
         yield message
 
@@ -67,8 +67,10 @@ async def go_on_too_long(messages: Messages, fire: Fire) -> Messages:
 
 def _one_message(alter: Callable[[bytes], bytes]) -> Callable[[Messages, Fire], Messages]:
     async def altered(messages: Messages, fire: Fire) -> Messages:
-        yield alter(await anext(messages))
+        first = await anext(messages)
+        # Before it is passed on: the receiver may ask for nothing after it.
         fire()
+        yield alter(first)
         async for message in messages:
             yield message
 

@@ -27,7 +27,7 @@ from sidecast.protos.shards import ShardSpec
 # So many steps are made without a service before it is started again.
 OUTAGE_STEPS = 12
 STOP_S = 30.0
-PASSAGE_TIMEOUT_S = 90.0
+PASSAGE_TIMEOUT_S = 50.0
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 20.0
 POLL_INTERVAL_S = 0.02
@@ -59,6 +59,7 @@ class FaultRun:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         (folder / "published").mkdir()
+        self._is_well = True
         self._port = 0
         # Forks of one process that has imported everything: a service that is killed twenty times is back at once.
         self._context = multiprocessing.get_context("forkserver")
@@ -105,7 +106,7 @@ class FaultRun:
             with contextlib.suppress(OSError):
                 link.send(None)
         for process in self._ranks:
-            process.join(END_TIMEOUT_S)
+            process.join(END_TIMEOUT_S if self._is_well else 0)
             process.kill()
         self._kill_service()
 
@@ -117,6 +118,8 @@ class FaultRun:
         Args:
             fault: None: nothing goes wrong.
         """
+        assert self._is_well, "an earlier fault has ended the run"
+        self._is_well = False
         self._num_fired = 0
         self._reasons: list[str] = []
         self._restart_at_step: int | None = None
@@ -142,6 +145,7 @@ class FaultRun:
                 is_over = True
                 for link in self._links:
                     link.send("heal")
+        self._is_well = True
         return Outcome(self._num_fired, tuple(passages[rank] for rank in range(WORLD_SIZE)))
 
     def _hear(self, source: Connection, fault: Fault | None, passages: dict[int, Passage]) -> None:

@@ -66,6 +66,7 @@ class CourierHandle:
         self._channel: Channel | None = None
         self._last_status: int | None = None
         self._unconfirmed: deque[Message] = deque()
+        self._obituaries: deque[Message] = deque()
 
     @property
     def is_alive(self) -> bool:
@@ -155,7 +156,8 @@ class CourierHandle:
             timeout_s: How long to wait for the first message.
         """
         channel = self._channel
-        if channel is None:
+        if channel is None or self._obituaries:
+            yield from self._take_obituaries()
             return
         try:
             if timeout_s > 0:
@@ -176,7 +178,11 @@ class CourierHandle:
             # Unless a post in between has noticed first: the one that is there now is then another.
             if self._channel is channel:
                 self._bury()
-            yield {"type": "died", "reason": f"the courier ended with status {self._last_status}"}
+            yield from self._take_obituaries()
+
+    def _take_obituaries(self) -> Iterator[Message]:
+        while self._obituaries:
+            yield self._obituaries.popleft()
 
     def _bury(self) -> None:
         """Takes note of a courier's death and starts another; nothing of the training run depends on it."""
@@ -190,6 +196,8 @@ class CourierHandle:
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._last_status = self._process.wait(END_TIMEOUT_S)
+        # Told with the next messages, whoever has noticed: a post that failed tells nobody.
+        self._obituaries.append({"type": "died", "reason": f"the courier ended with status {self._last_status}"})
         if self._num_deaths_in_a_row > MAX_DEATHS_IN_A_ROW:
             log.error(
                 "the courier died %d times without bringing a prediction; nowcasting is off for the rest of the run",
