@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from sidecast.errors import ConfigError
 from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.engine import DividedRunner
+from sidecast.nowcaster_service.errors import AddressError
 from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import (
@@ -25,11 +26,12 @@ from sidecast.nowcaster_service.nowcasting import (
     PredictorAnswer,
     PredictorRequest,
 )
+from sidecast.nowcaster_service.server import create_server
 from sidecast.nowcaster_service.servicer import Servicer
+from sidecast.protos.transport import BULK_ENVIRONMENT
 
 EXPIRY_INTERVAL_S = 30.0
 STOP_GRACE_S = 2.0
-KEEPALIVE_MS = 60_000
 # Ray's calls to the ingress (address, stop) that may wait side by side; gRPC has an event loop of its own.
 INGRESS_CALLS = 4
 ENGINE_NAME = "sidecast-engine"
@@ -49,6 +51,8 @@ class EngineActor:
         )
         self._nowcasting = Nowcasting(config.weights, device=config.device, runner=runner)
 
+    # In a thread of its own: a run that opens must not wait for the nowcast of another.
+    @ray.method(concurrency_group="checks")
     def check(self, request: PredictorRequest) -> PredictorAnswer:
         return self._nowcasting.check(request)
 
@@ -109,26 +113,15 @@ class IngressActor:
         config = self._config
         metrics = ServiceMetrics(CollectorRegistry())
         if config.metrics_port is not None:
-            start_http_server(config.metrics_port, addr=config.host, registry=metrics.registry)
+            try:
+                start_http_server(config.metrics_port, addr=config.host, registry=metrics.registry)
+            except OSError as error:
+                raise AddressError(
+                    f"cannot serve metrics at {config.host}:{config.metrics_port}: {error.strerror} (--metrics-port)"
+                ) from error
         store = HistoryStore(config.history_dir, config.history_budget_bytes)
         servicer = Servicer(config, store, engines, metrics, version=version("sidecast"))
-        server = grpc.aio.server(
-            options=[
-                # Two services on one port would each see half of a session.
-                ("grpc.so_reuseport", 0),
-                # A host that vanished would by default look as if it watched its session for two hours more.
-                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ]
-        )
-        server.add_generic_rpc_handlers((servicer.handler(),))
-        address = f"{config.host}:{config.port}"
-        if config.tls is None:
-            port = server.add_insecure_port(address)
-        else:
-            pair = (config.tls.private_key.read_bytes(), config.tls.certificate.read_bytes())
-            port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        server, port = create_server(servicer, config.port)
         await server.start()
         self._server = server
         self._started.set_result(port)
@@ -138,7 +131,7 @@ class IngressActor:
 async def _expire_for_ever(servicer: Servicer) -> None:
     while True:
         await asyncio.sleep(EXPIRY_INTERVAL_S)
-        servicer.expire_sessions()
+        servicer.sessions.expire()
 
 
 class Application:
@@ -164,16 +157,30 @@ class Application:
             ray.init(address=ray_address, logging_level=logging.WARNING)
         # The engine itself only leads where workers share each nowcast.
         works = config.num_engines == 1
-        num_gpus = config.engine_gpus if works else 0
-        engine = ray.remote(num_cpus=int(works), num_gpus=num_gpus, max_restarts=-1)(EngineActor)
-        ingress = ray.remote(num_cpus=0, max_restarts=-1)(IngressActor)
+        # Ray's types know no options of actor classes.
+        actor: Any = ray.remote
+        engine = actor(
+            num_cpus=int(works),
+            num_gpus=config.engine_gpus if works else 0,
+            max_restarts=-1,
+            concurrency_groups={"checks": 1},
+        )(EngineActor)
+        ingress = actor(num_cpus=0, max_restarts=-1, runtime_env={"env_vars": BULK_ENVIRONMENT})(IngressActor)
         self._engine = engine.options(name=ENGINE_NAME).remote(config)
         # Ray's types do not follow an actor class made by a call.
         self._ingress: Any = ingress.options(max_concurrency=INGRESS_CALLS).remote(config)
 
     def address(self) -> str:
-        """Where the gRPC server listens; waits until it does."""
-        return str(ray.get(self._ingress.address.remote()))
+        """Where the gRPC server listens; waits until it does.
+
+        Raises:
+            SidecastError: It cannot listen there.
+        """
+        try:
+            return str(ray.get(self._ingress.address.remote()))
+        except ray.exceptions.RayTaskError as error:
+            # Its own text is the actor's traceback; what the actor refused is one line.
+            raise error.cause from error
 
     def stop(self) -> None:
         """Ends the service and, if it was started here, Ray."""

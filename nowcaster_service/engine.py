@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -195,19 +196,25 @@ class DividedRunner:
         self._local = LocalRunner()
         self._pool: EnginePool | None = None
         self._loaded: Predictor | None = None
+        # Runs are checked in another thread than nowcasts are made in; the pool serves one of the two at a time.
+        self._pool_lock = threading.Lock()
 
     def prepare(self, predictor: Predictor, manifest: ModelManifest, horizon_intervals: int) -> None:
-        if not isinstance(predictor, PassPredictor):
+        # A run that opens does not wait for another's nowcast: this process can check as well, if it has the device.
+        if isinstance(predictor, PassPredictor) and self._pool_lock.acquire(blocking=self._num_gpus > 0):
+            try:
+                with self._pool_of(predictor) as pool:
+                    pool.prepare(manifest, horizon_intervals)
+            finally:
+                self._pool_lock.release()
+        else:
             self._local.prepare(predictor, manifest, horizon_intervals)
-            return
-        with self._pool_of(predictor) as pool:
-            pool.prepare(manifest, horizon_intervals)
 
     def predict(self, predictor: Predictor, files: HistoryFiles, horizon_intervals: int, delta_path: Path) -> None:
         if not isinstance(predictor, PassPredictor):
             self._local.predict(predictor, files, horizon_intervals, delta_path)
             return
-        with self._pool_of(predictor) as pool:
+        with self._pool_lock, self._pool_of(predictor) as pool:
             pool.predict(files, horizon_intervals, delta_path)
 
     def close(self) -> None:

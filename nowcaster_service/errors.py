@@ -25,3 +25,7 @@ class SaturatedError(ServiceError):
 
 class CorruptChunkError(ServiceError):
     """Bytes that do not agree with their checksum: send them again (DATA_LOSS)."""
+
+
+class AddressError(ServiceError):
+    """The service cannot listen where it was told to."""

@@ -12,6 +12,8 @@ from pathlib import Path
 from sidecast.nowcaster_service.errors import SaturatedError
 
 FP32_BYTES = 4
+# Vectors that are kept for the next ones of their size: one snapshot and one prediction come and go at a time.
+MAX_SPARES = 2
 
 
 class VectorFile:
@@ -30,6 +32,7 @@ class VectorFile:
         self._store = store
         self._num_pins = 0
         self._is_deleted = False
+        self._may_be_reused = True
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             # Allocated at once, so that a full disk is an error here and not a SIGBUS at some later store.
@@ -55,37 +58,54 @@ class VectorFile:
         self._is_deleted = True
         self._release_if_unused()
 
+    def forbid_reuse(self) -> None:
+        """Keeps the file from ever holding another vector: somebody who was given up on may still have it mapped."""
+        self._may_be_reused = False
+
+    def revive(self) -> None:
+        """Makes a spare file hold a new vector, whose bytes are undefined until they are written."""
+        self._is_deleted = False
+
     def _release_if_unused(self) -> None:
         if self._is_deleted and self._num_pins == 0:
-            self.path.unlink(missing_ok=True)
-            self._store.used_bytes -= self.num_bytes
-            self.view.release()
-            # A fetch that is being ended may still refer to a slice; the mapping then goes with that.
-            with contextlib.suppress(BufferError):
-                self._map.close()
+            self._store.take_back(self, may_be_reused=self._may_be_reused)
+
+    def discard(self) -> None:
+        """Removes the file (the store only)."""
+        self.path.unlink(missing_ok=True)
+        self.view.release()
+        # A fetch that is being ended may still refer to a slice; the mapping then goes with that.
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
 
 class HistoryStore:
     """Hands out vector files under one folder.
 
+    A few deleted files are kept for new vectors of their size: fresh pages cost more than what is written to them.
+
     Args:
         folder: Emptied first: what an earlier service left there belongs to no session.
         budget_bytes: Most bytes that all files together may take.
+
+    Attributes:
+        used_bytes: Of the vectors that are in use.
     """
 
     def __init__(self, folder: Path, budget_bytes: int) -> None:
         self.folder = folder
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
+        self._spares: list[VectorFile] = []
         self._serial = itertools.count()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, mode=0o700)
 
     def create(self, num_elements: int) -> VectorFile:
-        """Allocates one vector, in a file of its own name.
+        """Allocates one vector, whose bytes are undefined until they are written.
 
-        Nothing that a client says goes into the name, and no name comes twice: truncating a file that an engine has
-        mapped would kill the engine.
+        Nothing that a client says goes into its file's name, and no name comes twice: truncating a file that an
+        engine has mapped would kill the engine.
 
         Raises:
             SaturatedError: The budget or the disk has no room for it.
@@ -96,6 +116,31 @@ class HistoryStore:
                 f"a vector of {num_bytes} bytes does not fit: {self.used_bytes} of {self.budget_bytes} bytes of "
                 "history are in use (sidecast serve --history-gib)"
             )
-        vector = VectorFile(self, self.folder / f"{next(self._serial):09d}.f32", num_bytes)
+        for index, spare in enumerate(self._spares):
+            if spare.num_bytes == num_bytes:
+                vector = self._spares.pop(index)
+                vector.revive()
+                break
+        else:
+            self._drop_spares(self.budget_bytes - self.used_bytes - num_bytes)
+            vector = VectorFile(self, self.folder / f"{next(self._serial):09d}.f32", num_bytes)
         self.used_bytes += num_bytes
         return vector
+
+    def take_back(self, vector: VectorFile, *, may_be_reused: bool) -> None:
+        """Takes a vector that nobody uses any more."""
+        self.used_bytes -= vector.num_bytes
+        if not may_be_reused:
+            vector.discard()
+            return
+        self._spares.append(vector)
+        if len(self._spares) > MAX_SPARES:
+            self._spares.pop(0).discard()
+
+    def drop_spares(self) -> None:
+        """Gives all space back that no vector uses."""
+        self._drop_spares(0)
+
+    def _drop_spares(self, kept_bytes: int) -> None:
+        while sum(spare.num_bytes for spare in self._spares) > kept_bytes:
+            self._spares.pop(0).discard()

@@ -6,6 +6,7 @@ Free of Ray and gRPC. Requests and results are plain data, since they travel bet
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,6 +124,8 @@ class Nowcasting:
         self._weights = weights
         self._device = device
         self._runner = LocalRunner() if runner is None else runner
+        # Checks and predictions run in threads of their own.
+        self._lock = threading.Lock()
         self._predictors: dict[tuple[str, str], Predictor] = {}
 
     def check(self, request: PredictorRequest) -> PredictorAnswer:
@@ -164,13 +167,14 @@ class Nowcasting:
 
     def _predictor(self, request: PredictorRequest) -> Predictor:
         key = (request.predictor, repr(sorted(request.options.items())))
-        if key not in self._predictors:
-            weights = self._weights if takes_option(request.predictor, "weights") else None
-            options = dict(request.options)
-            if self._device is not None and takes_option(request.predictor, "device"):
-                options.setdefault("device", self._device)
-            self._predictors[key] = create_predictor(request.predictor, weights=weights, options=options)
-        return self._predictors[key]
+        with self._lock:
+            if key not in self._predictors:
+                weights = self._weights if takes_option(request.predictor, "weights") else None
+                options = dict(request.options)
+                if self._device is not None and takes_option(request.predictor, "device"):
+                    options.setdefault("device", self._device)
+                self._predictors[key] = create_predictor(request.predictor, weights=weights, options=options)
+            return self._predictors[key]
 
 
 def _norm(vector_P: Tensor) -> float:

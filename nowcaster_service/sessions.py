@@ -6,173 +6,25 @@ a reason. A history is the equally spaced committed snapshots of one epoch; see 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from sidecast.horizon import horizon_schedule
-from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.assembly import RankPlan
 from sidecast.nowcaster_service.errors import CorruptChunkError, MalformedError, SaturatedError, WrongStateError
-from sidecast.nowcaster_service.history import FP32_BYTES, HistoryStore, VectorFile
+from sidecast.nowcaster_service.history import HistoryStore
+from sidecast.nowcaster_service.session_events import (
+    Event,
+    FailureEvent,
+    NowcastTask,
+    Prediction,
+    SessionCounts,
+    SnapshotEvent,
+)
+from sidecast.nowcaster_service.session_settings import MAX_RECEIVING, SessionSettings
+from sidecast.nowcaster_service.snapshots import Snapshot, SnapshotState
+from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, buffer_digest
 from sidecast.protos.shards import ShardSpec, coverage_error
-
-# A second snapshot may begin before the last rank has finished the first; a third means that somebody gave up.
-MAX_RECEIVING = 2
-# Beside the c states of the window: those being received, and a prediction each being made, published and, though
-# replaced, still fetched.
-NUM_EXTRA_VECTORS = MAX_RECEIVING + 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionSettings:
-    """What rank 0 announced, already validated.
-
-    Attributes:
-        session_id: New at every attach and resume.
-        run_id: The same for all sessions of one run.
-        world_size: Number of ranks.
-        manifest: The model.
-        context_len: c, states per nowcast.
-        snapshot_interval_steps: Optimizer steps between snapshots.
-        period_steps: Optimizer steps between nowcasts.
-        horizons: Horizon of the n-th nowcast in snapshot intervals; the last one repeats.
-        predictor: Name of the predictor.
-        predictor_options: Its options.
-        max_relative_norm: Largest accepted ||prediction - base|| / ||base||.
-    """
-
-    session_id: str
-    run_id: str
-    world_size: int
-    manifest: ModelManifest
-    context_len: int
-    snapshot_interval_steps: int
-    period_steps: int
-    horizons: tuple[int, ...]
-    predictor: str
-    predictor_options: Mapping[str, object]
-    max_relative_norm: float
-
-    def horizon_at(self, base_step: int) -> int:
-        """The horizon of the nowcast made at a step, in snapshot intervals: a function of the step alone."""
-        index = base_step // self.period_steps - 1
-        return self.horizons[min(max(index, 0), len(self.horizons) - 1)]
-
-    @property
-    def num_vector_bytes(self) -> int:
-        return self.manifest.num_elements * FP32_BYTES
-
-    @property
-    def needed_bytes(self) -> int:
-        """Most history that this session can hold at once."""
-        return (self.context_len + NUM_EXTRA_VECTORS) * self.num_vector_bytes
-
-
-def resolve_horizons(
-    schedule: str, max_intervals: int, power: float, max_steps: int, period_steps: int, predictor_max: int
-) -> tuple[int, ...]:
-    """The horizons of all nowcasts of a run.
-
-    Args:
-        schedule: ``constant``, ``power``, or empty: ``power`` where the run's length is known, else ``constant``.
-        max_intervals: K in snapshot intervals; 0 for the predictor's own.
-        power: p of the ``power`` schedule.
-        max_steps: Length of the run in optimizer steps; 0 if unknown.
-        period_steps: Optimizer steps between nowcasts.
-        predictor_max: The predictor's own K.
-    """
-    largest = max_intervals if max_intervals > 0 else predictor_max
-    if schedule == "constant" or (schedule == "" and max_steps == 0):
-        return (largest,)
-    if schedule not in ("power", ""):
-        raise MalformedError(f"horizon.schedule is {schedule!r}; allowed: 'constant', 'power'")
-    if max_steps == 0:
-        raise MalformedError("horizon.schedule 'power' needs max_steps, the length of the run in optimizer steps")
-    return horizon_schedule(max(1, max_steps // period_steps), largest, power)
-
-
-class SnapshotState(Enum):
-    RECEIVING = "receiving"
-    COMMITTED = "committed"
-    ABORTED = "aborted"
-
-
-@dataclass
-class Snapshot:
-    """The state of all parameters at one step, whole or on its way."""
-
-    step: int
-    epoch: int
-    vector: VectorFile
-    state: SnapshotState = SnapshotState.RECEIVING
-    # Per rank: offset -> (length, crc32) of the chunks that have arrived.
-    chunks: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
-    rank_digests: dict[int, bytes] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> bytes:
-        """Digest over all ranks' parts, 16 bytes."""
-        digest = hashlib.blake2b(digest_size=16)
-        for rank in sorted(self.rank_digests):
-            digest.update(self.rank_digests[rank])
-        return digest.digest()
-
-
-@dataclass(frozen=True)
-class NowcastTask:
-    """One nowcast to be made; its files are pinned until ``Session.finish``."""
-
-    version: int
-    base_step: int
-    epoch: int
-    horizon_intervals: int
-    states: tuple[VectorFile, ...]
-    delta: VectorFile
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A published prediction: one version, whole, checked."""
-
-    task: NowcastTask
-    digest: int
-    relative_norm: float
-    nowcast_s: float
-
-
-@dataclass(frozen=True)
-class SnapshotEvent:
-    """A snapshot was committed (reason empty) or aborted."""
-
-    step: int
-    epoch: int
-    digest: bytes
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class FailureEvent:
-    """A nowcast was not made, or its result not published."""
-
-    base_step: int
-    reason: str
-
-
-@dataclass
-class SessionCounts:
-    """Totals since the session began."""
-
-    committed: int = 0
-    aborted: int = 0
-    published: int = 0
-    failed: int = 0
-    applied: int = 0
-    accepted: int = 0
-    rolled_back: int = 0
-    rejected: int = 0
 
 
 class Session:
@@ -188,7 +40,7 @@ class Session:
         self,
         settings: SessionSettings,
         store: HistoryStore,
-        notify: Callable[[SnapshotEvent | Prediction | FailureEvent], None],
+        notify: Callable[[Event], None],
     ) -> None:
         self.settings = settings
         self.epoch = 0
@@ -260,6 +112,22 @@ class Session:
             )
         self._upload_plans[rank].scatter(snapshot.vector.view, frame.offset_bytes, frame.data)
         snapshot.chunks.setdefault(rank, {})[frame.offset_bytes] = (len(frame.data), frame.crc32)
+
+    def progress(self, key: pb.ChunkKey) -> list[tuple[int, int]]:
+        """Which bytes of a rank's part have arrived: ``(start, stop)``, disjoint and rising."""
+        self._check_rank(key.rank)
+        snapshot = self._snapshots.get(key.id)
+        if snapshot is None or snapshot.epoch != key.epoch:
+            return []
+        if key.rank in snapshot.rank_digests:
+            return [(0, self._upload_plans[key.rank].num_bytes)]
+        ranges: list[tuple[int, int]] = []
+        for offset, (length, _) in sorted(snapshot.chunks.get(key.rank, {}).items()):
+            if ranges and ranges[-1][1] == offset:
+                ranges[-1] = (ranges[-1][0], offset + length)
+            else:
+                ranges.append((offset, offset + length))
+        return ranges
 
     def commit(self, rank: int, step: int, epoch: int, num_bytes: int, digest: bytes) -> NowcastTask | None:
         """Seals one rank's part.
@@ -388,6 +256,10 @@ class Session:
     def finish(self, task: NowcastTask, prediction: Prediction | None, reason: str = "") -> None:
         """Takes a nowcast's result: publishes the prediction, or counts the failure."""
         self._nowcast_step = None
+        if prediction is None:
+            # An engine that was given up on may still be reading the states and writing its delta.
+            for vector in (*task.states, task.delta):
+                vector.forbid_reuse()
         for vector in task.states:
             vector.unpin()
         if prediction is None or self._is_closed:

@@ -132,11 +132,12 @@ def split_chunks(key: ChunkKey, buffer: memoryview, chunk_bytes: int, offset_byt
         yield ChunkFrame(key, start, crc32(data), data)
 
 
-def buffer_digest(chunks: Iterable[tuple[int, int, int]]) -> bytes:
+def buffer_digest(chunks: Iterable[tuple[int, int, int]], base_digest: bytes = b"") -> bytes:
     """The digest of a rank-local buffer.
 
     Args:
         chunks: ``(offset_bytes, length_bytes, crc32)`` of its chunks; any order, each once.
+        base_digest: Digest of the buffer that this one says the changes since; empty for values.
 
     Returns:
         16 bytes.
@@ -144,4 +145,5 @@ def buffer_digest(chunks: Iterable[tuple[int, int, int]]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for row in sorted(chunks):
         digest.update(_DIGEST_ROW.pack(*row))
+    digest.update(base_digest)
     return digest.digest()

@@ -7,6 +7,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class WireDtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FP32: _ClassVar[WireDtype]
+    BF16: _ClassVar[WireDtype]
+FP32: WireDtype
+BF16: WireDtype
+
 class Parameter(_message.Message):
     __slots__ = ("fqn", "shape")
     FQN_FIELD_NUMBER: _ClassVar[int]
@@ -43,7 +50,7 @@ class Horizon(_message.Message):
     def __init__(self, schedule: _Optional[str] = ..., max_intervals: _Optional[int] = ..., power: _Optional[float] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch")
+    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch", "wire_dtype")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +67,7 @@ class OpenRequest(_message.Message):
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     RESUME_STEP_FIELD_NUMBER: _ClassVar[int]
     RESUME_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     run_id: str
     world_size: int
@@ -76,7 +84,8 @@ class OpenRequest(_message.Message):
     resumed: bool
     resume_step: int
     resume_epoch: int
-    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ...) -> None: ...
+    wire_dtype: WireDtype
+    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("chunk_bytes", "service_version")
@@ -109,36 +118,48 @@ class JoinRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., upload_shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., fetch_shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("chunk_bytes", "endpoints")
+    __slots__ = ("chunk_bytes", "endpoints", "local_socket", "local_ticket")
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_TICKET_FIELD_NUMBER: _ClassVar[int]
     chunk_bytes: int
     endpoints: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, chunk_bytes: _Optional[int] = ..., endpoints: _Optional[_Iterable[str]] = ...) -> None: ...
+    local_socket: str
+    local_ticket: bytes
+    def __init__(self, chunk_bytes: _Optional[int] = ..., endpoints: _Optional[_Iterable[str]] = ..., local_socket: _Optional[str] = ..., local_ticket: _Optional[bytes] = ...) -> None: ...
 
 class ChunkKey(_message.Message):
-    __slots__ = ("session_id", "rank", "id", "epoch")
+    __slots__ = ("session_id", "rank", "id", "epoch", "dtype", "base_step")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    BASE_STEP_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     rank: int
     id: int
     epoch: int
-    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., id: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    dtype: WireDtype
+    base_step: int
+    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., id: _Optional[int] = ..., epoch: _Optional[int] = ..., dtype: _Optional[_Union[WireDtype, str]] = ..., base_step: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("key", "offset_bytes", "crc32", "data")
+    __slots__ = ("key", "offset_bytes", "crc32", "data", "shared_bytes", "shared_buffer")
     KEY_FIELD_NUMBER: _ClassVar[int]
     OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
     CRC32_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_BUFFER_FIELD_NUMBER: _ClassVar[int]
     key: ChunkKey
     offset_bytes: int
     crc32: int
     data: bytes
-    def __init__(self, key: _Optional[_Union[ChunkKey, _Mapping]] = ..., offset_bytes: _Optional[int] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    shared_bytes: int
+    shared_buffer: int
+    def __init__(self, key: _Optional[_Union[ChunkKey, _Mapping]] = ..., offset_bytes: _Optional[int] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ..., shared_bytes: _Optional[int] = ..., shared_buffer: _Optional[int] = ...) -> None: ...
 
 class UploadReply(_message.Message):
     __slots__ = ("received_bytes",)
@@ -146,21 +167,45 @@ class UploadReply(_message.Message):
     received_bytes: int
     def __init__(self, received_bytes: _Optional[int] = ...) -> None: ...
 
+class ProgressRequest(_message.Message):
+    __slots__ = ("key",)
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    key: ChunkKey
+    def __init__(self, key: _Optional[_Union[ChunkKey, _Mapping]] = ...) -> None: ...
+
+class ByteRange(_message.Message):
+    __slots__ = ("start", "stop")
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    stop: int
+    def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
+
+class ProgressReply(_message.Message):
+    __slots__ = ("received",)
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    received: _containers.RepeatedCompositeFieldContainer[ByteRange]
+    def __init__(self, received: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ...) -> None: ...
+
 class CommitRequest(_message.Message):
-    __slots__ = ("session_id", "rank", "step", "epoch", "num_bytes", "digest")
+    __slots__ = ("session_id", "rank", "step", "epoch", "num_bytes", "digest", "dtype", "base_step")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    BASE_STEP_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     rank: int
     step: int
     epoch: int
     num_bytes: int
     digest: bytes
-    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., step: _Optional[int] = ..., epoch: _Optional[int] = ..., num_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    dtype: WireDtype
+    base_step: int
+    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., step: _Optional[int] = ..., epoch: _Optional[int] = ..., num_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., dtype: _Optional[_Union[WireDtype, str]] = ..., base_step: _Optional[int] = ...) -> None: ...
 
 class CommitReply(_message.Message):
     __slots__ = ("snapshot_committed",)
@@ -237,16 +282,22 @@ class SessionEvent(_message.Message):
     def __init__(self, committed: _Optional[_Union[SnapshotCommitted, _Mapping]] = ..., aborted: _Optional[_Union[SnapshotAborted, _Mapping]] = ..., published: _Optional[_Union[PredictionPublished, _Mapping]] = ..., failed: _Optional[_Union[PredictionFailed, _Mapping]] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("session_id", "rank", "version", "offset_bytes")
+    __slots__ = ("session_id", "rank", "version", "offset_bytes", "num_bytes", "dtype", "into_shared")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    INTO_SHARED_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     rank: int
     version: int
     offset_bytes: int
-    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., version: _Optional[int] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
+    num_bytes: int
+    dtype: WireDtype
+    into_shared: bool
+    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., version: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ..., dtype: _Optional[_Union[WireDtype, str]] = ..., into_shared: _Optional[bool] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
     __slots__ = ("session_id", "rank", "version", "outcome", "step", "epoch", "weight", "reason")

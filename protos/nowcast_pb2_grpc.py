@@ -49,6 +49,11 @@ class NowcasterStub:
                 request_serializer=nowcast__pb2.Chunk.SerializeToString,
                 response_deserializer=nowcast__pb2.UploadReply.FromString,
                 _registered_method=True)
+        self.Progress = channel.unary_unary(
+                '/sidecast.v1.Nowcaster/Progress',
+                request_serializer=nowcast__pb2.ProgressRequest.SerializeToString,
+                response_deserializer=nowcast__pb2.ProgressReply.FromString,
+                _registered_method=True)
         self.Commit = channel.unary_unary(
                 '/sidecast.v1.Nowcaster/Commit',
                 request_serializer=nowcast__pb2.CommitRequest.SerializeToString,
@@ -95,6 +100,13 @@ class NowcasterServicer:
 
     def Upload(self, request_iterator, context):
         """The bytes of one rank's part of one snapshot, in any order; resending a chunk is harmless.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Progress(self, request, context):
+        """Which bytes of one rank's part of a snapshot are there, so that an interrupted upload sends only the rest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -151,6 +163,11 @@ def add_NowcasterServicer_to_server(servicer, server):
                     servicer.Upload,
                     request_deserializer=nowcast__pb2.Chunk.FromString,
                     response_serializer=nowcast__pb2.UploadReply.SerializeToString,
+            ),
+            'Progress': grpc.unary_unary_rpc_method_handler(
+                    servicer.Progress,
+                    request_deserializer=nowcast__pb2.ProgressRequest.FromString,
+                    response_serializer=nowcast__pb2.ProgressReply.SerializeToString,
             ),
             'Commit': grpc.unary_unary_rpc_method_handler(
                     servicer.Commit,
@@ -259,6 +276,33 @@ class Nowcaster:
             '/sidecast.v1.Nowcaster/Upload',
             nowcast__pb2.Chunk.SerializeToString,
             nowcast__pb2.UploadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Progress(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidecast.v1.Nowcaster/Progress',
+            nowcast__pb2.ProgressRequest.SerializeToString,
+            nowcast__pb2.ProgressReply.FromString,
             options,
             channel_credentials,
             insecure,

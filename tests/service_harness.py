@@ -19,6 +19,7 @@ from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorAnswer, PredictorRequest
+from sidecast.nowcaster_service.server import create_server
 from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
@@ -121,7 +122,7 @@ class RunningService:
 
     def expire_sessions(self) -> None:
         async def expire() -> None:
-            self.servicer.expire_sessions()
+            self.servicer.sessions.expire()
 
         self.call(expire())
 
@@ -129,9 +130,7 @@ class RunningService:
         self.store = HistoryStore(self.config.history_dir, self.config.history_budget_bytes)
         self.metrics = ServiceMetrics(CollectorRegistry())
         self.servicer = Servicer(self.config, self.store, self.engines, self.metrics, version="test", clock=self.clock)
-        self._server = grpc.aio.server(interceptors=self._interceptors, options=[("grpc.so_reuseport", 0)])
-        self._server.add_generic_rpc_handlers((self.servicer.handler(),))
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self._wanted_port}")
+        self._server, self.port = create_server(self.servicer, self._wanted_port, self._interceptors)
         await self._server.start()
 
     def __enter__(self) -> RunningService:

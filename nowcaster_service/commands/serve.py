@@ -20,6 +20,7 @@ import psutil
 
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, read_token, require_ray_token
+from sidecast.nowcaster_service.errors import AddressError
 
 GIB = 1 << 30
 PR_SET_PDEATHSIG = 1
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="sidecast-history-", ignore_cleanup_errors=True))
             )
         config = service_config(args, history_dir / "vectors")
+        _check_ports(config)
         return _supervise(lambda: _serve(config, args.ray_address, args.port_file), stack.close)
 
 
@@ -153,6 +155,18 @@ def service_config(args: argparse.Namespace, history_dir: Path) -> ServiceConfig
         token=None if args.token_file is None else read_token("--token-file", args.token_file),
         tls=tls,
     )
+
+
+def _check_ports(config: ServiceConfig) -> None:
+    """Finds out in a moment what would otherwise come to light once Ray has started."""
+    for option, port in (("--port", config.port), ("--metrics-port", config.metrics_port)):
+        if port is not None:
+            try:
+                socket.create_server((config.host, port)).close()
+            except OSError as error:
+                # Python's own text for this error says the address twice.
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                raise AddressError(f"{option} {port} cannot be used on {config.host}: {reason}") from error
 
 
 def _is_cuda(device: str | None) -> bool:

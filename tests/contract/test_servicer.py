@@ -22,6 +22,7 @@ from service_harness import (
 )
 
 from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service.history import MAX_SPARES
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer
 from sidecast.protos import nowcast_pb2 as pb
 
@@ -143,6 +144,23 @@ def test_corrupt_truncated_and_unfinished_uploads_are_no_snapshot(joined: Runnin
     assert not joined.stub.Commit(commit_request(messages)).snapshot_committed
 
 
+def test_an_interrupted_upload_is_told_which_bytes_are_there(joined: RunningService) -> None:
+    messages = chunks(rank_bytes(state(1), 0), 0, 10)
+    request = pb.ProgressRequest(key=messages[0].key)
+
+    def received() -> list[tuple[int, int]]:
+        return [(item.start, item.stop) for item in joined.stub.Progress(request).received]
+
+    assert received() == []
+    joined.stub.Upload(iter(messages[1:]))
+    assert received() == [(65536, 80040)]
+    joined.stub.Upload(iter(messages[:1]))
+    assert received() == [(0, 80040)]
+    joined.stub.Commit(commit_request(messages))
+    assert received() == [(0, 80040)]
+    assert refusal(joined.stub.Progress, pb.ProgressRequest(key=pb.ChunkKey(session_id="nobody")))[0] is UNKNOWN
+
+
 def test_bytes_that_are_no_chunk_are_refused_in_words(joined: RunningService) -> None:
     upload = joined.channel.stream_unary(
         "/sidecast.v1.Nowcaster/Upload", request_serializer=bytes, response_deserializer=pb.UploadReply.FromString
@@ -262,7 +280,7 @@ def test_a_session_beyond_the_budget_is_refused_with_the_numbers(tmp_path: Path)
     with RunningService(tmp_path, history_budget_bytes=2 * needed_bytes - 1) as service:
         service.stub.Open(open_request())
         watch = watching(service)
-        while not service.servicer._watchers.get("s1"):
+        while not service.servicer.sessions.num_watchers("s1"):
             service.stub.Status(pb.StatusRequest())
         service.clock.now_s += 31
         code, text = refusal(service.stub.Open, open_request(session_id="s2", run_id="other"))
@@ -309,7 +327,7 @@ def test_a_session_never_outgrows_what_it_was_promised(tmp_path: Path) -> None:
             pass
         # Two states of the window and one prediction.
         assert service.store.used_bytes == 3 * 4 * MANIFEST.num_elements
-        assert len(list(service.store.folder.iterdir())) == 3
+        assert len(list(service.store.folder.iterdir())) == 3 + MAX_SPARES
 
 
 def test_a_prediction_replaced_during_a_fetch_stays_whole_and_gives_its_space_back(joined: RunningService) -> None:
@@ -321,7 +339,7 @@ def test_a_prediction_replaced_during_a_fetch_stays_whole_and_gives_its_space_ba
     async def fetch_across_a_replacement() -> list[bytes]:
         frames = joined.servicer.fetch(pb.FetchRequest(session_id="s1", rank=0, version=1))
         pieces = [bytes((await anext(frames)).data)]
-        session = joined.servicer._sessions["s1"]
+        session = joined.servicer.sessions.get("s1")
         session.prediction.task.delta.delete()  # type: ignore[union-attr]
         pieces += [bytes(frame.data) async for frame in frames]
         session.prediction = None
@@ -408,7 +426,7 @@ def test_idle_sessions_expire_unless_somebody_watches(joined: RunningService) ->
     joined.expire_sessions()
     assert status(joined).idle_seconds == 61
     watch.cancel()
-    while joined.servicer._watchers["s1"]:
+    while joined.servicer.sessions.num_watchers("s1"):
         joined.expire_sessions()
     joined.expire_sessions()
     assert not joined.stub.Status(pb.StatusRequest()).sessions

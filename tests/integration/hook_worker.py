@@ -27,10 +27,11 @@ from sidecast.protos.shards import ShardSpec  # noqa: E402
 from sidecast.trainer.nowcast.attachment import load_rollback_copy  # noqa: E402
 from sidecast.trainer.nowcast.config import NowcasterConfig  # noqa: E402
 from sidecast.trainer.nowcast.hook import Nowcaster, rollback_path  # noqa: E402
-from sidecast.trainer.nowcast.partitions import RollbackCopy  # noqa: E402
+from sidecast.trainer.nowcast.partitions import RollbackCopy, StalePartitionError  # noqa: E402
 from sidecast.trainer.nowcast.partitions.rollback import packed_bytes  # noqa: E402
 from sidecast.trainer.nowcast.ranks import Ranks  # noqa: E402
 from sidecast.trainer.nowcast.replay import Replayer  # noqa: E402
+from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy  # noqa: E402
 from sidecast.trainer.nowcast.vote import NO_VERSION, Ballot, VoteBox  # noqa: E402
 
 NUM_ELEMENTS = 10
@@ -46,13 +47,25 @@ class FakePartition:
         self.aliases: Mapping[str, str] = {}
         self.upload_shards = self.owned_shards = tuple(ShardSpec(*shard) for shard in SHARDS[rank])
         self.master_dtype = torch.float32
+        self.device = torch.device("cpu")
         (shard,) = self.owned_shards
         self.weights = torch.arange(shard.start, shard.stop, dtype=torch.float32)
+        self.rates: tuple[float, ...] = (0.5,)
+        self.moved_steps: Collection[int] = ()
+        self.is_moved = False
 
     def train(self, step: int) -> None:
         self.weights += 0.01 * math.sin(step) - 0.001 * self.weights
+        self.is_moved = step in self.moved_steps
 
-    def read(self, out: Tensor) -> None:
+    def learning_rates(self) -> tuple[float, ...]:
+        return self.rates
+
+    def require_current(self) -> None:
+        if self.is_moved:
+            raise StalePartitionError("somebody moved it")
+
+    def read(self, out: Tensor, stream: None = None) -> None:
         out.copy_(self.weights)
 
     def apply(self, delta: Tensor, weight: float, **_: Any) -> None:
@@ -63,6 +76,9 @@ class FakePartition:
 
     def capture(self, copy: RollbackCopy) -> None:
         copy.save({"weights": self.weights}, {})
+
+    def require_restorable(self, copy: RollbackCopy) -> None:
+        self.require_current()
 
     def restore(self, copy: RollbackCopy) -> None:
         self.weights.copy_(copy.tensors()["weights"])
@@ -84,6 +100,8 @@ class Run:
         *,
         loss_at: Callable[[int, int], float] = lambda step, num_jumps: 1.0,
         arrivals: Collection[int] = (),
+        moved_steps: Collection[int] = (),
+        later_rate: float = 0.5,
         **settings: Any,
     ) -> dict[str, Any]:
         """Trains.
@@ -93,6 +111,8 @@ class Run:
             num_steps: How long.
             loss_at: Loss by step and number of jumps so far.
             arrivals: The steps at which this rank gets its predictions.
+            later_rate: This rank's learning rate from step 21 on; 0.5 before.
+            moved_steps: The steps at which this rank's tensors are not where they were.
             settings: Of the hook.
         """
         config = NowcasterConfig(context_len=2, period_steps=20, vote_interval_steps=1, probation_steps=12, **settings)
@@ -106,17 +126,27 @@ class Run:
             record_dir=self.folder / name,
         )
         partition = FakePartition(self.rank)
+        partition.moved_steps = moved_steps
         courier = start_courier(greeting, PacedCourier)
         assert isinstance(courier, PacedCourier)
         courier.is_pacing = config.mode == "async"
         until(courier, "connected")
         dist.barrier(self.group)
-        hook = Nowcaster(config, partition, courier, VoteBox(self.group), step=0, run_id=name)
+        hook = Nowcaster(
+            config,
+            partition,
+            courier,
+            VoteBox(self.group),
+            step=0,
+            run_id=name,
+            rollback_copy=reserve_rollback_copy(config, partition),
+        )
         events: list[Any] = []
         hook.add_listener(lambda event: events.append([event.kind, event.step, dict(event.details)]))
         weights = []
         for step in range(1, num_steps + 1):
             partition.train(step)
+            partition.rates = (0.5 if step <= 20 else later_rate,)
             hook.observe(loss_at(step, hook.totals.num_applied))
             if step in arrivals:
                 courier.wait_for = "prediction"
@@ -125,7 +155,7 @@ class Run:
             while step % 10 == 0 and hook.totals.bytes_uploaded == uploaded_bytes:
                 # Takes the couriers' speed out of the race: on only once this rank's part is with the service.
                 courier.wait_for = "sent"
-                hook._poll()
+                hook._inbox.poll()
             weights.append(partition.weights.tolist())
         summary = hook.summary()
         hook.close()
@@ -216,6 +246,18 @@ def main(rank: int, folder: Path, endpoint: str) -> None:
             max_rollbacks=2,
         ),
         "nan": run("nan", 30, arrivals=late, loss_at=lambda step, num_jumps: math.nan if num_jumps else 1.0),
+        # From here on rank 1's optimizer is elsewhere at times.
+        "moved-at-vote": run("moved-at-vote", 30, arrivals={21}, moved_steps=rank * [21, 22, 23]),
+        "moved-at-jump": run("moved-at-jump", 30, arrivals={21}, moved_steps=rank * [22]),
+        "moved-at-rollback": run(
+            "moved-at-rollback",
+            40,
+            arrivals={21},
+            loss_at=lambda step, num_jumps: 1.0 + 5.0 * num_jumps,
+            moved_steps=rank * [34, 35],
+        ),
+        # A schedule that looks at a rank's own loss may leave ranks with unequal rates.
+        "decaying": run("decaying", 30, arrivals={21}, later_rate=0.25 if rank else 0.4),
         "stale": run("stale", 35, arrivals={30}),
         "sync": run("sync", 25, mode="sync"),
     }

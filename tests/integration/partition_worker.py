@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from partition_cases import CASES_OF_WORLD_SIZE, Case
@@ -25,7 +26,13 @@ from torch import distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sidecast.protos.shards import ShardSpec, coverage_error, total_elements
-from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy, StalePartitionError, partition_of
+from sidecast.trainer.nowcast.partitions import (
+    Partition,
+    RemappingPartition,
+    RollbackCopy,
+    StalePartitionError,
+    partition_of,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCABULARY = 29
@@ -226,6 +233,7 @@ class CaseRun:
         self.folder = folder
         self.engine = build_engine(case)
         self.partition: Partition = partition_of(self.engine)
+        self.partition.require_current()
         self.numels = [spec.numel for spec in self.partition.parameters]
         self.dtype = DTYPES[case.dtype]
 
@@ -367,6 +375,23 @@ class CaseRun:
         alike = of_all_ranks(digest(module_weights(self.engine)))
         self.require(len(set(alike)) == 1, "ranks hold different weights after a step that followed a rollback")
 
+    def moments_policies_are_undone(self) -> None:
+        copy = RollbackCopy.allocate(self.partition.rollback_bytes())
+        before = self.everything()
+        self.partition.capture(copy)
+        self.partition.scale_momentum(0.5)
+        for then, now in zip(before[1], optimizer_state_of(self.engine), strict=True):
+            halved = {**then, "exp_avg": then["exp_avg"] * 0.5} if then else then
+            self.require(same_bits(halved, now), "scaled moments are not the first ones times the factor")
+        self.partition.reset_moments()
+        for now in optimizer_state_of(self.engine):
+            left = {key for key, value in now.items() if torch.as_tensor(value).any()}
+            self.require(not left, f"{left} are not reset")
+        self.partition.restore(copy)
+        self.require_equal_state(before)
+        rates = of_all_ranks(self.partition.learning_rates())
+        self.require(all(each == (1e-2,) * self.case.groups for each in rates), f"learning rates are {rates}")
+
     def remapped_after_load_checkpoint(self) -> None:
         self.engine.save_checkpoint(str(self.folder / "resume"))
         saved = self.snapshot()
@@ -375,6 +400,33 @@ class CaseRun:
         self.partition = partition_of(self.engine)
         self.require(same_bits(self.snapshot(), saved), "the partition made after load_checkpoint reads other values")
         self.written_values_read_back()
+
+    def offloaded_states_are_refused_until_reloaded(self) -> None:
+        offloadable = self.case.stage > 0 and hasattr(self.engine.optimizer, "offload_states")
+        if not offloadable or "offload_optimizer" in self.case.zero:
+            return
+        before = self.snapshot()
+        partition = RemappingPartition(lambda: partition_of(self.engine))
+        if self.case.stage == 3:
+            # DeepSpeed does it for its fused optimizer only, which needs a GPU: no more than its mark is set.
+            self.engine.optimizer.offloaded_states.add(OffloadStateTypeEnum.lp_params)
+        else:
+            self.engine.offload_states(pin_memory=False)
+        for fragile in (self.partition, partition):
+            try:
+                fragile.require_current()
+            except StalePartitionError as error:
+                self.require("engine.reload_states()" in str(error), f"{error} does not say what helps")
+            else:
+                self.require(False, "a partition is current although the optimizer's states are away")
+        if self.case.stage == 3:
+            self.engine.optimizer.offloaded_states.clear()
+        else:
+            self.engine.reload_states()
+        self.partition = partition
+        self.require(same_bits(self.snapshot(), before), "the partition reads other values after reload_states")
+        self.written_values_read_back()
+        self.partition = partition_of(self.engine)
 
     def stale_partition_raises(self) -> None:
         """Last, because it leaves the optimizer with tensors that nothing updates."""
@@ -391,8 +443,17 @@ class CaseRun:
         )
         if isinstance(masters[0], list):
             masters = masters[0]
+        expected = self.snapshot()
+        remapping = RemappingPartition(lambda: partition_of(self.engine))
         masters[0] = nn.Parameter(masters[0].detach().clone())
         self.require_stale("a master was replaced")
+        if masters[0].shape == parameter.shape and self.case.stage == 0:
+            # Where masters are the parameters themselves, a replaced one is no longer the model's.
+            return
+        self.partition = remapping
+        masters[0].data.add_(1.0)
+        changed = sum(not same_bits(now, then) for now, then in zip(self.snapshot(), expected, strict=True))
+        self.require(changed > 0, "the partition that maps itself anew reads the tensors of before")
 
     def require_stale(self, why: str) -> None:
         out = torch.empty(total_elements(self.partition.upload_shards))
@@ -404,6 +465,8 @@ class CaseRun:
             lambda: self.partition.write(delta),
             lambda: self.partition.capture(copy),
             lambda: self.partition.restore(copy),
+            lambda: self.partition.require_restorable(copy),
+            self.partition.require_current,
         )
         for use in uses:
             try:
@@ -421,7 +484,9 @@ CHECKS = (
     CaseRun.applied_delta_is_published,
     CaseRun.training_goes_on_equally,
     CaseRun.rollback_is_bit_identical,
+    CaseRun.moments_policies_are_undone,
     CaseRun.remapped_after_load_checkpoint,
+    CaseRun.offloaded_states_are_refused_until_reloaded,
     CaseRun.stale_partition_raises,
 )
 

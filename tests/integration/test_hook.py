@@ -106,6 +106,36 @@ def test_a_prediction_that_comes_too_late_is_never_applied(ranks: list[dict[str,
         assert details_of(rank["stale"], "rejected")[0]["reason"] == "its base is 10 steps old"
 
 
+def test_nobody_jumps_while_one_ranks_tensors_are_elsewhere(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        # Rank 1 votes for it from step 24 on.
+        assert steps_of(rank["moved-at-vote"], "applied") == [25]
+        assert steps_of(rank["moved-at-vote"], "rejected") == []
+
+
+def test_tensors_that_move_between_vote_and_jump_keep_every_rank_from_jumping(ranks: list[dict[str, Any]]) -> None:
+    for rank, reason in zip(ranks, ("another rank could not prepare for it", "somebody moved it"), strict=True):
+        assert steps_of(rank["moved-at-jump"], "applied") == []
+        assert steps_of(rank["moved-at-jump"], "rejected") == [22]
+        assert details_of(rank["moved-at-jump"], "rejected")[0]["reason"] == reason
+        assert rank["moved-at-jump"]["weights"] == rank["stale"]["weights"][:30]
+
+
+def test_a_decaying_learning_rate_weakens_the_jump_alike_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        (details,) = details_of(rank["decaying"], "applied")
+        assert details["weight"] == pytest.approx((1 - 2 / 50) * 0.25 / 0.5)
+
+
+def test_a_rollback_waits_until_every_rank_can_make_it(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        result = rank["moved-at-rollback"]
+        assert steps_of(result, "applied") == [22]
+        assert steps_of(result, "rollback_delayed") == [34]
+        assert steps_of(result, "rolled_back") == [36]
+        assert result["weights"][35] == rank["stale"]["weights"][21]
+
+
 def test_sync_mode_jumps_at_the_base_step_with_full_weight(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert steps_of(rank["sync"], "applied") == [20]

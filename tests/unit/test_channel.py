@@ -15,7 +15,7 @@ import torch
 from sidecast.errors import ConfigError
 from sidecast.trainer.nowcast.buffers import SharedBuffer, map_inherited
 from sidecast.trainer.nowcast.channel import MAX_UNSENT_BYTES, Channel, ChannelClosedError
-from sidecast.trainer.nowcast.hook import _as_tensor
+from sidecast.trainer.nowcast.staging import as_tensor
 
 Pair = tuple[Channel, socket.socket]
 
@@ -65,7 +65,6 @@ def test_a_full_socket_delays_what_matters_and_loses_what_may_be_lost(pair: Pair
     num_stats = 0
     while channel.post({"type": "stats", "number": num_stats}, may_be_lost=True):
         num_stats += 1
-    assert channel.num_lost == 1
     assert channel.post({"type": "release"})
     assert not channel.post({"type": "stats"}, may_be_lost=True)
     reader = Channel(theirs)
@@ -84,7 +83,6 @@ def test_what_is_kept_for_a_stopped_courier_is_bounded(pair: Pair) -> None:
     assert sent[0]
     assert not sent[-1]
     assert len(channel._unsent) <= MAX_UNSENT_BYTES
-    assert channel.num_lost == sent.count(False)
 
 
 def test_what_the_other_side_said_before_it_went_is_still_heard(pair: Pair) -> None:
@@ -123,7 +121,7 @@ def test_high_descriptors_are_waited_on() -> None:
 
 def test_shared_memory_outlives_its_buffer_while_a_tensor_is_made_of_it() -> None:
     buffer = SharedBuffer("test", 12)
-    tensor = _as_tensor(buffer)
+    tensor = as_tensor(buffer)
     mapping = weakref.ref(buffer.map)
     tensor.fill_(3.0)
     buffer.close()
@@ -141,7 +139,7 @@ def test_both_sides_see_one_memory_and_empty_buffers_exist() -> None:
     torch.frombuffer(buffer.map, dtype=torch.float32, count=2).copy_(torch.tensor([1.0, 2.0]))
     assert torch.frombuffer(other, dtype=torch.float32).tolist() == [1.0, 2.0]
     empty = SharedBuffer("empty", 0)
-    assert (len(empty.view), _as_tensor(empty).numel(), len(map_inherited(empty.descriptor, 0))) == (0, 0, 0)
+    assert (len(empty.view), as_tensor(empty).numel(), len(map_inherited(empty.descriptor, 0))) == (0, 0, 0)
     buffer.close()
     empty.close()
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.nowcast.buffers import SharedBuffer
 from sidecast.trainer.nowcast.config import NowcasterConfig
 from sidecast.trainer.nowcast.hook import Nowcaster
+from sidecast.trainer.nowcast.partitions import RollbackCopy
 from sidecast.trainer.nowcast.vote import Ballot, Decision, decide
 
 PREDICTION = {
@@ -29,16 +31,38 @@ PREDICTION = {
 class FakePartition:
     """Two weights."""
 
-    upload_shards = owned_shards = parameters = ()
+    upload_shards = owned_shards = (ShardSpec(0, 0, 2),)
+    parameters = ()
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.weights = torch.zeros(2)
+        self.rates: tuple[float, ...] = (0.5,)
+        self.moments: list[Any] = []
 
-    def read(self, out: torch.Tensor) -> None:
+    def learning_rates(self) -> tuple[float, ...]:
+        return self.rates
+
+    def require_current(self) -> None:
+        pass
+
+    def read(self, out: torch.Tensor, stream: None = None) -> None:
         out.copy_(self.weights)
 
-    def apply(self, delta: torch.Tensor, weight: float) -> None:
-        self.weights += weight * delta
+    def rollback_bytes(self) -> int:
+        return 64
+
+    def scale_momentum(self, factor: float) -> None:
+        self.moments.append(factor)
+
+    def reset_moments(self) -> None:
+        self.moments.append("reset")
+
+    def read_owned(self, out: torch.Tensor) -> None:
+        out.copy_(self.weights)
+
+    def apply(self, delta: torch.Tensor, weight: float, *, mode: str = "add", base: torch.Tensor | None = None) -> None:
+        self.weights = (self.weights if base is None else base) + weight * delta
 
 
 class FakeCourier:
@@ -92,6 +116,9 @@ class OneVoter:
         ballot, self.ballot = self.ballot, None
         return decide([ballot])
 
+    def confirm(self, is_ready: bool) -> bool:
+        return is_ready
+
 
 def hook_of(courier: FakeCourier, partition: FakePartition, step: int, **settings: Any) -> Nowcaster:
     config = NowcasterConfig(
@@ -114,6 +141,83 @@ def test_a_prediction_of_an_earlier_session_is_given_back_unapplied(session_id: 
 def test_sync_mode_waits_only_for_what_it_would_apply(is_suspended: bool, num_waits: int) -> None:
     courier = FakeCourier()
     hook = hook_of(courier, FakePartition(), step=19, mode="sync")
-    hook.is_suspended = is_suspended
+    hook._probation.is_suspended = is_suspended
     hook.after_step(20)
     assert len(courier.waited_s) == num_waits
+
+
+def test_a_nowcast_that_was_never_made_is_failed_and_not_rejected() -> None:
+    courier = FakeCourier()
+    hook = hook_of(courier, FakePartition(), step=22)
+    kinds: list[str] = []
+    hook.add_listener(lambda event: kinds.append(event.kind))
+    courier.unread.append({"type": "failed", "step": 20, "reason": "none today"})
+    hook.after_step(23)
+    assert kinds == ["failed"]
+    assert (hook.totals.num_failed, hook.totals.num_rejected) == (1, 0)
+
+
+BASE_STEP, JUMP_STEP = 20, 25
+
+
+def jumped(partition: FakePartition, **settings: Any) -> tuple[list[float], list[str]]:
+    """The weights after a jump of (1, 1), and the events: they were 1 at its base and 3 five steps later."""
+    courier = FakeCourier()
+    hook = hook_of(courier, partition, step=BASE_STEP - 1, **settings)
+    kinds: list[str] = []
+    hook.add_listener(lambda event: kinds.append(event.kind))
+    partition.weights = torch.ones(2)
+    partition.rates = (0.5,)
+    hook.after_step(BASE_STEP)
+    partition.weights = torch.full((2,), 3.0)
+    partition.rates = (0.25,)
+    courier.unread.append({**PREDICTION, "session_id": "now"})
+    hook.after_step(JUMP_STEP)
+    return partition.weights.tolist(), kinds
+
+
+@pytest.mark.parametrize(
+    ("merge", "weights"), [("age_weighted", [3.9, 3.9]), ("add", [4.0, 4.0]), ("replace", [2.0, 2.0])]
+)
+def test_how_a_jump_meets_what_training_did_since(merge: str, weights: list[float]) -> None:
+    assert jumped(FakePartition(), merge=merge, during_decay="allow")[0] == pytest.approx(weights)
+
+
+@pytest.mark.parametrize(
+    ("during_decay", "weights", "kind"),
+    [("allow", [4.0, 4.0], "applied"), ("scale", [3.5, 3.5], "applied"), ("suspend", [3.0, 3.0], "rejected")],
+)
+def test_what_becomes_of_a_jump_while_the_learning_rate_decays(
+    during_decay: str, weights: list[float], kind: str
+) -> None:
+    found, kinds = jumped(FakePartition(), merge="add", during_decay=during_decay)
+    assert found == weights
+    assert kind in kinds
+
+
+def test_without_its_base_a_prediction_replaces_nothing() -> None:
+    courier, partition = FakeCourier(), FakePartition()
+    hook = hook_of(courier, partition, step=22, merge="replace")
+    reasons: list[Any] = []
+    hook.add_listener(lambda event: reasons.append((event.kind, event.details.get("reason"))))
+    courier.unread.append({**PREDICTION, "session_id": "now"})
+    hook.after_step(23)
+    assert partition.weights.tolist() == [0.0, 0.0]
+    assert ("rejected", "the base of step 20, which it would replace, is not held") in reasons
+
+
+@pytest.mark.parametrize(("moments", "done"), [("keep", []), ("reset", ["reset"]), ("scale", [0.5])])
+def test_what_a_jump_does_to_the_moments(moments: str, done: list[Any]) -> None:
+    partition = FakePartition()
+    jumped(partition, merge="add", moments=moments)
+    assert partition.moments == done
+
+
+def test_a_copy_that_turns_out_too_small_is_made_anew_at_the_next_snapshot() -> None:
+    partition = FakePartition()
+    config = NowcasterConfig(context_len=2, period_steps=20, vote_interval_steps=1)
+    copy = RollbackCopy.allocate(4)
+    hook = Nowcaster(config, partition, FakeCourier(), OneVoter(), step=9, run_id="r", rollback_copy=copy)  # type: ignore[arg-type]
+    hook.after_step(10)
+    assert hook.rollback_copy is not None
+    assert hook.rollback_copy.num_bytes == partition.rollback_bytes()

@@ -7,7 +7,7 @@ import pytest
 from sidecast.errors import ConfigError
 from sidecast.horizon import horizon_schedule
 from sidecast.nowcaster_service.errors import MalformedError
-from sidecast.nowcaster_service.sessions import resolve_horizons
+from sidecast.nowcaster_service.session_settings import resolve_horizons
 from sidecast.trainer.nowcast.schedule import jump_weight
 
 

@@ -126,7 +126,7 @@ def test_promtool_has_no_complaint_about_names_and_units(
 
 
 def test_labels_hold_nothing_that_grows_with_the_run() -> None:
-    allowed = {"run", "run_id", "rank", "stage", "state", "result", "outcome", "predictor", "status", "le"}
+    allowed = {"run", "run_id", "rank", "stage", "state", "result", "outcome", "predictor", "status", "direction", "le"}
     for registry in (service_registry(), trainer_registry()):
         for family in families(registry):
             for sample in family.samples:

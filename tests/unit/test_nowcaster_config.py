@@ -62,6 +62,15 @@ def test_values_find_their_fields() -> None:
         ({"horizon": {"schedule": "power"}}, "nowcaster.max_steps is None"),
         ({"vote_interval_steps": 201}, "nowcaster.vote_interval_steps is 201; allowed: 1 to 200"),
         ({"vote_lag_steps": 11}, "nowcaster.vote_lag_steps is 11; allowed: 0 to 10"),
+        ({"period_steps": 5}, "nowcaster.vote_interval_steps is 1; .*vote_lag_steps \\(2\\) is at most .* \\(0\\)"),
+        ({"period_steps": 10}, "nowcaster.vote_interval_steps is 1; .* no prediction could ever be applied"),
+        ({"max_staleness_steps": 10}, "nowcaster.vote_interval_steps is 10; .*vote_lag_steps \\(11\\)"),
+        ({"merge": "mix"}, "nowcaster.merge is 'mix'; allowed: 'age_weighted', 'replace', 'add'"),
+        ({"moments": "drop"}, "nowcaster.moments is 'drop'; allowed: 'keep', 'reset', 'scale'"),
+        ({"during_decay": "stop"}, "nowcaster.during_decay is 'stop'; allowed: 'scale', 'suspend', 'allow'"),
+        ({"rollback": "disk"}, "nowcaster.rollback_dir is None; allowed: a folder if rollback is 'disk', else null"),
+        ({"rollback_dir": "x"}, "nowcaster.rollback_dir is 'x'; allowed: a folder if rollback is 'disk', else null"),
+        ({"max_host_memory_gib": 0}, "nowcaster.max_host_memory_gib is 0.0; allowed: a positive number, or null"),
         ({"max_staleness_steps": 200}, "nowcaster.max_staleness_steps is 200; allowed: 0 to 199"),
         ({"probation_steps": 1000}, "nowcaster.probation_steps is 1000; allowed: 0 to 999"),
         ({"max_weight": 0}, "nowcaster.max_weight is 0.0"),
@@ -98,3 +107,17 @@ def test_steps() -> None:
     assert [step for step in range(41) if schedule.is_snapshot(step)] == [10, 20, 30, 40]
     assert [step for step in range(41) if schedule.is_base(step)] == [20, 40]
     assert [step for step in range(16) if schedule.is_vote(step)] == [5, 10, 15]
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"period_steps": 15},
+        {"period_steps": 10, "vote_lag_steps": 0},
+        {"period_steps": 5, "mode": "sync"},
+        {"max_staleness_steps": 11},
+        {"max_staleness_steps": 0, "mode": "sync"},
+    ],
+)
+def test_whatever_can_be_applied_is_allowed(section: dict[str, Any]) -> None:
+    parse_section(section)

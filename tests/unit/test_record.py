@@ -22,7 +22,7 @@ def session(name: str, resume_step: int = 0) -> dict[str, Any]:
 
 
 def applied(step: int, weight: float = 1.0) -> dict[str, Any]:
-    return {"action": "applied", "step": step, "weight": weight}
+    return {"action": "applied", "step": step, "weight": weight, "merge": "age_weighted", "moments": "keep"}
 
 
 def steps(folder: Path) -> list[int]:
@@ -36,9 +36,16 @@ class FakePartition:
 
     def __init__(self) -> None:
         self.weights = torch.zeros(2)
+        self.factors: list[float] = []
 
-    def apply(self, delta: torch.Tensor, weight: float) -> None:
-        self.weights += weight * delta
+    def read_owned(self, out: torch.Tensor) -> None:
+        out.copy_(self.weights)
+
+    def apply(self, delta: torch.Tensor, weight: float, *, mode: str = "add", base: torch.Tensor | None = None) -> None:
+        self.weights = (self.weights if base is None else base) + weight * delta
+
+    def scale_momentum(self, factor: float) -> None:
+        self.factors.append(factor)
 
     def rollback_bytes(self) -> int:
         return 64
@@ -137,3 +144,23 @@ def test_a_folder_without_this_ranks_log_or_with_a_damaged_one_is_refused(tmp_pa
     log_path(tmp_path, 1).write_text("{")
     with pytest.raises(ConfigError, match=r"applied-rank1\.jsonl is damaged"):
         read_log(tmp_path, 1)
+
+
+def test_a_jump_that_replaced_its_base_replaces_it_in_the_replay(tmp_path: Path) -> None:
+    entry = {**applied(12, weight=0.5), "merge": "replace", "moments": "scale", "base_step": 10}
+    Recorder(tmp_path, 0).record(entry, DELTA, session("s"))
+    partition = FakePartition()
+    replayer = Replayer(tmp_path, partition, rank=0, step=0)  # type: ignore[arg-type]
+    for step in range(1, 13):
+        partition.weights = partition.weights + 1.0
+        replayer.after_step(step)
+    assert partition.weights.tolist() == [10.5, 11.0]
+    assert partition.factors == [0.5]
+
+
+def test_a_replay_that_begins_after_the_base_says_so(tmp_path: Path) -> None:
+    entry = {**applied(12), "merge": "replace", "base_step": 10}
+    Recorder(tmp_path, 0).record(entry, DELTA, session("s"))
+    replayer = Replayer(tmp_path, FakePartition(), rank=0, step=11)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="replaces weights of step 10, which lies before the step to resume from"):
+        replayer.after_step(12)

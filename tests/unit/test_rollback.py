@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_a_buffer_must_be_flat_bytes(buffer: torch.Tensor) -> None:
 def test_adam_needs_twelve_bytes_per_parameter() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1 << 16))
     optimizer = torch.optim.AdamW([parameter])
-    state = OptimizerState([optimizer.state], None)
+    state = OptimizerState([optimizer], None)
     before_first_step = state.num_bytes([parameter])
     step(optimizer, parameter)
     assert before_first_step == state.num_bytes([parameter])
@@ -91,7 +92,7 @@ def test_adam_needs_twelve_bytes_per_parameter() -> None:
 def test_state_made_after_the_capture_is_removed() -> None:
     parameter = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([parameter])
-    state = OptimizerState([optimizer.state], None)
+    state = OptimizerState([optimizer], None)
     copy = RollbackCopy.allocate(state.num_bytes([parameter]))
     state.capture([parameter], copy)
     step(optimizer, parameter)
@@ -103,7 +104,7 @@ def test_state_made_after_the_capture_is_removed() -> None:
 
 def test_restored_adam_steps_as_it_would_have() -> None:
     optimizer, parameter = stepped_adam()
-    state = OptimizerState([optimizer.state], None)
+    state = OptimizerState([optimizer], None)
     copy = RollbackCopy.allocate(state.num_bytes([parameter]))
     with torch.no_grad():
         state.capture([parameter], copy)
@@ -118,7 +119,7 @@ def test_restored_adam_steps_as_it_would_have() -> None:
 
 def test_an_empty_copy_or_one_of_other_tensors_restores_nothing() -> None:
     optimizer, parameter = stepped_adam()
-    state = OptimizerState([optimizer.state], None)
+    state = OptimizerState([optimizer], None)
     copy = RollbackCopy.allocate(state.num_bytes([parameter]))
     before = parameter.detach().clone()
     with pytest.raises(RollbackError, match="nothing was restored"):
@@ -127,3 +128,56 @@ def test_an_empty_copy_or_one_of_other_tensors_restores_nothing() -> None:
     with pytest.raises(RollbackError, match="nothing was restored"):
         state.restore([parameter], copy)
     assert parameter.detach().equal(before)
+
+
+@pytest.mark.parametrize(
+    ("make", "momentum"),
+    [
+        (lambda parameter: torch.optim.AdamW([parameter], lr=0.1), "exp_avg"),
+        (lambda parameter: torch.optim.SGD([parameter], lr=0.1, momentum=0.9), "momentum_buffer"),
+    ],
+    ids=["adamw", "sgd"],
+)
+def test_moments_are_scaled_or_reset_and_undone_bit_for_bit(
+    make: Callable[[torch.nn.Parameter], torch.optim.Optimizer], momentum: str
+) -> None:
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 33))
+    optimizer = make(parameter)
+    step(optimizer, parameter)
+    state = OptimizerState([optimizer], None)
+    copy = RollbackCopy.allocate(state.num_bytes([parameter]))
+    before = {key: value.clone() for key, value in optimizer.state[parameter].items()}
+    with torch.no_grad():
+        state.capture([parameter], copy)
+        state.scale_momentum([parameter], 0.25)
+        now = optimizer.state[parameter]
+        assert now[momentum].equal(before[momentum] * 0.25)
+        assert all(now[key].equal(before[key]) for key in before if key != momentum)
+        state.reset_moments([parameter])
+        assert all(not value.any() for value in now.values())
+        assert all(before[key].any() for key in before)
+        state.restore([parameter], copy)
+    assert all(optimizer.state[parameter][key].equal(before[key]) for key in before)
+
+
+def test_a_step_counter_that_is_a_number_is_reset_too() -> None:
+    optimizer, parameter = stepped_adam()
+    optimizer.state[parameter]["step"] = 7
+    OptimizerState([optimizer], None).reset_moments([parameter])
+    assert optimizer.state[parameter]["step"] == 0
+
+
+def test_the_learning_rate_of_every_group_is_told() -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": rate} for rate in (0.5, 0.25)]
+    assert OptimizerState([torch.optim.AdamW(groups)], None).learning_rates() == (0.5, 0.25)
+
+
+def test_a_step_waits_for_the_copies_that_were_begun_before_it_and_only_that_one() -> None:
+    optimizer, parameter = stepped_adam()
+    seen: list[torch.Tensor] = []
+    before = parameter.detach().clone()
+    OptimizerState([optimizer], None).before_next_step(lambda: seen.append(parameter.detach().clone()))
+    for _ in range(2):
+        step(optimizer, parameter)
+    assert len(seen) == 1
+    assert seen[0].equal(before)

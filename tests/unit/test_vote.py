@@ -30,9 +30,13 @@ def test_nobody_saw_a_loss() -> None:
 
 @pytest.mark.parametrize("loss", [0.0, -1.5, 1e300, math.inf])
 def test_a_ballot_survives_its_row_of_integers(loss: float) -> None:
-    ballot = Ballot(3, 2**63 - 1, 5, loss, 9)
+    ballot = Ballot(3, 2**63 - 1, 5, loss, 9, 0.1)
     assert Ballot.decode(ballot.encode()) == ballot
 
 
 def test_nan_is_told() -> None:
     assert math.isnan(Ballot.decode(Ballot(loss_sum=math.nan, num_losses=1).encode()).loss_sum)
+
+
+def test_the_least_of_what_ranks_leave_of_a_jump_counts() -> None:
+    assert decide([Ballot(1, 7, 1), Ballot(1, 7, 1, weight_scale=0.25)]).weight_scale == 0.25

@@ -15,6 +15,7 @@ from torch import Tensor
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.trainer.nowcast.courier_handle import CourierHandle
 from sidecast.trainer.nowcast.hook import Nowcaster, rollback_path
+from sidecast.trainer.nowcast.partitions import RemappingPartition
 from sidecast.trainer.nowcast.ranks import Ranks
 from sidecast.trainer.nowcast.replay import Replayer
 from sidecast.trainer.nowcast.trainee import Trainee
@@ -91,7 +92,7 @@ class NowcastAttachment:
         os.replace(partial, path)
 
     def resume(self, state: Mapping[str, Any] | None, checkpoint: Path) -> None:
-        partition = self._trainee.map_partition()
+        partition = RemappingPartition(self._trainee.map_partition)
         if (partition.upload_shards, partition.owned_shards) != self._shards:
             raise ConfigError("the loaded checkpoint changed this rank's partition; attach after loading it instead")
         step = self._trainee.applied_steps()
@@ -132,7 +133,7 @@ class ReplayAttachment:
         """A replay never asks whether a jump paid."""
 
     def resume(self, state: Mapping[str, Any] | None, checkpoint: Path) -> None:
-        self.hook.resume(self._trainee.map_partition(), self._trainee.applied_steps())
+        self.hook.resume(RemappingPartition(self._trainee.map_partition), self._trainee.applied_steps())
 
     def close(self) -> None:
         self.hook.close()

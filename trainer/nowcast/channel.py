@@ -38,7 +38,6 @@ class Channel:
         self._socket = endpoint
         self._received = bytearray()
         self._unsent = bytearray()
-        self.num_lost = 0
 
     def send(self, message: Message) -> None:
         """Sends, waiting for room (courier only).
@@ -59,14 +58,13 @@ class Channel:
             may_be_lost: Drop it rather than keep it.
 
         Returns:
-            False if the message was lost, which is counted.
+            False if the message was lost.
 
         Raises:
             ChannelClosedError: The other side is gone.
         """
         frame = _frame(message)
         if not self._flush() and (may_be_lost or len(self._unsent) + len(frame) > MAX_UNSENT_BYTES):
-            self.num_lost += 1
             return False
         self._unsent += frame
         self._flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from google.protobuf.message import Message
 
 from sidecast.errors import SidecastError
 from sidecast.protos import nowcast_pb2 as pb
-from sidecast.protos.codec import ChunkFrame, buffer_digest, decode_chunk, encode_chunk, split_chunks
+from sidecast.protos.codec import ChunkFrame, decode_chunk, encode_chunk
 from sidecast.protos.shards import ShardSpec
+from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
+from sidecast.trainer.nowcast.download import Download, Part
+from sidecast.trainer.nowcast.throttle import Throttle
+from sidecast.trainer.nowcast.upload import Upload
 
-SERVICE_NAME = "sidecast.v1.Nowcaster"
 KEEPALIVE_MS = 20_000
 
 
@@ -64,6 +68,8 @@ class ClientConfig:
     connect_s: float
     chunk_s: float
     stream_s: float
+    channels: int = 1
+    max_bytes_per_s: float | None = None
 
 
 class EventStream:
@@ -88,7 +94,7 @@ class EventStream:
 
 
 class NowcastClient:
-    """One rank's connection.
+    """One rank's connections.
 
     Args:
         config: Where the service is and how long to wait for it.
@@ -99,7 +105,8 @@ class NowcastClient:
         self._metadata: tuple[tuple[str, str | bytes], ...] = ()
         if config.token_file is not None:
             self._metadata = (("authorization", f"Bearer {Path(config.token_file).read_text().strip()}"),)
-        options = [
+        self._options = [
+            *BULK_OPTIONS,
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_permit_without_calls", 1),
             # A service that comes back is found within about a second, however long it was away. The minimum is
@@ -109,16 +116,25 @@ class NowcastClient:
             ("grpc.max_reconnect_backoff_ms", 1_000),
             # Training hosts often have proxies for the web, which cannot carry this.
             ("grpc.enable_http_proxy", 0),
+            # Channels to one address would otherwise share one connection.
+            ("grpc.use_local_subchannel_pool", 1),
         ]
-        if config.tls_ca is None:
-            self._channel = grpc.insecure_channel(config.endpoint, options)
-        else:
-            credentials = grpc.ssl_channel_credentials(Path(config.tls_ca).read_bytes())
-            self._channel = grpc.secure_channel(config.endpoint, credentials, options)
+        # Small calls and events have a connection of their own, where no bulk is before them.
+        self._channel = self._connect()
+        self._bulk_channels = [self._connect() for _ in range(config.channels)]
+        self._throttle = Throttle(config.max_bytes_per_s)
         self.chunk_bytes = 1 << 20
 
+    def _connect(self) -> grpc.Channel:
+        config = self._config
+        if config.tls_ca is None:
+            return grpc.insecure_channel(config.endpoint, self._options)
+        credentials = grpc.ssl_channel_credentials(Path(config.tls_ca).read_bytes())
+        return grpc.secure_channel(config.endpoint, credentials, self._options)
+
     def close(self) -> None:
-        self._channel.close()
+        for channel in (self._channel, *self._bulk_channels):
+            channel.close()
 
     def wait_reachable(self) -> None:
         """Raises UnavailableError unless the service answers within the connect timeout."""
@@ -148,35 +164,57 @@ class NowcastClient:
         reply = self._call("Join", request, pb.JoinReply, self._config.chunk_s)
         self.chunk_bytes = reply.chunk_bytes
 
-    def upload(self, key: pb.ChunkKey, buffer: memoryview) -> bool:
-        """Sends this rank's part of one snapshot and commits it.
+    def upload(self, upload: Upload) -> None:
+        """Sends what an upload still holds, over all bulk connections at once.
 
-        Returns:
-            Whether this commit completed the snapshot.
+        Raises:
+            UnavailableError: The service went away; what it has can be asked for with ``progress``.
         """
-        sent: list[tuple[int, int, int]] = []
 
         def frames() -> Iterator[ChunkFrame]:
-            for frame in split_chunks(key, buffer, self.chunk_bytes):
-                sent.append((frame.offset_bytes, len(frame.data), frame.crc32))
+            for frame in upload.frames():
+                self._throttle.pass_bytes(len(frame.data))
                 yield frame
 
-        feed = self._channel.stream_unary(
-            f"/{SERVICE_NAME}/Upload",
-            request_serializer=encode_chunk,
-            response_deserializer=pb.UploadReply.FromString,
-        )
+        timeout_s = self.transfer_s(upload.num_bytes)
+        calls = [
+            channel.stream_unary(
+                f"/{SERVICE_NAME}/Upload",
+                request_serializer=encode_chunk,
+                response_deserializer=pb.UploadReply.FromString,
+            ).future(frames(), timeout=timeout_s, metadata=self._metadata)
+            for channel in self._bulk_channels
+        ]
         try:
-            feed(frames(), timeout=self._config.stream_s, metadata=self._metadata)
+            for call in calls:
+                call.result()
         except grpc.RpcError as error:
             raise _translated(error) from error
+        finally:
+            for call in calls:
+                call.cancel()
+
+    def progress(self, key: pb.ChunkKey) -> list[tuple[int, int]]:
+        """Which bytes of an upload have arrived: ``(start, stop)``, disjoint and rising."""
+        reply = self._call("Progress", pb.ProgressRequest(key=key), pb.ProgressReply, self._config.chunk_s)
+        return [(item.start, item.stop) for item in reply.received]
+
+    def commit(self, upload: Upload) -> bool:
+        """Seals an upload.
+
+        Returns:
+            Whether this completed the snapshot.
+        """
+        key = upload.key
         request = pb.CommitRequest(
             session_id=key.session_id,
             rank=key.rank,
             step=key.id,
             epoch=key.epoch,
-            num_bytes=len(buffer),
-            digest=buffer_digest(sent),
+            num_bytes=upload.num_bytes,
+            digest=upload.digest,
+            dtype=key.dtype,
+            base_step=key.base_step,
         )
         return bool(self._call("Commit", request, pb.CommitReply, self._config.chunk_s).snapshot_committed)
 
@@ -189,40 +227,65 @@ class NowcastClient:
         )
         return EventStream(stream(pb.WatchRequest(session_id=session_id, rank=rank), metadata=self._metadata))
 
-    def fetch(self, session_id: str, rank: int, version: int, buffer: memoryview) -> int:
-        """Fills this rank's buffer with its ranges of a prediction.
+    def new_download(self, key: pb.ChunkKey, buffer: memoryview) -> Download:
+        """A download with a part for each bulk connection."""
+        return Download(key, buffer, len(self._bulk_channels), self.chunk_bytes)
 
-        Returns:
-            Bytes received.
+    def fetch(self, download: Download) -> None:
+        """Receives what a download still lacks, over all bulk connections at once.
 
         Raises:
-            CorruptError: A chunk is damaged, out of place, or missing: the buffer then holds nothing of use.
+            CorruptError: A chunk is damaged, out of place, or missing.
+            UnavailableError: The service went away; calling again goes on from there.
         """
-        stream = self._channel.unary_stream(
+        missing = [part for part in download.parts if not part.is_whole]
+        with ThreadPoolExecutor(max(1, len(missing))) as pool:
+            work = zip(missing, self._bulk_channels, strict=False)
+            for future in [pool.submit(self._fetch_part, download, part, channel) for part, channel in work]:
+                future.result()
+
+    def _fetch_part(self, download: Download, part: Part, channel: grpc.Channel) -> None:
+        version = download.key.id
+        stream = channel.unary_stream(
             f"/{SERVICE_NAME}/Fetch",
             request_serializer=pb.FetchRequest.SerializeToString,
             response_deserializer=decode_chunk,
         )
-        position = 0
-        request = pb.FetchRequest(session_id=session_id, rank=rank, version=version)
-        call = stream(request, timeout=self._config.stream_s, metadata=self._metadata)
+        request = pb.FetchRequest(
+            session_id=download.key.session_id,
+            rank=download.key.rank,
+            version=version,
+            offset_bytes=part.position,
+            num_bytes=part.stop - part.position,
+            dtype=download.key.dtype,
+        )
+        call = stream(request, timeout=self.transfer_s(download.num_bytes), metadata=self._metadata)
         try:
             for frame in call:
-                end = position + len(frame.data)
-                if frame.offset_bytes != position or end > len(buffer):
-                    raise CorruptError(f"version {version}: a chunk at byte {frame.offset_bytes} came at {position}")
+                end = part.position + len(frame.data)
+                if frame.offset_bytes != part.position or end > part.stop:
+                    raise CorruptError(
+                        f"version {version}: a chunk at byte {frame.offset_bytes} came at {part.position}"
+                    )
                 if frame.key.id != version or not frame.is_intact():
-                    raise CorruptError(f"version {version}: the chunk at byte {position} fails its checksum or version")
-                buffer[position:end] = frame.data
-                position = end
+                    raise CorruptError(
+                        f"version {version}: the chunk at byte {part.position} fails its checksum or version"
+                    )
+                download.put(part.position, frame.data)
+                part.position = end
+                self._throttle.pass_bytes(len(frame.data))
         except grpc.RpcError as error:
             raise _translated(error) from error
         finally:
             # After a bad chunk the service would go on offering the rest, and keep the prediction for it.
             call.cancel()
-        if position != len(buffer):
-            raise CorruptError(f"version {version}: {position} of {len(buffer)} bytes came")
-        return position
+        if not part.is_whole:
+            raise CorruptError(f"version {version}: bytes {part.position} to {part.stop} did not come")
+
+    def transfer_s(self, num_bytes: int) -> float:
+        """How long the transfer of so many bytes may take."""
+        # A throttle that needs longer than the timeout is meant, not a fault.
+        return self._config.stream_s + self._throttle.least_s(num_bytes)
 
     def report(self, request: pb.ReportRequest) -> None:
         """Tells what was done with a prediction."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from sidecast.errors import ConfigError
 from sidecast.horizon import MAX_POWER, MIN_POWER
+from sidecast.protos.transport import BULK_ENVIRONMENT
 
 Section = TypeVar("Section")
 
@@ -78,10 +79,26 @@ class NowcasterConfig:
     """Fraction of the predicted jump that is applied at staleness 0."""
     max_relative_norm: float = 0.5
     """Largest accepted ||jump|| / ||parameters||."""
+    merge: Literal["age_weighted", "replace", "add"] = "age_weighted"
+    """How a jump d steps after its base, with a horizon of h steps, meets what training did since: ``age_weighted``:
+    now + max_weight * (1 - d/h) * jump; ``add``: now + max_weight * jump, whatever its age; ``replace``: base +
+    max_weight * jump, which drops those d steps and keeps a copy of the base (4 bytes per owned parameter)."""
+    moments: Literal["keep", "reset", "scale"] = "keep"
+    """What a jump does to the optimizer's moments: ``keep``: nothing; ``reset``: all of them and the step counters
+    become 0, as before the first step; ``scale``: the first moment (momentum) is multiplied by 1 - weight, the share of
+    the predicted way that the jump has not gone. A rollback restores them in any case."""
+    during_decay: Literal["scale", "suspend", "allow"] = "scale"
+    """While the learning rate is below its highest value at the window's snapshots: ``scale`` multiplies the weight by
+    the part that is left, ``suspend`` applies nothing, ``allow`` ignores it. Warm-up is no decay."""
     probation_steps: int | None = None
     """After so many steps a jump is judged; None: half the period; 0: never."""
-    rollback: Literal["host", "off"] = "host"
-    """Where the copy for undoing a jump on probation is kept."""
+    rollback: Literal["host", "disk", "off"] = "host"
+    """Where the copy for undoing a jump on probation is kept (12 bytes per owned parameter with Adam); ``disk``: in a
+    file in ``rollback_dir``, so that a jump may wait for the disk; ``off``: jumps are neither judged nor undone."""
+    rollback_dir: str | None = None
+    """Folder for ``rollback: disk``, on a disk local to the rank."""
+    max_host_memory_gib: float | None = None
+    """Most memory that the hook may take on one host, all its ranks together; null: what is available."""
     acceptance_sigmas: float = 3.0
     """A jump is undone if the loss after it is above the trend before it by so many standard errors."""
     max_rollbacks: int = 2
@@ -149,12 +166,26 @@ class NowcasterConfig:
         check("vote_interval_steps", votes, 1 <= votes <= self.interval_steps, f"1 to {self.interval_steps}")
         check("vote_lag_steps", self.vote_lag_steps, 0 <= self.vote_lag_steps <= votes, f"0 to {votes}")
         stale = self.resolved_max_staleness_steps
+        if self.mode == "async":
+            # The first vote after a base step may be as far away as two votes are.
+            earliest = votes + self.vote_lag_steps
+            check(
+                "vote_interval_steps",
+                votes,
+                earliest <= stale,
+                f"so many that vote_interval_steps + vote_lag_steps ({earliest}) is at most max_staleness_steps "
+                f"({stale}): no prediction could ever be applied (or mode 'sync')",
+            )
         # A later jump would fall behind the next window's first snapshot and cost that window.
         check("max_staleness_steps", stale, 0 <= stale < self.interval_steps, f"0 to {self.interval_steps - 1}")
         probation = self.resolved_probation_steps
         check("probation_steps", probation, 0 <= probation < self.period_steps, f"0 to {self.period_steps - 1}")
         check("max_weight", self.max_weight, 0 < self.max_weight <= 1, "more than 0, at most 1")
         check("max_relative_norm", self.max_relative_norm, self.max_relative_norm > 0, "a positive number")
+        is_dir_named = (self.rollback_dir is not None) == (self.rollback == "disk")
+        check("rollback_dir", self.rollback_dir, is_dir_named, "a folder if rollback is 'disk', else null")
+        memory = self.max_host_memory_gib
+        check("max_host_memory_gib", memory, memory is None or memory > 0, "a positive number, or null")
         check("acceptance_sigmas", self.acceptance_sigmas, self.acceptance_sigmas > 0, "a positive number")
         check("max_rollbacks", self.max_rollbacks, self.max_rollbacks >= 1, "1 or more")
         check("sync_deadline_s", self.sync_deadline_s, self.sync_deadline_s > 0, "a positive number")
@@ -183,7 +214,7 @@ class NowcasterConfig:
 def courier_environment() -> dict[str, str]:
     """What a courier inherits: paths and locale. It needs no device, and no rank variables of the launcher."""
     kept = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "LANG", "LC_ALL", "HOME", "TMPDIR")
-    return {name: os.environ[name] for name in kept if name in os.environ}
+    return {name: os.environ[name] for name in kept if name in os.environ} | BULK_ENVIRONMENT
 
 
 def parse_section(section: Mapping[str, Any]) -> NowcasterConfig:

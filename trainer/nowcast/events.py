@@ -13,7 +13,9 @@ EventKind = Literal[
     "applied",
     "accepted",
     "rolled_back",
+    "rollback_delayed",
     "rejected",
+    "failed",
     "suspended",
     "connected",
     "disconnected",
@@ -25,7 +27,8 @@ class NowcastEvent:
     """One thing that happened.
 
     Attributes:
-        kind: What.
+        kind: What. A nowcast that was made and not applied is ``rejected``, one that was never made ``failed``; a
+            rollback that had to be put off until every rank can carry it out is ``rollback_delayed``.
         step: The optimizer step at which this rank learned of it.
         details: Numbers and reasons; for ``applied``: version, base_step, staleness_steps, horizon_intervals,
             weight, digest, relative_norm, nowcast_s.

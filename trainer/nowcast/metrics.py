@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
 
 TRANSFER_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120)
 SNAPSHOT_STATES = ("committed", "aborted", "unsent")
+TRANSFER_DIRECTIONS = ("upload", "fetch")
 _LABELS = ("run", "rank", "stage")
 
 
@@ -28,10 +29,13 @@ class CourierMetrics:
         self.fetched_bytes = self._counter("fetched_bytes", "Prediction bytes received")
         self.upload_seconds = self._histogram("upload_seconds", "One rank's upload and commit of one snapshot")
         self.fetch_seconds = self._histogram("fetch_seconds", "One rank's download of one prediction")
-        self.connected = self._gauge("connected", "1 while joined to the service").labels(*self.labels)
+        self.resumed = self._counter("transfers_resumed", "Transfers that went on after an interruption", "direction")
+        self._connected = self._gauge("connected", "1 while joined to the service").labels(*self.labels)
         # Prometheus sees no increase in a series that begins at one: all begin at zero.
         for state in SNAPSHOT_STATES:
             self.snapshots.labels(*self.labels, state)
+        for direction in TRANSFER_DIRECTIONS:
+            self.resumed.labels(*self.labels, direction)
         for metric in (self.uploaded_bytes, self.fetched_bytes, self.upload_seconds, self.fetch_seconds):
             metric.labels(*self.labels)
         self._run = Info(
@@ -55,6 +59,10 @@ class CourierMetrics:
             "loss": self._gauge("loss", "Mean training loss between the last two votes, over all ranks"),
             "suspended": self._gauge("suspended", "1 once jumps are suspended"),
         }
+
+    def follow_link(self, is_connected: Callable[[], bool]) -> None:
+        """Asks at every scrape whether the session is joined."""
+        self._connected.set_function(lambda: float(is_connected()))
 
     def begin_session(self, run_id: str) -> None:
         """Names the run as the service knows it; a resume may change that."""

@@ -1,8 +1,8 @@
 """The apply log: what was done to the weights and when, enough to replay a run without a service.
 
 One folder per run. ``applied-rank0.jsonl`` holds one JSON object per line: ``action`` (``applied`` or
-``rolled_back``), ``step``, and for jumps ``version``, ``digest``, ``weight``, ``base_step``, ``horizon_intervals``,
-``file`` and ``crc32``; the file holds the rank's delta as raw little-endian fp32.
+``rolled_back``), ``step``, and for jumps ``version``, ``digest``, ``weight``, ``merge``, ``moments``, ``base_step``,
+``horizon_intervals``, ``file`` and ``crc32``; the file holds the rank's delta as raw little-endian fp32.
 """
 
 from __future__ import annotations

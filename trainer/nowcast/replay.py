@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sidecast.errors import ConfigError
 from sidecast.trainer.nowcast.events import NowcastEvent
+from sidecast.trainer.nowcast.merging import merge
 from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy
 from sidecast.trainer.nowcast.record import read_delta, read_log
 
@@ -37,6 +38,7 @@ class Replayer:
         self._position = 0
         self._skip_to(step)
         self._copy: RollbackCopy | None = None
+        self._base: Tensor | None = None
         self._listeners: list[Callable[[NowcastEvent], None]] = []
         self._num_applied = self._num_rolled_back = 0
 
@@ -55,6 +57,7 @@ class Replayer:
         if step == self.step:
             return
         self.step = step
+        self._keep_base()
         while self._position < len(self._entries) and self._entries[self._position]["step"] == step:
             entry = self._entries[self._position]
             self._position += 1
@@ -62,6 +65,13 @@ class Replayer:
                 self._apply(entry)
             else:
                 self._undo()
+
+    def _keep_base(self) -> None:
+        """Keeps the weights of now if the next jump starts from them."""
+        following = self._entries[self._position : self._position + 1]
+        if following and following[0].get("merge") == "replace" and following[0]["base_step"] == self.step:
+            self._base = torch.empty(self._num_bytes // 4)
+            self._partition.read_owned(self._base)
 
     def _apply(self, entry: dict[str, Any]) -> None:
         delta = read_delta(self._folder, entry, self._num_bytes)
@@ -71,7 +81,13 @@ class Replayer:
                 self._copy = RollbackCopy.allocate(self._partition.rollback_bytes())
             self._partition.capture(self._copy)
         values = torch.frombuffer(delta, dtype=torch.float32) if delta else torch.empty(0)
-        self._partition.apply(values, entry["weight"])
+        if entry["merge"] == "replace" and self._base is None:
+            raise ConfigError(
+                f"the jump of step {self.step} replaces weights of step {entry['base_step']}, "
+                "which lies before the step to resume from"
+            )
+        base, self._base = self._base, None
+        merge(self._partition, values, entry["weight"], base=base, moments=entry["moments"])
         self._num_applied += 1
         self._emit(NowcastEvent("applied", self.step, {key: value for key, value in entry.items() if key != "action"}))
 
@@ -89,7 +105,7 @@ class Replayer:
     def resume(self, partition: Partition, step: int) -> None:
         """Goes on from a loaded checkpoint."""
         self._partition = partition
-        self._copy = None
+        self._copy = self._base = None
         self.step = step
         self._skip_to(step)
 

@@ -15,9 +15,11 @@ from sidecast.trainer.nowcast.attachment import Attachment, NowcastAttachment, R
 from sidecast.trainer.nowcast.config import NowcasterConfig, parse_section
 from sidecast.trainer.nowcast.courier_handle import CourierHandle
 from sidecast.trainer.nowcast.hook import Nowcaster, dump_config
-from sidecast.trainer.nowcast.partitions import Partition
+from sidecast.trainer.nowcast.memory_budget import rank_memory, require_room
+from sidecast.trainer.nowcast.partitions import Partition, RemappingPartition
 from sidecast.trainer.nowcast.ranks import Ranks
 from sidecast.trainer.nowcast.replay import Replayer
+from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.nowcast.trainee import Trainee
 
 FP32_BYTES = 4
@@ -44,11 +46,21 @@ def start(section: Any, trainee: Trainee) -> Attachment:
         with ranks.refused_together():
             replayer = Replayer(Path(config.replay_dir), partition, rank=ranks.rank, step=step)
         return ReplayAttachment(trainee, replayer)
+    require_room(ranks.gather(rank_memory(config, partition)), config.max_host_memory_gib)
     session = new_session(ranks, step)
     with ranks.refused_together():
+        rollback_copy = reserve_rollback_copy(config, partition)
         courier = _start_courier(config, trainee, partition, manifest, session, ranks)
     _await_link(config, courier, ranks)
-    hook = Nowcaster(config, partition, courier, ranks.votes(), step=step, run_id=session["run_id"])
+    hook = Nowcaster(
+        config,
+        partition,
+        courier,
+        ranks.votes(),
+        step=step,
+        run_id=session["run_id"],
+        rollback_copy=rollback_copy,
+    )
     return NowcastAttachment(trainee, hook, courier, ranks)
 
 
@@ -56,7 +68,7 @@ def _agree(section: Any, trainee: Trainee, ranks: Ranks) -> tuple[NowcasterConfi
     """Reads settings and model; if any rank cannot, or ranks differ, all raise."""
     with ranks.refused_together():
         config = parse_section(section)
-        partition = trainee.map_partition()
+        partition = RemappingPartition(trainee.map_partition)
         manifest = ModelManifest(partition.parameters, trainee.model_config, partition.aliases)
     fingerprints = ranks.gather(dump_config(config) + manifest.schema_hash)
     for rank, fingerprint in enumerate(fingerprints):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 NO_VERSION = -1
-_FIELDS = 5
+_FIELDS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class Ballot:
         epoch: Epoch of that prediction's base.
         loss_sum: Sum of its micro-batch losses since its last ballot.
         num_losses: How many those are.
+        weight_scale: What it would leave of the jump's weight, 0 to 1.
     """
 
     version: int = NO_VERSION
@@ -37,15 +38,16 @@ class Ballot:
     epoch: int = 0
     loss_sum: float = 0.0
     num_losses: int = 0
+    weight_scale: float = 1.0
 
     def encode(self) -> list[int]:
-        (bits,) = struct.unpack("<q", struct.pack("<d", self.loss_sum))
-        return [self.version, self.digest, self.epoch, bits, self.num_losses]
+        loss_bits, scale_bits = struct.unpack("<qq", struct.pack("<dd", self.loss_sum, self.weight_scale))
+        return [self.version, self.digest, self.epoch, loss_bits, self.num_losses, scale_bits]
 
     @classmethod
     def decode(cls, row: Sequence[int]) -> Ballot:
-        (loss_sum,) = struct.unpack("<d", struct.pack("<q", row[3]))
-        return cls(row[0], row[1], row[2], loss_sum, row[4])
+        loss_sum, weight_scale = struct.unpack("<dd", struct.pack("<qq", row[3], row[5]))
+        return cls(row[0], row[1], row[2], loss_sum, row[4], weight_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Decision:
         epoch: Its epoch.
         mean_loss: Over all micro-batches of all ranks; None if nobody saw any.
         num_losses: How many those were.
+        weight_scale: The least that any rank would leave of the jump's weight.
     """
 
     version: int
@@ -65,6 +68,7 @@ class Decision:
     epoch: int
     mean_loss: float | None
     num_losses: int
+    weight_scale: float
 
 
 def decide(ballots: Sequence[Ballot]) -> Decision:
@@ -80,6 +84,7 @@ def decide(ballots: Sequence[Ballot]) -> Decision:
         epoch=first.epoch if is_unanimous else 0,
         mean_loss=sum(item.loss_sum for item in ballots) / num_losses if num_losses else None,
         num_losses=num_losses,
+        weight_scale=min(item.weight_scale for item in ballots),
     )
 
 
@@ -98,6 +103,12 @@ class Votes(Protocol):
 
     def read(self) -> Decision:
         """Waits for the launched vote and counts it."""
+
+    def confirm(self, is_ready: bool) -> bool:
+        """Whether every rank is ready to do what the last vote decided; waits for all of them.
+
+        Rare, unlike votes: once for each jump and for each rollback.
+        """
 
 
 class SoloVotes:
@@ -122,6 +133,9 @@ class SoloVotes:
         ballot, self._ballot = self._ballot, None
         return decide([ballot])
 
+    def confirm(self, is_ready: bool) -> bool:
+        return is_ready
+
 
 class VoteBox:
     """Runs votes over a process group of its own, so that they never mix with the trainer's collectives.
@@ -135,6 +149,7 @@ class VoteBox:
         self._rank = dist.get_rank(group)
         # A sum over rows that are zero but for one's own is a gather, and runs in place.
         self._rows = torch.zeros(dist.get_world_size(group), _FIELDS, dtype=torch.int64)
+        self._ready = torch.zeros(1, dtype=torch.int64)
         self._work: dist.Work | None = None
 
     @property
@@ -146,6 +161,12 @@ class VoteBox:
         self._rows.zero_()
         self._rows[self._rank] = torch.tensor(ballot.encode(), dtype=torch.int64)
         self._work = dist.all_reduce(self._rows, group=self._group, async_op=True)
+
+    def confirm(self, is_ready: bool) -> bool:
+        assert self._work is None
+        self._ready[0] = int(is_ready)
+        dist.all_reduce(self._ready, dist.ReduceOp.MIN, group=self._group)
+        return bool(self._ready)
 
     def abandon(self, timeout_s: float) -> None:
         work, self._work = self._work, None

@@ -29,6 +29,7 @@ class Partition(Protocol):
         owned_shards: What this rank applies: everything where the optimizer is replicated (stage 0), otherwise
             the same as ``upload_shards``.
         master_dtype: Precision of the weights that the optimizer updates, normally ``torch.float32``.
+        device: Where those weights are; the device if only some are on one.
     """
 
     @property
@@ -46,18 +47,58 @@ class Partition(Protocol):
     @property
     def master_dtype(self) -> torch.dtype: ...
 
-    def read(self, out: Tensor) -> None:
-        """Copies the upload shards, in their order.
+    @property
+    def device(self) -> torch.device: ...
 
-        With a side stream the copies are only enqueued on it: synchronise the stream before reading ``out``, and
-        before the next optimizer step overwrites the source.
+    def require_current(self) -> None:
+        """Refuses to go on with tensors that are not the optimizer's any more; local.
+
+        Raises:
+            StalePartitionError: As for ``read``.
+        """
+
+    def read(self, out: Tensor, stream: torch.cuda.Stream | None = None) -> None:
+        """Copies the upload shards, in their order.
 
         Args:
             out: Flat CPU float32 tensor of ``total_elements(upload_shards)`` elements.
+            stream: Only enqueue the copies, on this stream: ``out`` is complete once the stream has got there. What
+                overwrites the source next (optimizer step, ``apply``, ``write``, ``restore``) waits on the device.
+                None: blocks.
 
         Raises:
             StalePartitionError: The optimizer's tensors are no longer the ones this partition was made from.
             ValueError: ``out`` is of another dtype, device, layout or size.
+        """
+
+    def read_owned(self, out: Tensor) -> None:
+        """Copies the owned elements, in their order; blocks.
+
+        Args:
+            out: Flat CPU float32 tensor of ``total_elements(owned_shards)`` elements.
+
+        Raises:
+            StalePartitionError: As for ``read``.
+            ValueError: ``out`` is of another dtype, device, layout or size.
+        """
+
+    def learning_rates(self) -> tuple[float, ...]:
+        """The optimizer's learning rates now, one per parameter group."""
+
+    def scale_momentum(self, factor: float) -> None:
+        """Multiplies the first moments; the second moments and step counters stay.
+
+        What the optimizers in use call them: ``exp_avg`` (the Adam family, LAMB, Lion) and ``momentum_buffer`` (SGD).
+
+        Raises:
+            StalePartitionError: As for ``read``.
+        """
+
+    def reset_moments(self) -> None:
+        """Sets moments and step counters to 0, as before the first step.
+
+        Raises:
+            StalePartitionError: As for ``read``.
         """
 
     def apply(self, delta: Tensor, weight: float, *, mode: MergeMode = "add", base: Tensor | None = None) -> None:
@@ -92,6 +133,14 @@ class Partition(Protocol):
         Raises:
             StalePartitionError: As for ``read``.
             RollbackError: ``copy`` is too small; the message says by how much.
+        """
+
+    def require_restorable(self, copy: RollbackCopy) -> None:
+        """Refuses what ``restore`` would refuse; local, so that ranks can agree before any weight is touched.
+
+        Raises:
+            StalePartitionError: As for ``read``.
+            RollbackError: As for ``restore``.
         """
 
     def restore(self, copy: RollbackCopy) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +28,6 @@ class MasterPartition:
         trainable: What is trained.
         layout: Where the masters are and how they are published.
         state: What else the optimizer would have to get back in a rollback.
-        stream: CUDA stream for the copies of ``read``; without one they block.
     """
 
     def __init__(
@@ -38,7 +35,6 @@ class MasterPartition:
         trainable: TrainableParameters,
         layout: Layout,
         state: OptimizerState,
-        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.parameters: tuple[ParameterSpec, ...] = trainable.specs
         self.aliases: Mapping[str, str] = trainable.aliases
@@ -46,7 +42,7 @@ class MasterPartition:
         self.owned_shards: tuple[ShardSpec, ...] = tuple(fragment.shard for fragment in layout.owned)
         self._layout = layout
         self._state = state
-        self._stream = stream
+        self._copies: torch.cuda.Stream | None = None
         self._upload_runs = runs_of(layout.upload)
         self._owned_runs = runs_of(layout.owned)
         self._num_upload = total_elements(self.upload_shards)
@@ -55,14 +51,46 @@ class MasterPartition:
         self._known_placement = layout.placement()
         self._scratch: dict[torch.device, Tensor] = {}
         self.master_dtype: torch.dtype = self._known_masters[0].dtype
+        devices = [master.device for master in self._known_masters]
+        self.device: torch.device = next((device for device in devices if device.type != "cpu"), devices[0])
+
+    def require_current(self) -> None:
+        self._current_masters()
 
     @torch.no_grad()
-    def read(self, out: Tensor) -> None:
+    def read(self, out: Tensor, stream: torch.cuda.Stream | None = None) -> None:
         flats = self._current_masters()
         _require_flat("out", out, self._num_upload)
-        with self._copy_stream():
+        if stream is None:
             for run in self._upload_runs:
-                out[run.buffer].copy_(flats[run.master][run.source], non_blocking=self._stream is not None)
+                out[run.buffer].copy_(flats[run.master][run.source])
+            return
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            for run in self._upload_runs:
+                out[run.buffer].copy_(flats[run.master][run.source], non_blocking=True)
+        self._copies = stream
+        self._state.before_next_step(self._await_copies)
+
+    @torch.no_grad()
+    def read_owned(self, out: Tensor) -> None:
+        flats = self._current_masters()
+        _require_flat("out", out, self._num_owned)
+        for run in self._owned_runs:
+            out[run.buffer].copy_(flats[run.master][run.source])
+
+    def learning_rates(self) -> tuple[float, ...]:
+        return self._state.learning_rates()
+
+    @torch.no_grad()
+    def scale_momentum(self, factor: float) -> None:
+        self._current_masters()
+        self._state.scale_momentum(self._known_masters, factor)
+
+    @torch.no_grad()
+    def reset_moments(self) -> None:
+        self._current_masters()
+        self._state.reset_moments(self._known_masters)
 
     @torch.no_grad()
     def apply(self, delta: Tensor, weight: float, *, mode: MergeMode = "add", base: Tensor | None = None) -> None:
@@ -71,6 +99,7 @@ class MasterPartition:
         if (mode == "replace") != (base is not None):
             raise ValueError("base is given with mode 'replace', and only then")
         flats = self._current_masters()
+        self._await_copies()
         _require_flat("delta", delta, self._num_owned)
         if base is not None:
             _require_flat("base", base, self._num_owned)
@@ -90,6 +119,7 @@ class MasterPartition:
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         flats = self._current_masters()
+        self._await_copies()
         _require_flat("values", values, self._num_owned)
         for run in self._owned_runs:
             flats[run.master][run.source].copy_(values[run.buffer])
@@ -100,9 +130,14 @@ class MasterPartition:
         self._current_masters()
         self._state.capture(self._known_masters, copy)
 
+    def require_restorable(self, copy: RollbackCopy) -> None:
+        self._current_masters()
+        self._state.require_restorable(self._known_masters, copy)
+
     @torch.no_grad()
     def restore(self, copy: RollbackCopy) -> None:
         self._current_masters()
+        self._await_copies()
         self._state.restore(self._known_masters, copy)
         self._layout.publish()
 
@@ -128,11 +163,11 @@ class MasterPartition:
             self._scratch[device] = torch.empty(_SCRATCH_ELEMENTS, dtype=torch.float32, device=device)
         return self._scratch[device]
 
-    def _copy_stream(self) -> contextlib.AbstractContextManager[Any]:
-        if self._stream is None:
-            return contextlib.nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        return torch.cuda.stream(self._stream)
+    def _await_copies(self) -> None:
+        """Makes what the device does next wait for the copies of ``read``; the host goes on."""
+        if self._copies is not None:
+            torch.cuda.current_stream(self._copies.device).wait_stream(self._copies)
+            self._copies = None
 
 
 def _pieces(runs: Sequence[Run], limit: int) -> Iterator[Run]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from sidecast.trainer.nowcast.partitions.rollback import RollbackCopy, RollbackError, packed_bytes
 
@@ -14,6 +15,8 @@ from sidecast.trainer.nowcast.partitions.rollback import RollbackCopy, RollbackE
 _ASSUMED_MOMENTS = 2
 _ASSUMED_STEP_BYTES = 4
 # The moving parts of DeepSpeed's loss scalers; their settings (window, factor, floor) never change.
+_MOMENTUM_KEYS = ("exp_avg", "momentum_buffer")
+_STEP_KEY = "step"
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -21,12 +24,12 @@ class OptimizerState:
     """Moments and step counters of each master, and the loss scale.
 
     Args:
-        states: ``optimizer.state`` of every inner optimizer, keyed by master tensor.
+        optimizers: Every inner optimizer; its ``state`` is keyed by master tensor.
         loss_scaler: The object that holds DeepSpeed's fp16 loss scale, if any.
     """
 
-    def __init__(self, states: Sequence[MutableMapping[Tensor, Any]], loss_scaler: Any | None) -> None:
-        self._states = states
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], loss_scaler: Any | None) -> None:
+        self._optimizers = optimizers
         self._loss_scaler = loss_scaler
 
     def num_bytes(self, masters: Sequence[Tensor]) -> int:
@@ -42,6 +45,38 @@ class OptimizerState:
             )
         return packed_bytes(sizes_bytes)
 
+    def learning_rates(self) -> tuple[float, ...]:
+        """Of every parameter group, now."""
+        return tuple(float(group["lr"]) for group in self._optimizers[0].param_groups)
+
+    def before_next_step(self, callback: Callable[[], None]) -> None:
+        """Calls back once, just before the masters are updated next."""
+        handles: list[RemovableHandle] = []
+
+        def call_once(*_: Any) -> None:
+            for handle in handles:
+                handle.remove()
+            callback()
+
+        handles.extend(optimizer.register_step_pre_hook(call_once) for optimizer in self._optimizers)
+
+    def scale_momentum(self, masters: Sequence[Tensor], factor: float) -> None:
+        """Multiplies the first moments of these masters."""
+        for master in masters:
+            for key, value in self._entries(master).items():
+                if key in _MOMENTUM_KEYS and isinstance(value, Tensor):
+                    value.mul_(factor)
+
+    def reset_moments(self, masters: Sequence[Tensor]) -> None:
+        """Zeroes the moments and step counters of these masters, where they are."""
+        for master in masters:
+            entries = self._entries(master)
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and (value.shape == master.shape or key == _STEP_KEY):
+                    value.zero_()
+                elif key == _STEP_KEY:
+                    entries[key] = 0
+
     def capture(self, masters: Sequence[Tensor], copy: RollbackCopy) -> None:
         """Fills the copy with masters, state and loss scale."""
         tensors: dict[str, Tensor] = {}
@@ -55,12 +90,21 @@ class OptimizerState:
                 values[field] = getattr(self._loss_scaler, field)
         copy.save(tensors, values)
 
-    def restore(self, masters: Sequence[Tensor], copy: RollbackCopy) -> None:
-        """Puts masters, state and loss scale back, in place wherever a tensor still exists."""
-        tensors, values = copy.tensors(), copy.values()
+    def require_restorable(self, masters: Sequence[Tensor], copy: RollbackCopy) -> None:
+        """Refuses a copy that is empty or was captured from other tensors.
+
+        Raises:
+            RollbackError: It is.
+        """
+        tensors = copy.tensors()
         held = [(name, tensors[name].shape) for name in tensors if "." not in name]
         if held != [(f"{index}", master.shape) for index, master in enumerate(masters)]:
             raise RollbackError("the rollback copy is empty or was captured from other tensors; nothing was restored")
+
+    def restore(self, masters: Sequence[Tensor], copy: RollbackCopy) -> None:
+        """Puts masters, state and loss scale back, in place wherever a tensor still exists."""
+        self.require_restorable(masters, copy)
+        tensors, values = copy.tensors(), copy.values()
         for index, master in enumerate(masters):
             master.detach().copy_(tensors[f"{index}"])
             self._restore_entries(master, _without_prefix(tensors, f"{index}."), _without_prefix(values, f"{index}."))
@@ -90,7 +134,8 @@ class OptimizerState:
         return self._state_of(master).get(master, {})
 
     def _state_of(self, master: Tensor) -> MutableMapping[Tensor, Any]:
-        return next((state for state in self._states if master in state), self._states[0])
+        states = [optimizer.state for optimizer in self._optimizers]
+        return next((state for state in states if master in state), states[0])
 
 
 def _without_prefix(entries: dict[str, Any], prefix: str) -> dict[str, Any]:

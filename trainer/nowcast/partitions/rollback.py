@@ -56,6 +56,15 @@ class RollbackCopy:
         return cls(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin_memory))
 
     @property
+    def num_bytes(self) -> int:
+        """How much it can hold."""
+        return self._buffer.numel()
+
+    def touch(self) -> None:
+        """Makes the kernel back every page now, rather than at the first jump, when there may be no memory left."""
+        self._buffer.zero_()
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is nothing to restore."""
         return not self._places

@@ -21,14 +21,13 @@ from sidecast.trainer.nowcast.partitions.trainable import TrainableParameters, t
 from sidecast.trainer.nowcast.partitions.windowed import WindowedLayout
 
 
-def partition_of(engine: Any, *, stream: torch.cuda.Stream | None = None) -> Partition:
+def partition_of(engine: Any) -> Partition:
     """Maps what this rank holds of the model.
 
     Call it again after ``engine.load_checkpoint``; a partition that no longer fits raises instead of reading on.
 
     Args:
         engine: What ``deepspeed.initialize`` returned, with ZeRO stage 0 to 3.
-        stream: CUDA stream for the copies of ``read``; without one they block.
 
     Raises:
         ConfigError: The engine uses what is not supported (tensor, pipeline or expert parallelism, NVMe offload,
@@ -44,8 +43,8 @@ def partition_of(engine: Any, *, stream: torch.cuda.Stream | None = None) -> Par
     if getattr(optimizer, "backup_optimizer", None) is not None:
         inner.append(optimizer.backup_optimizer)
     loss_scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
-    state = OptimizerState([each.state for each in inner], loss_scaler)
-    return MasterPartition(trainable, layout, state, stream)
+    state = OptimizerState(inner, loss_scaler)
+    return MasterPartition(trainable, layout, state)
 
 
 def _layout_of(module: nn.Module, optimizer: Any) -> tuple[TrainableParameters, Layout]:

@@ -11,6 +11,7 @@ from torch import distributed as dist
 
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.nowcast.partitions.fragments import Fragment
+from sidecast.trainer.nowcast.partitions.staleness import require_loaded
 from sidecast.trainer.nowcast.partitions.trainable import TrainableParameters
 
 
@@ -42,6 +43,7 @@ class ShardedLayout:
         return self._optimizer.fp32_partitioned_groups_flat
 
     def placement(self) -> object:
+        require_loaded(self._optimizer)
         return None
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.nowcast.partitions.fragments import Fragment
-from sidecast.trainer.nowcast.partitions.staleness import StalePartitionError
+from sidecast.trainer.nowcast.partitions.staleness import StalePartitionError, require_loaded
 from sidecast.trainer.nowcast.partitions.trainable import TrainableParameters
 
 
@@ -62,6 +62,7 @@ class WindowedLayout:
         self.upload = self.owned
 
     def _offsets(self) -> list[list[int]]:
+        require_loaded(self._optimizer)
         offsets = []
         for group, flat in zip(self._groups, self._flats(), strict=True):
             begin, itemsize = flat.data_ptr(), flat.element_size()

@@ -1,0 +1,70 @@
+"""Hands nowcasts that are due to an engine, and their results back to the session."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorRequest
+from sidecast.nowcaster_service.session_events import NowcastTask, Prediction
+from sidecast.nowcaster_service.sessions import Session
+
+log = logging.getLogger(__name__)
+
+
+class Predictions(Protocol):
+    """Whoever runs predictors: an actor pool in the service, the test's own process in tests."""
+
+    async def predict(self, request: NowcastRequest) -> NowcastAnswer: ...
+
+
+class Dispatcher:
+    """Runs nowcasts as tasks of the event loop.
+
+    Args:
+        engines: Who makes them.
+        timeout_s: One that takes longer is given up.
+    """
+
+    def __init__(self, engines: Predictions, timeout_s: float) -> None:
+        self._engines = engines
+        self._timeout_s = timeout_s
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, session: Session, task: NowcastTask) -> None:
+        """Begins a nowcast, whose end the session will be told."""
+        self._spawn(self._nowcast(session, task))
+
+    async def _nowcast(self, session: Session, task: NowcastTask) -> None:
+        settings = session.settings
+        request = NowcastRequest(
+            predictor=PredictorRequest(
+                predictor=settings.predictor,
+                options=settings.predictor_options,
+                manifest_json=settings.manifest.to_json(),
+                context_len=settings.context_len,
+            ),
+            state_paths=tuple(vector.path for vector in task.states),
+            delta_path=task.delta.path,
+            horizon_intervals=task.horizon_intervals,
+            max_relative_norm=settings.max_relative_norm,
+        )
+        try:
+            answer = await asyncio.wait_for(self._engines.predict(request), self._timeout_s)
+        except TimeoutError:
+            answer = NowcastAnswer(refusal=f"the nowcast took longer than {self._timeout_s:g} s")
+        except Exception:
+            log.exception("the nowcast of step %d failed", task.base_step)
+            answer = NowcastAnswer(refusal="the predictor failed; the service's log says how")
+        prediction = None
+        if not answer.refusal:
+            prediction = Prediction(task, answer.digest, answer.relative_norm, answer.nowcast_s)
+        session.finish(task, prediction, answer.refusal)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        # The loop holds tasks weakly; an unreferenced one may vanish half-way.
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

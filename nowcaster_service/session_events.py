@@ -1,0 +1,91 @@
+"""What happens in a session, as values and as messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sidecast.nowcaster_service.history import VectorFile
+from sidecast.protos import nowcast_pb2 as pb
+
+
+@dataclass(frozen=True)
+class NowcastTask:
+    """One nowcast to be made; its files are pinned until ``Session.finish``."""
+
+    version: int
+    base_step: int
+    epoch: int
+    horizon_intervals: int
+    states: tuple[VectorFile, ...]
+    delta: VectorFile
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A published prediction: one version, whole, checked."""
+
+    task: NowcastTask
+    digest: int
+    relative_norm: float
+    nowcast_s: float
+
+
+@dataclass(frozen=True)
+class SnapshotEvent:
+    """A snapshot was committed (reason empty) or aborted."""
+
+    step: int
+    epoch: int
+    digest: bytes
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class FailureEvent:
+    """A nowcast was not made, or its result not published."""
+
+    base_step: int
+    reason: str
+
+
+@dataclass
+class SessionCounts:
+    """Totals since the session began."""
+
+    committed: int = 0
+    aborted: int = 0
+    published: int = 0
+    failed: int = 0
+    applied: int = 0
+    accepted: int = 0
+    rolled_back: int = 0
+    rejected: int = 0
+
+
+Event = SnapshotEvent | Prediction | FailureEvent
+
+
+def event_message(event: Event, predictor: str) -> pb.SessionEvent:
+    """The event as couriers hear of it."""
+    match event:
+        case SnapshotEvent(reason=""):
+            return pb.SessionEvent(
+                committed=pb.SnapshotCommitted(step=event.step, epoch=event.epoch, digest=event.digest)
+            )
+        case SnapshotEvent():
+            return pb.SessionEvent(aborted=pb.SnapshotAborted(step=event.step, epoch=event.epoch, reason=event.reason))
+        case Prediction():
+            return pb.SessionEvent(
+                published=pb.PredictionPublished(
+                    version=event.task.version,
+                    base_step=event.task.base_step,
+                    epoch=event.task.epoch,
+                    horizon_intervals=event.task.horizon_intervals,
+                    digest=event.digest,
+                    relative_norm=event.relative_norm,
+                    nowcast_seconds=event.nowcast_s,
+                    predictor=predictor,
+                )
+            )
+        case FailureEvent():
+            return pb.SessionEvent(failed=pb.PredictionFailed(base_step=event.base_step, reason=event.reason))

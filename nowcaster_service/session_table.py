@@ -1,0 +1,207 @@
+"""All sessions of one service: who is open, who watches, who must give way. On one event loop, so without locks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator
+
+from sidecast.nowcaster_service.errors import MalformedError, SaturatedError, UnknownSessionError, WrongStateError
+from sidecast.nowcaster_service.history import HistoryStore
+from sidecast.nowcaster_service.metrics import ServiceMetrics
+from sidecast.nowcaster_service.session_events import Event, FailureEvent, Prediction, SnapshotEvent, event_message
+from sidecast.nowcaster_service.session_settings import SessionSettings
+from sidecast.nowcaster_service.sessions import Session
+from sidecast.protos import nowcast_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+# Ended sessions of resumed runs whose couriers may still come back for them.
+MAX_SUPERSEDED = 1024
+# A session that no courier has watched for so long is a dead job's, and gives way to one that needs its space.
+ORPHAN_GRACE_S = 30.0
+
+Watcher = asyncio.Queue[pb.SessionEvent | None]
+
+
+class SessionTable:
+    """Sessions by id, within the history budget.
+
+    Args:
+        store: Where vectors live.
+        metrics: What Prometheus sees.
+        clock: Monotonic seconds.
+        session_timeout_s: A session that nobody has used or watched for so long is ended.
+    """
+
+    def __init__(
+        self, store: HistoryStore, metrics: ServiceMetrics, clock: Callable[[], float], session_timeout_s: float
+    ) -> None:
+        self._store = store
+        self._metrics = metrics
+        self._clock = clock
+        self._session_timeout_s = session_timeout_s
+        self._sessions: dict[str, Session] = {}
+        self._last_seen_s: dict[str, float] = {}
+        self._watchers: dict[str, list[Watcher]] = {}
+        self._superseded: deque[str] = deque(maxlen=MAX_SUPERSEDED)
+
+    def find(self, session_id: str) -> Session | None:
+        """A session if it is open; an open one has been used just now.
+
+        Raises:
+            WrongStateError: It was superseded by a later one of its run.
+        """
+        if session_id in self._superseded:
+            raise WrongStateError(f"session {session_id} was superseded by a later one of its run")
+        session = self._sessions.get(session_id)
+        if session is not None:
+            self._last_seen_s[session_id] = self._clock()
+        return session
+
+    def get(self, session_id: str) -> Session:
+        """An open session, used just now.
+
+        Raises:
+            UnknownSessionError: There is no such session.
+        """
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise UnknownSessionError(f"session {session_id!r} is not known here; open it first")
+        self._last_seen_s[session_id] = self._clock()
+        return session
+
+    def items(self) -> Iterator[tuple[Session, float]]:
+        """Every session with the seconds since it was used."""
+        for session_id, session in self._sessions.items():
+            yield session, self._idle_s(session_id)
+
+    def num_watchers(self, session_id: str) -> int:
+        return len(self._watchers.get(session_id, ()))
+
+    # --- from its beginning to its end
+
+    def begin(self, settings: SessionSettings, request: pb.OpenRequest) -> None:
+        """Opens a session; an earlier one of its run ends, and hands over what a resume may keep.
+
+        Raises:
+            MalformedError: Its history is larger than the whole budget.
+            SaturatedError: Its history does not fit beside the others'.
+        """
+        self.expire()
+        self._make_room(settings)
+        earlier = [session for session in self._sessions.values() if session.settings.run_id == settings.run_id]
+        session_id = settings.session_id
+        session = Session(settings, self._store, lambda event: self._on_event(session_id, event))
+        for superseded in earlier:
+            if request.resumed:
+                session.adopt(superseded, request.resume_step, request.resume_epoch)
+            self._end(superseded.settings.session_id)
+            self._superseded.append(superseded.settings.session_id)
+        self._sessions[session_id] = session
+        self._last_seen_s[session_id] = self._clock()
+        self._metrics.sessions.set(len(self._sessions))
+        self._metrics.begin_run(settings.run_id)
+        log.info(
+            "session %s of run %s: %d ranks, %d parameters, predictor %s, horizons %s",
+            session_id,
+            settings.run_id,
+            settings.world_size,
+            settings.manifest.num_elements,
+            settings.predictor,
+            settings.horizons[:12],
+        )
+
+    def _make_room(self, settings: SessionSettings) -> None:
+        """Ends sessions that nobody watches any more, the longest idle first, until this one fits."""
+        needs = (
+            f"a session of {settings.manifest.num_elements} parameters needs {settings.needed_bytes} bytes of history "
+            f"({settings.context_len} states and working copies, 4 bytes each)"
+        )
+        budget_bytes = self._store.budget_bytes
+        if settings.needed_bytes > budget_bytes:
+            raise MalformedError(f"{needs}; the service has {budget_bytes} (sidecast serve --history-gib)")
+        others = {
+            session_id: session.settings
+            for session_id, session in self._sessions.items()
+            if session.settings.run_id != settings.run_id
+        }
+        promised = sum(other.needed_bytes for other in others.values())
+        for session_id in sorted(others, key=self._last_seen_s.__getitem__):
+            is_orphan = not self._watchers.get(session_id) and self._idle_s(session_id) > ORPHAN_GRACE_S
+            if promised + settings.needed_bytes > budget_bytes and is_orphan:
+                log.info("session %s, which nobody watches, makes room for %s", session_id, settings.session_id)
+                promised -= others[session_id].needed_bytes
+                self._expire(session_id)
+        if promised + settings.needed_bytes > budget_bytes:
+            raise SaturatedError(
+                f"{needs}; {promised} of {budget_bytes} bytes are promised to others (sidecast serve --history-gib)"
+            )
+
+    def _idle_s(self, session_id: str) -> float:
+        return self._clock() - self._last_seen_s[session_id]
+
+    def expire(self) -> None:
+        """Ends the sessions that nobody has used or watched for the session timeout."""
+        for session_id in list(self._sessions):
+            is_idle = self._idle_s(session_id) > self._session_timeout_s
+            if is_idle and not self._watchers.get(session_id):
+                log.info("session %s expired", session_id)
+                self._expire(session_id)
+
+    def _expire(self, session_id: str) -> None:
+        run_id = self._sessions[session_id].settings.run_id
+        self._end(session_id)
+        # A run has one session at a time: a resume ends the one before.
+        self._metrics.forget_run(run_id)
+
+    def _end(self, session_id: str) -> None:
+        self._sessions.pop(session_id).close()
+        # The next model may have another size; an idle service holds nothing.
+        self._store.drop_spares()
+        self._last_seen_s.pop(session_id, None)
+        for queue in self._watchers.pop(session_id, []):
+            queue.put_nowait(None)
+        self._metrics.sessions.set(len(self._sessions))
+        self._metrics.history_bytes.set(self._store.used_bytes)
+
+    # --- events
+
+    async def watch(self, session_id: str) -> AsyncGenerator[pb.SessionEvent, None]:
+        """Yields the newest prediction, if there is one, and then everything that happens until the session ends."""
+        session = self.get(session_id)
+        queue: Watcher = asyncio.Queue()
+        queues = self._watchers.setdefault(session_id, [])
+        queues.append(queue)
+        try:
+            if session.prediction is not None:
+                yield event_message(session.prediction, session.settings.predictor)
+            while (event := await queue.get()) is not None:
+                yield event
+        finally:
+            queues.remove(queue)
+
+    def _on_event(self, session_id: str, event: Event) -> None:
+        session = self._sessions.get(session_id)
+        if session is None:
+            return
+        run = session.settings.run_id
+        match event:
+            case SnapshotEvent(reason=""):
+                self._metrics.snapshots.labels(run, "committed").inc()
+                self._metrics.snapshot_step.labels(run).set(event.step)
+            case SnapshotEvent():
+                self._metrics.snapshots.labels(run, "aborted").inc()
+                log.warning("snapshot of step %d aborted: %s", event.step, event.reason)
+            case Prediction():
+                self._metrics.predictions.labels(run, "published").inc()
+                self._metrics.nowcast_seconds.labels(run, session.settings.predictor).observe(event.nowcast_s)
+                self._metrics.relative_norm.labels(run).set(event.relative_norm)
+            case FailureEvent():
+                self._metrics.predictions.labels(run, "failed").inc()
+                log.warning("no nowcast at step %d: %s", event.base_step, event.reason)
+        self._metrics.history_bytes.set(self._store.used_bytes)
+        message = event_message(event, session.settings.predictor)
+        for queue in self._watchers.get(session_id, []):
+            queue.put_nowait(message)

@@ -1,0 +1,49 @@
+"""One rank's ranges of one prediction on their way from the service: what has come, what is missing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sidecast.protos import nowcast_pb2 as pb
+
+
+@dataclass
+class Part:
+    """A piece of the buffer that one stream fills, in order; bytes as they travel."""
+
+    position: int
+    stop: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.position == self.stop
+
+
+class Download:
+    """A prediction being received; a part that was interrupted goes on where it stopped.
+
+    Args:
+        key: Session, rank and version.
+        buffer: The rank's prediction buffer, fp32.
+        num_parts: Streams that share the work.
+        chunk_bytes: Size of the service's chunks, at which parts begin.
+    """
+
+    def __init__(self, key: pb.ChunkKey, buffer: memoryview, num_parts: int, chunk_bytes: int) -> None:
+        self.key = key
+        self.buffer = buffer
+        self.num_bytes = len(buffer)
+        part_bytes = max(1, math.ceil(self.num_bytes / chunk_bytes / num_parts)) * chunk_bytes
+        self.parts = [
+            Part(start, min(start + part_bytes, self.num_bytes)) for start in range(0, self.num_bytes, part_bytes)
+        ]
+
+    def put(self, offset_bytes: int, data: memoryview) -> None:
+        """Stores the next bytes of a part."""
+        self.buffer[offset_bytes : offset_bytes + len(data)] = data
+
+    @property
+    def received_bytes(self) -> int:
+        """All that has come, over all attempts."""
+        return self.num_bytes - sum(part.stop - part.position for part in self.parts)

@@ -1,0 +1,117 @@
+"""What the courier says, and the prediction that it has brought."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from sidecast.trainer.nowcast.channel import Message
+from sidecast.trainer.nowcast.courier_handle import CourierHandle
+from sidecast.trainer.nowcast.prediction import HeldPrediction
+from sidecast.trainer.nowcast.reporting import Reporter
+from sidecast.trainer.nowcast.staging import as_tensor
+
+log = logging.getLogger(__name__)
+
+
+class Inbox:
+    """Reads the courier's messages without waiting, and holds one prediction at most.
+
+    Args:
+        courier: Who speaks.
+        reporter: Is told what it said.
+        max_staleness_steps: A prediction whose base is older is let go.
+
+    Attributes:
+        held: The prediction that lies whole in ``delta``; None if there is none.
+        delta: Flat fp32, this rank's owned elements; only valid while a prediction is held.
+    """
+
+    def __init__(self, courier: CourierHandle, reporter: Reporter, max_staleness_steps: int) -> None:
+        self.held: HeldPrediction | None = None
+        self.delta = as_tensor(courier.prediction)
+        self._courier = courier
+        self._reporter = reporter
+        self._max_staleness_steps = max_staleness_steps
+        self._is_linked = True
+
+    def poll(self, timeout_s: float = 0.0) -> None:
+        """Takes in what has been said, and lets go of a prediction that can no longer be applied.
+
+        Args:
+            timeout_s: How long to wait for the first message.
+        """
+        for message in self._courier.receive(timeout_s):
+            self._on_message(message)
+        if self.held is not None:
+            reason = self.held.why_unusable(self._reporter.step, self._reporter.epoch, self._max_staleness_steps)
+            if reason:
+                self.reject(reason)
+
+    def await_prediction(self, timeout_s: float) -> None:
+        """Waits for a prediction, for word that there will be none, or for the deadline."""
+        deadline_s = time.monotonic() + timeout_s
+        totals = self._reporter.totals
+        self._is_linked = True
+        while self.held is None and (left_s := deadline_s - time.monotonic()) > 0:
+            num_lost = totals.num_failed + totals.num_dropped
+            self.poll(left_s)
+            if totals.num_failed + totals.num_dropped > num_lost or not self._is_linked:
+                return
+
+    def release(self, held: HeldPrediction, details: dict[str, float | int | str]) -> None:
+        """Gives the buffer back after the prediction was applied.
+
+        Args:
+            held: The prediction.
+            details: For the apply log.
+        """
+        self.held = None
+        self._courier.release_prediction({"action": "applied", "step": self._reporter.step, **details})
+
+    def reject(self, reason: str) -> None:
+        """Lets go of the held prediction; a local matter, since it is only ever applied by unanimous vote."""
+        held, self.held = self.held, None
+        assert held is not None
+        self._reporter.totals.num_rejected += 1
+        self._courier.release_prediction(None)
+        self._reporter.report("rejected", held.version, reason=reason)
+        self._reporter.emit("rejected", version=held.version, base_step=held.base_step, reason=reason)
+
+    def close(self) -> None:
+        """Lets go of the shared memory."""
+        self.held = None
+        self.delta = self.delta.new_empty(0)
+
+    def _on_message(self, message: Message) -> None:
+        reporter, totals = self._reporter, self._reporter.totals
+        match message["type"]:
+            case "sent" if message["reason"]:
+                reporter.drop(message["reason"])
+            case "sent":
+                totals.bytes_uploaded += message["bytes"]
+            case "committed":
+                totals.num_committed += 1
+                reporter.emit("committed", snapshot_step=message["step"])
+            case "dropped":
+                reporter.drop(message["reason"])
+            case "prediction" if message["session_id"] != self._courier.session_id:
+                # It was on its way when a checkpoint was loaded: its base is of a future that was given up.
+                self._courier.release_prediction(None)
+            case "prediction":
+                totals.bytes_fetched += message["bytes"]
+                totals.nowcast_s.append(message["nowcast_s"])
+                self.held = HeldPrediction.of(message)
+            case "failed":
+                totals.num_failed += 1
+                reporter.emit("failed", reason=message["reason"], base_step=message["step"])
+            case "connected":
+                reporter.emit("connected")
+            case "disconnected" | "died":
+                self._is_linked = False
+                reporter.emit("disconnected", reason=message["reason"])
+                log.warning("nowcasting pauses: %s", message["reason"])
+            case "refused":
+                self._is_linked = False
+                reporter.emit("disconnected", reason=message["reason"])
+                log.error("the nowcaster service refuses this run: %s", message["reason"])

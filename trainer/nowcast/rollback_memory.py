@@ -1,0 +1,58 @@
+"""Where the copy for undoing a jump is kept: memory of this host, or a file."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from sidecast.errors import ConfigError
+from sidecast.trainer.nowcast.config import NowcasterConfig
+from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy
+
+
+def keeps_rollback_copy(config: NowcasterConfig) -> bool:
+    """Whether jumps are judged, and so must be undoable."""
+    return config.rollback != "off" and config.resolved_probation_steps > 0
+
+
+def reserve_rollback_copy(config: NowcasterConfig, partition: Partition) -> RollbackCopy | None:
+    """Makes the copy that the settings ask for, with every page of it backed; None if they ask for none.
+
+    Raises:
+        ConfigError: There is no room for it.
+    """
+    if not keeps_rollback_copy(config):
+        return None
+    num_bytes = partition.rollback_bytes()
+    if config.rollback == "disk":
+        assert config.rollback_dir is not None
+        return _in_file(Path(config.rollback_dir), num_bytes)
+    try:
+        copy = RollbackCopy.allocate(num_bytes, pin_memory=torch.cuda.is_available())
+    except RuntimeError as error:
+        raise ConfigError(f"no memory for the nowcaster's rollback copy of {num_bytes} bytes: {error}") from error
+    copy.touch()
+    return copy
+
+
+def _in_file(folder: Path, num_bytes: int) -> RollbackCopy:
+    """A copy mapped from a file without a name, which goes with the process however that ends.
+
+    Capturing is a copy into the page cache; the kernel writes it out later. It is the disk that a jump waits for
+    only where the copy is larger than what may be unwritten (``vm.dirty_ratio``).
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # A full disk is to be refused here: found when a page is written, it would be SIGBUS.
+            os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
+            mapped = mmap.mmap(file.fileno(), max(1, num_bytes))
+    except OSError as error:
+        raise ConfigError(
+            f"nowcaster.rollback_dir {folder} takes no rollback copy of {num_bytes} bytes: {error.strerror}"
+        ) from error
+    return RollbackCopy(torch.frombuffer(mapped, dtype=torch.uint8)[:num_bytes])

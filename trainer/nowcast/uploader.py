@@ -1,0 +1,137 @@
+"""The courier's outgoing side: snapshots and reports, in the order in which they happened."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Sequence
+
+from sidecast.errors import SidecastError
+from sidecast.protos import nowcast_pb2 as pb
+from sidecast.trainer.nowcast.channel import Message
+from sidecast.trainer.nowcast.client import CorruptError, NowcastClient, ReopenError, UnavailableError
+from sidecast.trainer.nowcast.fates import SnapshotFates
+from sidecast.trainer.nowcast.link import FIRST_BACKOFF_S, MAX_BACKOFF_S, Link
+from sidecast.trainer.nowcast.metrics import CourierMetrics
+from sidecast.trainer.nowcast.upload import Upload
+
+log = logging.getLogger(__name__)
+
+MAX_CORRUPT = 3
+
+
+class Uploader:
+    """Sends what the trainer hands over; ``run`` is a thread's work.
+
+    Args:
+        client: To the service.
+        rank: This rank.
+        slots: The staging buffers.
+        link: Says whether the service is there.
+        fates: What becomes of snapshots.
+        metrics: The rank's series.
+        tell: Tells the trainer.
+    """
+
+    def __init__(
+        self,
+        client: NowcastClient,
+        rank: int,
+        slots: Sequence[memoryview],
+        link: Link,
+        fates: SnapshotFates,
+        metrics: CourierMetrics,
+        tell: Callable[[Message], None],
+    ) -> None:
+        self._client = client
+        self._rank = rank
+        self._slots = slots
+        self._link = link
+        self._fates = fates
+        self._metrics = metrics
+        self._tell = tell
+        # With the session that they belong to: nothing of a run's earlier session may reach a later one.
+        self._queue: queue.SimpleQueue[tuple[str, Message] | None] = queue.SimpleQueue()
+
+    def put(self, session_id: str, message: Message) -> None:
+        """Takes a snapshot or a report."""
+        self._queue.put((session_id, message))
+
+    def end(self) -> None:
+        """Makes ``run`` return once everything before has been sent."""
+        self._queue.put(None)
+
+    def run(self) -> None:
+        """Sends until told to end."""
+        while (item := self._queue.get()) is not None:
+            session_id, message = item
+            if message["type"] == "report":
+                self._report(session_id, message)
+            else:
+                self._upload(session_id, message)
+
+    def _report(self, session_id: str, message: Message) -> None:
+        fields = {key: value for key, value in message.items() if key not in ("type", "outcome")}
+        request = pb.ReportRequest(session_id=session_id, rank=self._rank, outcome=message["outcome"].upper(), **fields)
+        try:
+            if self._link.is_connected:
+                self._client.report(request)
+        except SidecastError as error:
+            # The epoch also travels with every chunk: a lost report costs a count, nothing else.
+            log.warning("rank %d: the report of step %d was not taken: %s", self._rank, message["step"], error)
+
+    def _upload(self, session_id: str, message: Message) -> None:
+        slot, step, epoch = message["slot"], message["step"], message["epoch"]
+        buffer = self._slots[slot]
+        key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=step, epoch=epoch)
+        upload = Upload(key, len(buffer), lambda start, length: buffer[start : start + length])
+        started_s = time.perf_counter()
+        reason = self._deliver(upload) if self._link.is_connected else "not connected"
+        seconds = time.perf_counter() - started_s
+        if not reason:
+            self._metrics.uploaded_bytes.labels(*self._metrics.labels).inc(upload.num_bytes)
+            self._metrics.upload_seconds.labels(*self._metrics.labels).observe(seconds)
+        elif self._fates.lose(session_id, epoch, step):
+            self._metrics.snapshots.labels(*self._metrics.labels, "unsent").inc()
+        else:
+            # The service has told of its end before.
+            reason = ""
+        num_bytes = 0 if reason else upload.num_bytes
+        self._tell(
+            {"type": "sent", "slot": slot, "step": step, "seconds": seconds, "bytes": num_bytes, "reason": reason}
+        )
+
+    def _deliver(self, upload: Upload) -> str:
+        """Uploads and commits, going on after interruptions; says why it could not, if so."""
+        deadline_s = time.monotonic() + self._client.transfer_s(upload.num_bytes)
+        backoff_s = FIRST_BACKOFF_S
+        num_corrupt = 0
+        upload.fill(self._client.chunk_bytes)
+        while True:
+            try:
+                self._client.upload(upload)
+                self._client.commit(upload)
+                return ""
+            except CorruptError as error:
+                reason, num_corrupt = str(error), num_corrupt + 1
+            except (UnavailableError, ReopenError) as error:
+                reason = str(error)
+            except SidecastError as error:
+                return str(error)
+            left_s = deadline_s - time.monotonic()
+            if num_corrupt == MAX_CORRUPT or not self._link.wait_connected(upload.key.session_id, left_s):
+                return reason
+            time.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+            received = self._received(upload)
+            self._metrics.resumed.labels(*self._metrics.labels, "upload").inc()
+            upload.fill(self._client.chunk_bytes, received)
+
+    def _received(self, upload: Upload) -> list[tuple[int, int]]:
+        try:
+            return self._client.progress(upload.key)
+        except SidecastError as error:
+            # Everything again, then; if that is of no use either, the upload says so.
+            log.debug("rank %d: no word of what has arrived: %s", self._rank, error)
+            return []
