@@ -34,6 +34,8 @@ async def reorder(messages: Messages, fire: Fire) -> Messages:
         if first:
             yield first
             first = b""
+    if first:
+        yield first
 
 
 async def end_early(messages: Messages, fire: Fire) -> Messages:
@@ -49,7 +51,7 @@ async def lose_one(messages: Messages, fire: Fire) -> Messages:
     """All messages but the second."""
     fire()
     yield await anext(messages)
-    await anext(messages)
+    await anext(messages, b"")
     async for message in messages:
         yield message
 

@@ -125,8 +125,9 @@ class FaultRun:
         self._restart_at_step: int | None = None
         self._over_at_s = 0.0
         self._undo: Callable[[], None] | None = None
-        if fault is not None and fault.call == "Open":
-            # A session is only opened with a service that does not know it.
+        if fault is not None and (fault.call == "Open" or fault.what == "fill the disk"):
+            # A session is only opened with a service that does not know it; one that has run for a while has files
+            # to spare.
             self._kill_service()
             self._start_service(fault)
         elif fault is not None and fault.call in SERVICE_CALLS:

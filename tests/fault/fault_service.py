@@ -167,7 +167,7 @@ class FaultInterceptor(grpc.aio.ServerInterceptor):
             fault = self._points.take(call, "during", request.rank)
             if fault is not None and fault.what == "refuse":
                 self._points.fire()
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "refused by the test")
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "refused by the test")
             messages = _serialized(handler, request, context)
             if fault is not None and fault.what in CHUNK_ALTERATIONS:
                 messages = CHUNK_ALTERATIONS[fault.what](messages, self._points.fire)
