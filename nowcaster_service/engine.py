@@ -18,7 +18,7 @@ from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.nowcasting import LocalRunner
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
 from sidecast.predictors.base import Predictor, check_history
-from sidecast.predictors.passes import PartContext, PassPlan, PassPredictor, divide_parts, run_pass
+from sidecast.predictors.passes import PartContext, PassPredictor, divide_parts, run_pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class PassWorker:
         history = task.files.open()
         check_history(self._predictor, history, task.horizon_intervals)
         plan = self._predictor.plan(task.files.manifest, task.horizon_intervals)
-        self._plan = PassPlan(divide_parts(plan.parts, task.num_workers)[task.worker], plan.passes)
+        self._plan = replace(plan, parts=divide_parts(plan.parts, task.num_workers)[task.worker])
         out = map_vector(task.out_path, task.files.manifest, torch.float32, writable=True)
         self._context = PartContext(task.files.manifest, history.states, {}, out)
         return len(plan.passes)
@@ -87,7 +87,8 @@ class PassWorker:
             sums = total.clone().to(self._sums_device)
             found = self._plan.passes[pass_index - 1].finish(sums, self._context)
             self._context = replace(self._context, found=found)
-        sums_here = run_pass(self._plan.passes[pass_index], self._plan.parts, self._context, self._num_threads)
+        num_threads = self._plan.num_threads(self._num_threads)
+        sums_here = run_pass(self._plan.passes[pass_index], self._plan.parts, self._context, num_threads)
         if sums_here is None:
             return None
         self._sums_device = sums_here.device

@@ -64,17 +64,6 @@ class Moments:
     total: float
     total_squared: float
 
-    @classmethod
-    def of(cls, states: Sequence[Tensor], pivot: float) -> Moments:
-        """Moments of equally shaped parts of C states, accumulated in fp64."""
-        count, total, total_squared = 0, 0.0, 0.0
-        for state in states:
-            centred = state.to(torch.float64) - pivot
-            count += centred.numel()
-            total += float(centred.sum())
-            total_squared += float(centred.square().sum())
-        return cls(count, total, total_squared)
-
     def scale(self, pivot: float) -> Scale:
         """Mean and unbiased standard deviation; a tensor of one value has deviation 0."""
         if self.count == 0:
@@ -82,6 +71,25 @@ class Moments:
         mean = self.total / self.count
         variance = max(0.0, self.total_squared - self.total * mean) / max(1, self.count - 1)
         return Scale(pivot + mean, variance**0.5)
+
+
+def moment_sums(states: Sequence[Tensor], pivot: Tensor) -> Tensor:
+    """The fields of the moments of equally shaped parts of C states, (3,) fp64, on the device of the states.
+
+    Args:
+        states: The parts.
+        pivot: One value near them, a tensor without dimensions on any device.
+    """
+    sums = states[0].new_zeros(3, dtype=torch.float64)
+    sums[0] = sum(state.numel() for state in states)
+    # Differences of fp32 values that are near each other are exact or nearly so; a GPU's time goes with the bytes.
+    work_dtype = torch.float64 if sums.device.type == "cpu" else torch.float32
+    pivot = pivot.to(sums.device, work_dtype)
+    for state in states:
+        centred = state.to(work_dtype) - pivot
+        sums[1] += centred.sum(dtype=torch.float64)
+        sums[2] += centred.square().sum(dtype=torch.float64)
+    return sums
 
 
 def tensor_scale(states: Sequence[Tensor]) -> Scale:
@@ -95,5 +103,6 @@ def tensor_scale(states: Sequence[Tensor]) -> Scale:
     if states[-1].numel() == 0:
         return Scale(0.0, 0.0)
     # Near the mean in units of the deviation, and exact for a constant tensor.
-    pivot = float(states[-1].flatten()[0])
-    return Moments.of(states, pivot).scale(pivot)
+    pivot = states[-1].flatten()[0]
+    count, total, total_squared = moment_sums(states, pivot).tolist()
+    return Moments(int(count), total, total_squared).scale(float(pivot))

@@ -22,6 +22,21 @@ MAX_NODES = 4_096
 """Nodes on one side of a part, so that hidden vectors of its nodes take a few megabytes."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartLimits:
+    """How large parts may be.
+
+    Attributes:
+        max_scalars: Scalar parameters of one part.
+        max_sources: Sources of one part, unless it reads a scrambled parameter.
+        max_nodes: Nodes on one side of a part.
+    """
+
+    max_scalars: int
+    max_sources: int
+    max_nodes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPart:
     """Some edges of a graph that are worked on together.
@@ -83,18 +98,24 @@ class BlockPart:
         Returns:
             C tensors (T, S, F): strided views of the states, or copies if elements are scattered.
         """
-        index = _scattered_index(self)
+        index = _scattered_index(self, states[0].device)
         if index is not None:
             return [state[parameter_start:][index] for state in states]
         return [_strided(self, state, parameter_start) for state in states]
 
     def write(self, values_TSF: Tensor, out: Tensor, parameter_start: int) -> None:
         """Writes one value for each parameter on the edges into a parameter vector."""
-        index = _scattered_index(self)
+        index = _scattered_index(self, out.device)
         if index is not None:
-            out[parameter_start:][index] = values_TSF
+            out[parameter_start:][index] = values_TSF.to(out.device)
         else:
             _strided(self, out, parameter_start).copy_(values_TSF)
+
+    def to(self, device: torch.device) -> BlockPart:
+        """The part with its node indices on a device."""
+        if isinstance(self.sources, slice) or isinstance(self.targets, slice):
+            return self
+        return replace(self, sources=self.sources.to(device), targets=self.targets.to(device))
 
     def add_to(self, sums_VD: Tensor, values_TD: Tensor) -> None:
         """Adds one row for each target to the sums of its node."""
@@ -104,12 +125,18 @@ class BlockPart:
             sums_VD.index_add_(0, self.targets, values_TD)
 
 
-def split_topology(topology: Topology) -> list[BlockPart]:
+def split_topology(topology: Topology, limits: PartLimits | None = None) -> list[BlockPart]:
     """Divides all edges of a graph, self-loops included, into parts of bounded size.
+
+    Args:
+        topology: The graph.
+        limits: How large parts may be; the constants of this module if None, which suit the caches of a CPU.
 
     Raises:
         ConfigError: Some parameter is on no edge, or on several.
     """
+    if limits is None:
+        limits = PartLimits(max_scalars=MAX_SCALARS, max_sources=MAX_SOURCES, max_nodes=MAX_NODES)
     structural: dict[tuple[EdgeType, float], list[Tensor]] = {}
     parts: list[BlockPart] = []
     carried = 0
@@ -120,7 +147,7 @@ def split_topology(topology: Topology) -> list[BlockPart]:
             structural.setdefault((block.edge_type, block.constant), []).append(_pairs(block))
         else:
             carried += block.num_edges * block.view.num_kernel_elements
-            parts.extend(_split_block(block))
+            parts.extend(_split_block(block, limits))
     num_elements = sum(spec.numel for spec in topology.parameters)
     if carried != num_elements:
         raise ConfigError(
@@ -130,7 +157,8 @@ def split_topology(topology: Topology) -> list[BlockPart]:
     nodes = torch.arange(topology.num_nodes)
     structural.setdefault((EdgeType.SELF_LOOP, topology.SELF_LOOP_CONSTANT), []).append(torch.stack([nodes, nodes]))
     for (edge_type, constant), pairs in structural.items():
-        for source, target in (piece.unbind() for piece in torch.cat(pairs, dim=1).split(MAX_NODES, dim=1)):
+        for piece in _pieces_of_unique_targets(torch.cat(pairs, dim=1), limits.max_nodes):
+            source, target = piece.unbind()
             parts.append(
                 BlockPart(
                     edge_type=edge_type,
@@ -153,6 +181,17 @@ def in_degrees(topology: Topology) -> Tensor:
     return degrees_V
 
 
+def _pieces_of_unique_targets(pairs: Tensor, max_pairs: int) -> Iterator[Tensor]:
+    """Pieces with no target twice: a GPU would add what such a target gets in an order of its own in every run."""
+    target = pairs[1]
+    order = torch.argsort(target, stable=True)
+    ordered = target[order]
+    occurrence = torch.empty_like(target)
+    occurrence[order] = torch.arange(len(target)) - torch.searchsorted(ordered, ordered)
+    for number in range(int(occurrence.max()) + 1):
+        yield from pairs[:, occurrence == number].split(max_pairs, dim=1)
+
+
 def _pairs(block: Block) -> Tensor:
     source = torch.arange(block.source.start, block.source.stop)
     target = torch.arange(block.target.start, block.target.stop)
@@ -161,20 +200,21 @@ def _pairs(block: Block) -> Tensor:
     return torch.cartesian_prod(source, target).T.reshape(2, -1)
 
 
-def _split_block(block: Block) -> Iterator[BlockPart]:
+def _split_block(block: Block, limits: PartLimits) -> Iterator[BlockPart]:
     view = block.view
     assert view is not None
-    max_edges = max(1, MAX_SCALARS // view.num_kernel_elements)
+    max_edges = max(1, limits.max_scalars // view.num_kernel_elements)
+    max_nodes = limits.max_nodes
     num_sources, num_targets = len(block.source), len(block.target)
     if block.kind is BlockKind.DIAGONAL:
-        source_step = target_step = min(num_sources, max_edges, MAX_NODES)
+        source_step = target_step = min(num_sources, max_edges, max_nodes)
     elif view.transposed_shape is not None:
         # Positions run along the targets, so that a part of all targets reads one narrow band of columns.
-        target_step = min(num_targets, max_edges, MAX_NODES)
-        source_step = min(num_sources, max(1, max_edges // target_step), MAX_NODES)
+        target_step = min(num_targets, max_edges, max_nodes)
+        source_step = min(num_sources, max(1, max_edges // target_step), max_nodes)
     else:
-        source_step = min(num_sources, max_edges, MAX_SOURCES)
-        target_step = min(num_targets, max(1, max_edges // source_step), MAX_NODES)
+        source_step = min(num_sources, max_edges, limits.max_sources)
+        target_step = min(num_targets, max(1, max_edges // source_step), max_nodes)
     for source in range(0, num_sources, source_step):
         sources = min(source_step, num_sources - source)
         diagonal = block.kind is BlockKind.DIAGONAL
@@ -202,13 +242,13 @@ def _strided(part: BlockPart, vector: Tensor, parameter_start: int) -> Tensor:
     return vector.as_strided((*part.grid, part.num_kernel_elements), strides, first)
 
 
-def _scattered_index(part: BlockPart) -> Tensor | None:
+def _scattered_index(part: BlockPart, device: torch.device) -> Tensor | None:
     view = part.view
     assert view is not None
     if view.transposed_shape is None:
         return None
     axes = [
-        torch.arange(count) * stride
+        torch.arange(count, device=device) * stride
         for count, stride in zip((*part.grid, part.num_kernel_elements), part.strides(), strict=True)
     ]
     position = view.offset + axes[0][:, None, None] + axes[1][:, None] + axes[2]

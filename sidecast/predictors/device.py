@@ -33,4 +33,6 @@ def open_device(device: str) -> torch.device:
                 f"device is {device!r}, but this process sees {num_devices} CUDA devices; "
                 f"allowed here: cpu, cuda:0 to cuda:{num_devices - 1}"
             )
+        # Tensors always tell their index.
+        return torch.device("cuda", torch.cuda.current_device() if opened.index is None else opened.index)
     return opened

@@ -13,15 +13,13 @@ from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import History
 from sidecast.predictors.block_parts import BlockPart, in_degrees, split_topology
 from sidecast.predictors.graph_cache import GraphCache
+from sidecast.predictors.nino_backend import NinoBackend, check_precision, open_backend
 from sidecast.predictors.nino_fusion import fuse, fuse_mlp
-from sidecast.predictors.nino_kernels import CpuKernels, Kernels
 from sidecast.predictors.nino_passes import ChangePass, ConvolutionPass, FirstConvolutionPass
 from sidecast.predictors.passes import BlockPass, PassPlan, predict_in_passes
-from sidecast.predictors.scaling_pass import ScaledReader, ScalingPass
+from sidecast.predictors.scaling_pass import ScalingPass
 from sidecast.predictors.step_length import StepLength, check_step_length
 from sidecast.predictors.weights import NinoWeights, load_weights
-
-_PRODUCT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class NinoPredictor:
@@ -35,9 +33,11 @@ class NinoPredictor:
         graphs: Where graphs are kept between calls.
         layout: Graph layout, ``official`` or ``symmetric``.
         upd_scale: Share of the predicted scaled change that is used, for all parameters or by name pattern.
-        precision: Of the products of hidden vectors: ``fp32``, or ``bf16`` for processors that have it.
-        num_threads: Threads to work on; torch's number of intra-op threads if None.
-        kernels: Does the tiles; those for the CPU in the given precision if None.
+        device: Where to compute: ``cpu``, ``cuda`` or ``cuda:0`` and so on. The history may be elsewhere.
+        precision: Of the products of hidden vectors: ``fp32``, or ``bf16`` for processors that have it; on CUDA also
+            ``tf32``.
+        num_threads: Threads to work on with a CPU; torch's number of intra-op threads if None.
+        backend: What to compute with, instead of what suits the device and precision.
 
     Source: NiNo (arXiv 2409.04434), section 4.
     """
@@ -49,13 +49,13 @@ class NinoPredictor:
         graphs: GraphCache,
         layout: str = "official",
         upd_scale: StepLength = 1.0,
+        device: str = "cpu",
         precision: str = "fp32",
         num_threads: int | None = None,
-        kernels: Kernels | None = None,
+        backend: NinoBackend | None = None,
     ) -> None:
         check_step_length("upd_scale", upd_scale)
-        if precision not in _PRODUCT_DTYPES:
-            raise ConfigError(f"precision is {precision!r}; allowed: {', '.join(_PRODUCT_DTYPES)}")
+        check_precision(device, precision)
         if num_threads is not None and num_threads < 1:
             raise ConfigError(f"num_threads is {num_threads}; it must be at least 1")
         self.name = "nino" if weights.config.gnn else "wnn_plus"
@@ -66,37 +66,43 @@ class NinoPredictor:
         self._graphs = graphs
         self._layout = layout
         self._upd_scale = upd_scale
-        self._kernels = kernels if kernels is not None else CpuKernels(_PRODUCT_DTYPES[precision])
+        self._device = device
+        self._precision = precision
         self._num_threads = num_threads
+        self._backend = backend
 
     def prepare(self, manifest: ModelManifest) -> None:
         self.plan(manifest, 1)
 
     def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan[BlockPart]:
         """The passes of a prediction, for running them in this process or on several workers."""
+        # Opened anew: streams and pinned memory cannot travel to other processes, as predictors do.
+        backend = self._backend or open_backend(self._device, self._precision, self._config.context_len)
         self._config.check_horizon(self.name, horizon_intervals)
         graph = self._graphs.graph(manifest, self._layout, self._config.lpe_dim if self._config.gnn else 0)
         self._check_kernels(graph.topology)
-        reader = ScaledReader(self._config.context_len)
-        passes: list[BlockPass[BlockPart]] = [ScalingPass(self.name, manifest)]
-        if self._network.convolutions:
-            degree_V = in_degrees(graph.topology)
-            passes.append(FirstConvolutionPass(self._network, reader, graph.lpe_VL, degree_V))
+        device = backend.reader.device
+        network = self._network.to(device)
+        passes: list[BlockPass[BlockPart]] = [ScalingPass(self.name, manifest, backend.reader)]
+        if network.convolutions:
+            degree_V = in_degrees(graph.topology).to(device)
+            passes.append(FirstConvolutionPass(network, backend.features, graph.lpe_VL.to(device), degree_V))
             passes += [
-                ConvolutionPass(self._network, layer, reader, degree_V, self._kernels)
-                for layer in range(1, len(self._network.convolutions))
+                ConvolutionPass(network, layer, backend.features, degree_V, backend.kernels)
+                for layer in range(1, len(network.convolutions))
             ]
         passes.append(
             ChangePass(
-                self._network,
+                network,
                 horizon_intervals,
-                reader,
+                backend.features,
                 self._upd_scale,
-                self._kernels,
+                backend.kernels,
                 by_element=not self._config.gnn,
             )
         )
-        return PassPlan(split_topology(graph.topology), passes)
+        parts = [part.to(device) for part in split_topology(graph.topology, backend.limits)]
+        return PassPlan(parts, passes, backend.max_threads)
 
     def _check_kernels(self, topology: Topology) -> None:
         limit = self._config.max_kernel_elements
@@ -117,11 +123,12 @@ def create(
     weights: Path,
     layout: str = "official",
     upd_scale: StepLength = 1.0,
+    device: str = "cpu",
     precision: str = "fp32",
     num_threads: int | None = None,
 ) -> NinoPredictor:
     """NiNo with the weights of a file."""
-    return _create("nino", True, weights, layout, upd_scale, precision, num_threads)
+    return _create("nino", True, weights, layout, upd_scale, device, precision, num_threads)
 
 
 def create_wnn_plus(
@@ -129,11 +136,12 @@ def create_wnn_plus(
     weights: Path,
     layout: str = "official",
     upd_scale: StepLength = 1.0,
+    device: str = "cpu",
     precision: str = "fp32",
     num_threads: int | None = None,
 ) -> NinoPredictor:
     """WNN+ with the weights of a file."""
-    return _create("wnn_plus", False, weights, layout, upd_scale, precision, num_threads)
+    return _create("wnn_plus", False, weights, layout, upd_scale, device, precision, num_threads)
 
 
 def _create(
@@ -142,6 +150,7 @@ def _create(
     weights: Path,
     layout: str,
     upd_scale: StepLength,
+    device: str,
     precision: str,
     num_threads: int | None,
 ) -> NinoPredictor:
@@ -154,6 +163,7 @@ def _create(
         graphs=GraphCache(),
         layout=layout,
         upd_scale=upd_scale,
+        device=device,
         precision=precision,
         num_threads=num_threads,
     )

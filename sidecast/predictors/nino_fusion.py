@@ -44,6 +44,9 @@ class Affine:
         """The map in fp32, laid out for products."""
         return Affine(self.weight.float().contiguous(), self.bias.float().contiguous())
 
+    def to(self, device: torch.device) -> Affine:
+        return Affine(self.weight.to(device), self.bias.to(device))
+
     def __call__(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x, self.weight)
 
@@ -68,6 +71,9 @@ class Convolution:
     keep: Affine
     mean: Affine
 
+    def to(self, device: torch.device) -> Convolution:
+        return Convolution(**{name: affine.to(device) for name, affine in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class HiddenLayer:
@@ -82,6 +88,10 @@ class HiddenLayer:
     edge: Affine
     source: Affine | None = None
     target: Affine | None = None
+
+    def to(self, device: torch.device) -> HiddenLayer:
+        ends = [end if end is None else end.to(device) for end in (self.source, self.target)]
+        return HiddenLayer(self.edge.to(device), *ends)
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,16 @@ class FusedNino:
     convolutions: tuple[Convolution, ...]
     hidden: tuple[HiddenLayer, ...]
     output: Affine
+
+    def to(self, device: torch.device) -> FusedNino:
+        """The network on a device."""
+        return FusedNino(
+            self.config,
+            None if self.node_input is None else self.node_input.to(device),
+            tuple(convolution.to(device) for convolution in self.convolutions),
+            tuple(layer.to(device) for layer in self.hidden),
+            self.output.to(device),
+        )
 
     def output_at(self, horizon_intervals: int) -> Affine:
         """The last layer at one horizon: one column for each kernel element."""

@@ -16,7 +16,7 @@ from sidecast.predictors.block_parts import BlockPart
 from sidecast.predictors.nino_fusion import Affine, FusedNino, HiddenLayer
 from sidecast.predictors.nino_kernels import Kernels, Layer
 from sidecast.predictors.passes import Found, PartContext, WritingPass
-from sidecast.predictors.scaling_pass import SCALES, ScaledReader, found_scale
+from sidecast.predictors.scaling_pass import SCALES, FeatureReader, found_scale
 from sidecast.predictors.step_length import StepLength, step_length
 from sidecast.scaling import EPSILON
 
@@ -41,22 +41,22 @@ class FirstConvolutionPass:
         degree_V: Incoming edges of the nodes.
     """
 
-    def __init__(self, network: FusedNino, reader: ScaledReader, lpe_VL: Tensor, degree_V: Tensor) -> None:
+    def __init__(self, network: FusedNino, reader: FeatureReader, lpe_VL: Tensor, degree_V: Tensor) -> None:
         self._network = network
         self._reader = reader
         self._degree_V = degree_V
         # The constant column makes the sums hold the plain sums of the features too.
         self._encoding_VL = pad(lpe_VL, (0, 1), value=1.0)
-        conv, dim = network.convolutions[0], network.config.hidden_dim
+        conv = network.convolutions[0]
         assert network.node_input is not None
         self._inputs = inputs = network.node_input
-        nodes = Affine(torch.cat([inputs.weight, inputs.bias[None]]), torch.zeros(dim))
+        nodes = Affine(torch.cat([inputs.weight, inputs.bias[None]]), torch.zeros_like(inputs.bias))
         self._target = Affine(nodes.weight @ conv.target.weight, conv.target.bias)
         self._source_LD = nodes.weight @ conv.source.weight
         self._gain_XLD = conv.scale.weight[:, None] * self._source_LD
 
     def zeros(self, context: PartContext) -> Tensor:
-        return torch.zeros(len(self._degree_V), self._network.config.hidden_dim)
+        return self._degree_V.new_zeros(len(self._degree_V), self._network.config.hidden_dim)
 
     def map(self, part: BlockPart, context: PartContext) -> Tensor:
         conv = self._network.convolutions[0]
@@ -102,7 +102,7 @@ class ConvolutionPass:
     """
 
     def __init__(
-        self, network: FusedNino, layer: int, reader: ScaledReader, degree_V: Tensor, kernels: Kernels
+        self, network: FusedNino, layer: int, reader: FeatureReader, degree_V: Tensor, kernels: Kernels
     ) -> None:
         self._network = network
         self._layer = layer
@@ -111,7 +111,7 @@ class ConvolutionPass:
         self._kernels = kernels
 
     def zeros(self, context: PartContext) -> Tensor:
-        return torch.zeros(len(self._degree_V), self._network.config.hidden_dim)
+        return self._degree_V.new_zeros(len(self._degree_V), self._network.config.hidden_dim)
 
     def map(self, part: BlockPart, context: PartContext) -> Tensor:
         conv = self._network.convolutions[self._layer]
@@ -156,7 +156,7 @@ class ChangePass(WritingPass):
         self,
         network: FusedNino,
         horizon_intervals: int,
-        reader: ScaledReader,
+        reader: FeatureReader,
         upd_scale: StepLength,
         kernels: Kernels,
         *,

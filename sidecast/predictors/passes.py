@@ -100,10 +100,21 @@ class WritingPass:
 
 @dataclass(frozen=True)
 class PassPlan(Generic[PartT]):
-    """How to predict: every pass over all parts, in this order."""
+    """How to predict: every pass over all parts, in this order.
+
+    Attributes:
+        parts: All parts of the model.
+        passes: All passes.
+        max_threads: Parts that may be worked on at the same time, for work on a device that has its own threads.
+    """
 
     parts: Sequence[PartT]
     passes: Sequence[BlockPass[PartT]]
+    max_threads: int | None = None
+
+    def num_threads(self, num_wanted: int) -> int:
+        """How many of the threads at hand to use."""
+        return num_wanted if self.max_threads is None else min(num_wanted, self.max_threads)
 
 
 @runtime_checkable
@@ -153,7 +164,7 @@ def run_plan(plan: PassPlan[PartT], history: History, out: Tensor, num_threads: 
     """Runs a plan in this process."""
     context = PartContext(history.manifest, history.states, {}, out)
     for block_pass in plan.passes:
-        sums = run_pass(block_pass, plan.parts, context, num_threads)
+        sums = run_pass(block_pass, plan.parts, context, plan.num_threads(num_threads))
         if sums is not None:
             context = PartContext(history.manifest, history.states, block_pass.finish(sums, context), out)
 

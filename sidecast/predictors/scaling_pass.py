@@ -1,4 +1,4 @@
-"""The first pass of every trained predictor: the scale of each parameter tensor.
+"""The first pass of every trained predictor, which finds the scale of each parameter tensor, and what reads with it.
 
 Shape suffixes: C context, F kernel elements, S source nodes, T target nodes.
 """
@@ -6,6 +6,7 @@ Shape suffixes: C context, F kernel elements, S source nodes, T target nodes.
 from __future__ import annotations
 
 from math import isfinite
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import non_finite
 from sidecast.predictors.block_parts import BlockPart
 from sidecast.predictors.passes import Found, Part, PartContext
-from sidecast.scaling import Moments, Scale
+from sidecast.predictors.state_reader import StateReader
+from sidecast.scaling import Moments, Scale, moment_sums
 
 SCALES = "scales"
 """Key of the found scales: mean and deviation of each parameter in manifest order, (parameters, 2) fp64."""
@@ -26,21 +28,21 @@ class ScalingPass:
     Args:
         predictor: Name for messages.
         manifest: The model.
+        reader: Brings states to where they are summed.
     """
 
-    def __init__(self, predictor: str, manifest: ModelManifest) -> None:
+    def __init__(self, predictor: str, manifest: ModelManifest, reader: StateReader) -> None:
         self._predictor = predictor
         self._manifest = manifest
+        self._reader = reader
 
     def zeros(self, context: PartContext) -> Tensor:
-        return torch.zeros(len(self._manifest.parameters), 3, dtype=torch.float64)
+        return torch.zeros(len(self._manifest.parameters), 3, dtype=torch.float64, device=self._reader.device)
 
     def map(self, part: Part, context: PartContext) -> Tensor | None:
         if part.fqn is None:
             return None
-        start = context.manifest.offsets[part.fqn]
-        moments = Moments.of(part.read(context.states, start), _pivot(context, start))
-        return torch.tensor([moments.count, moments.total, moments.total_squared], dtype=torch.float64)
+        return moment_sums(self._reader.read(part, context), _pivot(context, part.fqn))
 
     def add(self, part: Part, contribution: Tensor, sums: Tensor) -> None:
         assert part.fqn is not None
@@ -51,7 +53,7 @@ class ScalingPass:
         for spec, (count, total, total_squared) in zip(context.manifest.parameters, sums.tolist(), strict=True):
             if not isfinite(total_squared):
                 raise non_finite(self._predictor, spec.fqn)
-            pivot = _pivot(context, context.manifest.offsets[spec.fqn]) if spec.numel else 0.0
+            pivot = float(_pivot(context, spec.fqn)) if spec.numel else 0.0
             scale = Moments(int(count), total, total_squared).scale(pivot)
             scales.append([scale.mean, scale.std])
         return {SCALES: torch.tensor(scales, dtype=torch.float64)}
@@ -64,21 +66,31 @@ def found_scale(part: Part, context: PartContext) -> Scale:
     return Scale(mean, std)
 
 
+class FeatureReader(Protocol):
+    """Reads the edges of a graph in scaled space."""
+
+    def features(self, part: BlockPart, context: PartContext) -> Tensor:
+        """Edge features of a part, (F x C, T, S) fp32, kernel-element-major; structural edges have C."""
+        ...
+
+
 class ScaledReader:
-    """Reads the edges of a graph in scaled space.
+    """Edge features by torch, contiguous along the sources.
 
     Args:
         context_len: States of each parameter, and features of each structural edge.
+        reader: Brings states to where they are needed.
     """
 
-    def __init__(self, context_len: int) -> None:
+    def __init__(self, context_len: int, reader: StateReader) -> None:
         self._context_len = context_len
+        self._reader = reader
 
     def features(self, part: BlockPart, context: PartContext) -> Tensor:
-        """Edge features of a part, (F x C, T, S) fp32, kernel-element-major."""
+        """See ``FeatureReader.features``."""
         if part.view is None:
             return torch.full((self._context_len, *part.grid), part.constant)
-        states = part.read(context.states, context.manifest.offsets[part.view.fqn])
+        states = self._reader.read(part, context)
         features_FCTS = torch.empty(part.num_kernel_elements, self._context_len, *part.grid)
         for position, state_TSF in enumerate(states):
             features_FCTS[:, position] = state_TSF.permute(2, 0, 1)
@@ -86,6 +98,6 @@ class ScaledReader:
         return features_FCTS.sub_(scale.mean).mul_(scale.inverse).flatten(0, 1)
 
 
-def _pivot(context: PartContext, start: int) -> float:
+def _pivot(context: PartContext, fqn: str) -> Tensor:
     # Of the newest state, because every worker can read it without waiting for another.
-    return float(context.states[-1][start])
+    return context.states[-1][context.manifest.offsets[fqn]]

@@ -5,6 +5,7 @@ Shape suffixes: C context, N elements of one part, K horizons.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest, ParameterSpec
 from sidecast.predictors.base import History
-from sidecast.predictors.passes import PartContext, PassPlan, WritingPass, predict_in_passes
+from sidecast.predictors.device import check_device, open_device
+from sidecast.predictors.passes import BlockPass, PartContext, PassPlan, WritingPass, predict_in_passes
 from sidecast.predictors.scaling_pass import ScalingPass, found_scale
+from sidecast.predictors.state_reader import StateReader
 from sidecast.predictors.step_length import StepLength, check_step_length, step_length
 from sidecast.predictors.tensor_parts import ElementRange, split_tensors
 from sidecast.predictors.weights import load_tensors
@@ -93,12 +96,15 @@ class WnnPredictor:
     Args:
         network: A trained network.
         upd_scale: Share of the predicted scaled change that is used, for all parameters or by name pattern.
+        device: Where to compute: ``cpu``, ``cuda`` or ``cuda:0`` and so on. The history may be elsewhere.
     """
 
     name = "wnn"
 
-    def __init__(self, network: WnnNetwork, *, upd_scale: StepLength = 1.0) -> None:
+    def __init__(self, network: WnnNetwork, *, upd_scale: StepLength = 1.0, device: str = "cpu") -> None:
         check_step_length("upd_scale", upd_scale)
+        check_device("device", device)
+        self._device = device
         self.context_len: int | None = network.config.context_len
         self.max_horizon = network.config.max_horizon
         self._network = network.eval()
@@ -110,8 +116,12 @@ class WnnPredictor:
                 f"horizon is {horizon_intervals}; predictor {self.name!r} has outputs for 1 to {self.max_horizon} "
                 "snapshot intervals"
             )
-        changes = WnnChangePass(self._network, horizon_intervals, self._upd_scale)
-        return PassPlan(split_tensors(manifest, PART_ELEMENTS), [ScalingPass(self.name, manifest), changes])
+        reader = StateReader(open_device(self._device))
+        network = copy.deepcopy(self._network).to(reader.device)
+        changes = WnnChangePass(network, horizon_intervals, self._upd_scale, reader)
+        passes: list[BlockPass[ElementRange]] = [ScalingPass(self.name, manifest, reader), changes]
+        max_threads = None if reader.device.type == "cpu" else 1
+        return PassPlan(split_tensors(manifest, PART_ELEMENTS), passes, max_threads)
 
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
         predict_in_passes(self, history, horizon_intervals, out)
@@ -124,9 +134,11 @@ class WnnChangePass(WritingPass):
         network: The network.
         horizon_intervals: k.
         upd_scale: Share of the change that is used.
+        reader: Brings states to the network.
     """
 
-    def __init__(self, network: WnnNetwork, horizon_intervals: int, upd_scale: StepLength) -> None:
+    def __init__(self, network: WnnNetwork, horizon_intervals: int, upd_scale: StepLength, reader: StateReader) -> None:
+        self._reader = reader
         self._network = network
         self._horizon_intervals = horizon_intervals
         self._upd_scale = upd_scale
@@ -134,7 +146,7 @@ class WnnChangePass(WritingPass):
     def map(self, part: ElementRange, context: PartContext) -> None:
         scale = found_scale(part, context)
         start = context.manifest.offsets[part.fqn]
-        states = part.read(context.states, start)
+        states = self._reader.read(part, context)
         scaled_NC = torch.stack([scale.scaled(state) for state in states], dim=-1)
         operation = operation_of(context.manifest.spec(part.fqn))
         change_N = self._network(operation, scaled_NC)[:, self._horizon_intervals - 1]
@@ -166,7 +178,7 @@ def network_from_tensors(source: str, tensors: Mapping[str, Tensor]) -> WnnNetwo
     return network
 
 
-def create(*, weights: Path, upd_scale: StepLength = 1.0) -> WnnPredictor:
+def create(*, weights: Path, upd_scale: StepLength = 1.0, device: str = "cpu") -> WnnPredictor:
     """WNN with the weights of a file."""
     tensors, _ = load_tensors(weights)
-    return WnnPredictor(network_from_tensors(str(weights), tensors), upd_scale=upd_scale)
+    return WnnPredictor(network_from_tensors(str(weights), tensors), upd_scale=upd_scale, device=device)

@@ -13,6 +13,7 @@ from sidecast.predictors import block_parts
 from sidecast.predictors.base import History, Predictor
 from sidecast.predictors.graph_cache import GraphCache, NeuralGraph
 from sidecast.predictors.nino import NinoPredictor
+from sidecast.predictors.nino_backend import cpu_backend
 from sidecast.predictors.nino_config import NinoConfig
 from sidecast.predictors.nino_kernels import CpuKernels
 from sidecast.predictors.nino_plain import PlainNinoPredictor
@@ -101,7 +102,8 @@ TOPOLOGY = Topology(
 
 
 def network_weights(**hyper_parameters: object) -> NinoWeights:
-    config = NinoConfig(hidden_dim=8, max_horizon=3, lpe_dim=3, max_kernel_elements=4, **hyper_parameters)  # type: ignore[arg-type]
+    settings = {"hidden_dim": 8, "max_horizon": 3, "lpe_dim": 3, "max_kernel_elements": 4} | hyper_parameters
+    config = NinoConfig(**settings)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(1)
     tensors = {name: torch.randn(shape, generator=generator) / 3 for name, shape in config.shapes().items()}
     return NinoWeights(config, tensors, "memory")
@@ -160,7 +162,7 @@ def test_any_cut_into_parts(
 def test_any_tile(tile_edges: int) -> None:
     weights = network_weights()
     expected = delta(PlainNinoPredictor(weights, graphs=graphs()), history())
-    predictor = NinoPredictor(weights, graphs=graphs(), kernels=CpuKernels(tile_edges=tile_edges))
+    predictor = NinoPredictor(weights, graphs=graphs(), backend=cpu_backend(CpuKernels(tile_edges=tile_edges), 5))
     torch.testing.assert_close(delta(predictor, history()), expected, rtol=1e-4, atol=1e-5)
 
 
