@@ -118,7 +118,7 @@ class TrainingRank:
     def _on_event(self, event: NowcastEvent) -> None:
         if event.kind == "applied":
             self._passage.applied.append({**event.details, "step": event.step, "delta": self._delta_checksum})
-        if "reason" in event.details and event.kind not in ("accepted",):
+        if "reason" in event.details and event.kind != "accepted":
             self._passage.reasons.append(f"{event.kind}: {event.details['reason']}")
         if event.kind in TOLD:
             self._link.send(("event", event.kind, event.step, dict(event.details)))
@@ -164,9 +164,8 @@ class TrainingRank:
         """Does what the conductor asks for until it goes away."""
         self._link.send(("ready", self.shards, list(self.nowcaster.parameters)))
         while (command := self._link.recv()) is not None:
-            self._link.send(
-                ("done", self.attach_without_memory(command[1]) if command[0] == "attach" else self.train(command[1]))
-            )
+            what, of_what = command
+            self._link.send(("done", self.train(of_what) if what == "train" else self.attach_without_memory(of_what)))
         self.nowcaster.close()
         dist.destroy_process_group()
 

@@ -214,9 +214,12 @@ class FaultRun:
 
     def courier(self, rank: int) -> psutil.Process:
         """A rank's courier process."""
-        children = psutil.Process(self._ranks[rank].pid).children()
-        (courier,) = [child for child in children if "sidecast.trainer.nowcast.courier" in child.cmdline()]
+        (courier,) = psutil.Process(self._ranks[rank].pid).children()
         return courier
+
+    def num_couriers(self, rank: int) -> int:
+        """How many couriers a rank has, dead ones that it did not collect among them."""
+        return len(psutil.Process(self._ranks[rank].pid).children())
 
     def _wait_for_steps(self, num_steps: int) -> None:
         target = max(self._progress) + num_steps

@@ -153,6 +153,8 @@ def test_full_shared_memory_is_one_refusal_on_all_ranks_and_training_goes_on(run
     refusals = run.attach_without_memory(1)
     assert refusals[0].startswith("no memory for the nowcaster's staging-0 buffer of")
     assert refusals == [refusals[0]] * 2
+    # The courier that the other rank had started for it is gone.
+    assert [run.num_couriers(rank) for rank in range(2)] == [1, 1]
     unharmed(run, run.pass_through(None))
 
 
