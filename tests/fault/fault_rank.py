@@ -92,7 +92,7 @@ class TrainingRank:
             "max_relative_norm": 10.0,
             "max_weight": 0.1,
             "record_dir": str(folder / "record"),
-            "timeouts": {"connect_s": 1.0, "chunk_s": 2.0, "stream_s": 4.0},
+            "timeouts": {"connect_s": 0.4, "chunk_s": 2.0, "stream_s": 4.0},
         }
         self.engine = sidecast.attach(self._new_engine())
         self.nowcaster = nowcaster_of(self.engine)
