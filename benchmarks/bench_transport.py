@@ -64,6 +64,7 @@ class Case:
     chunk_kib: int = 1024
     channels: int = 1
     server: str = "aio"
+    shared: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -120,6 +121,7 @@ async def _serve_grpc(config: ServiceConfig, kind: str, peer_port: int) -> None:
     store = HistoryStore(config.history_dir, config.history_budget_bytes)
     servicer = Servicer(config, store, CopyEngines(), ServiceMetrics(CollectorRegistry()), version="bench")
     server, port = create_server(servicer, 0)
+    servicer.handover.start()
     await server.start()
     bulk_port = port if kind == "aio" else _serve_in_threads(servicer, asyncio.get_running_loop())
     print(json.dumps([port, bulk_port, peer_port]), flush=True)
@@ -219,7 +221,8 @@ def transfer(case: Case, port: int, peer_port: int, service_pid: int) -> dict[st
             chunk_s=60.0,
             stream_s=200.0,
             channels=case.channels,
-        )
+        ),
+        (staged.descriptor, prediction.descriptor) if case.shared else (),
     )
     client.wait_reachable()
     # One session to upload to and one that has a prediction.
@@ -238,10 +241,16 @@ def transfer(case: Case, port: int, peer_port: int, service_pid: int) -> dict[st
         }
         client.open(open_request(fields, [(spec.fqn, spec.shape) for spec in manifest.parameters], "{}"))
         client.join(session_id, 0, shards, shards)
+        assert client.is_sharing == case.shared
 
     def send(session_id: str, step: int) -> None:
         key = pb.ChunkKey(session_id=session_id, rank=0, id=step)
-        upload = Upload(key, len(staged.view), lambda start, length: staged.view[start : start + length])
+        upload = Upload(
+            key,
+            len(staged.view),
+            lambda start, length: staged.view[start : start + length],
+            shared_buffer=0 if case.shared else None,
+        )
         upload.fill(client.chunk_bytes)
         client.upload(upload)
         client.commit(upload)
@@ -323,12 +332,21 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     """What the command line asks for."""
     size = {"num_mib": arguments.mib, "repetitions": arguments.repetitions}
     if arguments.quick:
-        return [Case(num_mib=32, repetitions=2)]
+        return [Case(num_mib=32, repetitions=2, shared=shared) for shared in (False, True)]
     if not arguments.sweep:
-        return [Case(**size, chunk_kib=arguments.chunk_kib, channels=arguments.channels, server=arguments.server)]
+        return [
+            Case(
+                **size,
+                chunk_kib=arguments.chunk_kib,
+                channels=arguments.channels,
+                server=arguments.server,
+                shared=arguments.shared,
+            )
+        ]
     return [
         *(Case(**size, chunk_kib=chunk_kib) for chunk_kib in (256, 512, 1024, 2048, 3840)),
         *(Case(**size, channels=channels) for channels in (2, 4)),
+        Case(**size, shared=True),
         *(Case(**size, channels=channels, server="sync") for channels in (1, 2)),
     ]
 
@@ -340,6 +358,7 @@ def main() -> None:
     parser.add_argument("--chunk-kib", type=int, default=1024)
     parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--server", choices=("aio", "sync"), default="aio")
+    parser.add_argument("--shared", action="store_true", help="through memory that both sides have mapped")
     parser.add_argument("--sweep", action="store_true", help="chunk sizes, channels and servers, one after another")
     parser.add_argument("--quick", action="store_true", help="32 MiB, twice: does it run")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for the service's vectors")

@@ -6,10 +6,11 @@ import json
 import math
 from typing import Any, Protocol
 
+from sidecast.horizon import resolve_horizons
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.errors import MalformedError
 from sidecast.nowcaster_service.nowcasting import PredictorAnswer, PredictorRequest
-from sidecast.nowcaster_service.session_settings import SessionSettings, resolve_horizons
+from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.protos import nowcast_pb2 as pb
 
 MAX_NOWCASTS = 1_000_000
@@ -64,6 +65,7 @@ async def admit(request: pb.OpenRequest, checks: PredictorChecks) -> SessionSett
         predictor=request.predictor,
         predictor_options=options,
         max_relative_norm=request.max_relative_norm or math.inf,
+        rounds_to_bf16=request.wire_dtype == pb.BF16,
     )
 
 
@@ -80,6 +82,8 @@ def _check_scalars(request: pb.OpenRequest, manifest: ModelManifest) -> None:
     ):
         if not value:
             raise MalformedError(f"{name} is {value!r}; it must not be empty or zero")
+    if request.wire_dtype not in pb.WireDtype.values():
+        raise MalformedError(f"wire_dtype is {request.wire_dtype}; allowed: {', '.join(pb.WireDtype.keys())}")
     if request.context_len < 2:
         raise MalformedError(f"context_len is {request.context_len}; allowed: 2 or more")
     if request.period_steps % request.snapshot_interval_steps != 0:

@@ -122,6 +122,7 @@ class IngressActor:
         store = HistoryStore(config.history_dir, config.history_budget_bytes)
         servicer = Servicer(config, store, engines, metrics, version=version("sidecast"))
         server, port = create_server(servicer, config.port)
+        servicer.handover.start()
         await server.start()
         self._server = server
         self._started.set_result(port)

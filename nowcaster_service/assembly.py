@@ -5,9 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.errors import MalformedError
 from sidecast.nowcaster_service.history import FP32_BYTES
+from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos.bf16 import BF16_BYTES, from_bf16
 from sidecast.protos.shards import ShardSpec
 
 
@@ -61,6 +65,29 @@ class RankPlan:
         for source, target, length in self._segments(offset_bytes, len(data)):
             vector[target : target + length] = data[source : source + length]
 
+    def scatter_changes(self, vector: memoryview, base: memoryview, offset_bytes: int, data: memoryview) -> None:
+        """Adds bf16 changes to a base vector's values and puts the sums where they belong.
+
+        Args:
+            vector: To be written.
+            base: The vector that the changes are since.
+            offset_bytes: Where the changes begin in the rank's buffer, in bytes of bf16.
+            data: The changes.
+        """
+        start, length = _fp32_range(offset_bytes, len(data))
+        values_N = from_bf16(np.frombuffer(data, np.uint16))
+        values_N += np.frombuffer(self.gather(base, start, length), np.float32)
+        self.scatter(vector, start, values_N.data.cast("B"))
+
+    def gather_halves(self, vector: memoryview, offset_bytes: int, num_bytes: int) -> memoryview:
+        """Collects a range of values that bf16 holds exactly, as bf16; offset and length are bytes of bf16."""
+        values_N = np.frombuffer(self.gather(vector, *_fp32_range(offset_bytes, num_bytes)), np.uint32)
+        return (values_N >> 16).astype(np.uint16).data.cast("B")
+
+    def travelling_bytes(self, dtype: int) -> int:
+        """Size of the rank's buffer in a WireDtype."""
+        return self.num_bytes // FP32_BYTES * BF16_BYTES if dtype == pb.BF16 else self.num_bytes
+
     def gather(self, vector: memoryview, offset_bytes: int, num_bytes: int) -> memoryview:
         """Collects a range of the rank's buffer from the vector; a view where it lies in one piece."""
         segments = list(self._segments(offset_bytes, num_bytes))
@@ -68,3 +95,10 @@ class RankPlan:
             _, start, length = segments[0]
             return vector[start : start + length]
         return memoryview(b"".join(vector[start : start + length] for _, start, length in segments))
+
+
+def _fp32_range(offset_bytes: int, num_bytes: int) -> tuple[int, int]:
+    """Offset and length of the same values as fp32."""
+    if offset_bytes % BF16_BYTES or num_bytes % BF16_BYTES:
+        raise MalformedError(f"bytes {offset_bytes} to {offset_bytes + num_bytes} are no whole bf16 values")
+    return offset_bytes * FP32_BYTES // BF16_BYTES, num_bytes * FP32_BYTES // BF16_BYTES

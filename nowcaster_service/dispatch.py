@@ -50,6 +50,7 @@ class Dispatcher:
             delta_path=task.delta.path,
             horizon_intervals=task.horizon_intervals,
             max_relative_norm=settings.max_relative_norm,
+            rounds_to_bf16=settings.rounds_to_bf16,
         )
         try:
             answer = await asyncio.wait_for(self._engines.predict(request), self._timeout_s)

@@ -15,6 +15,10 @@ class WrongStateError(ServiceError):
     """The request does not fit what the session has seen so far (FAILED_PRECONDITION)."""
 
 
+class MissingReferenceError(ServiceError):
+    """The request refers to memory or to a snapshot that is not held here: send the bytes themselves (ABORTED)."""
+
+
 class UnknownSessionError(ServiceError):
     """No such session, for instance after a restart of the service: open it again (NOT_FOUND)."""
 

@@ -21,8 +21,10 @@ from sidecast.errors import SidecastError
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
 from sidecast.predictors.base import ModelPredictor, Predictor
+from sidecast.predictors.jump_norm import jump_norm
 from sidecast.predictors.passes import PassPredictor
 from sidecast.predictors.registry import create_predictor, takes_option
+from sidecast.protos.bf16 import round_in_place
 from sidecast.protos.codec import buffer_digest
 
 DIGEST_BLOCK_BYTES = 1 << 24
@@ -57,6 +59,7 @@ class NowcastRequest:
         delta_path: File of P fp32 values to be overwritten with prediction - newest state.
         horizon_intervals: k.
         max_relative_norm: Largest accepted ||delta|| / ||newest state||.
+        rounds_to_bf16: The delta is to hold only values that bf16 holds exactly, as it will travel.
     """
 
     predictor: PredictorRequest
@@ -64,6 +67,7 @@ class NowcastRequest:
     delta_path: Path
     horizon_intervals: int
     max_relative_norm: float
+    rounds_to_bf16: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +156,11 @@ class Nowcasting:
             self._runner.predict(predictor, files, request.horizon_intervals, request.delta_path)
         except SidecastError as error:
             return NowcastAnswer(refusal=str(error))
+        if request.rounds_to_bf16:
+            # What is checked, named by the digest and sent is what every rank will apply.
+            round_in_place(map_vector(request.delta_path, manifest, torch.float32, writable=True).numpy())
         delta_P = map_vector(request.delta_path, manifest, torch.float32)
-        delta_norm, base_norm = _norm(delta_P), _norm(files.open().states[-1])
-        relative_norm = delta_norm / base_norm if base_norm > 0 else math.inf
+        relative_norm = jump_norm(delta_P, files.open().states[-1])
         if not math.isfinite(relative_norm):
             return NowcastAnswer(refusal=f"the prediction is not finite: {_first_bad_tensor(manifest, delta_P)}")
         if relative_norm > request.max_relative_norm:
@@ -175,11 +181,6 @@ class Nowcasting:
                     options.setdefault("device", self._device)
                 self._predictors[key] = create_predictor(request.predictor, weights=weights, options=options)
             return self._predictors[key]
-
-
-def _norm(vector_P: Tensor) -> float:
-    # In float64 block by block: one fp32 sum over billions of squares would lose its low digits.
-    return math.sqrt(sum(float(block.double().square().sum()) for block in vector_P.split(1 << 22)))
 
 
 def _first_bad_tensor(manifest: ModelManifest, delta_P: Tensor) -> str:

@@ -16,6 +16,7 @@ from sidecast.nowcaster_service.errors import (
     AddressError,
     CorruptChunkError,
     MalformedError,
+    MissingReferenceError,
     SaturatedError,
     UnknownSessionError,
     WrongStateError,
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 _STATUS: dict[type[SidecastError], grpc.StatusCode] = {
     MalformedError: grpc.StatusCode.INVALID_ARGUMENT,
     WrongStateError: grpc.StatusCode.FAILED_PRECONDITION,
+    MissingReferenceError: grpc.StatusCode.ABORTED,
     UnknownSessionError: grpc.StatusCode.NOT_FOUND,
     SaturatedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     CorruptChunkError: grpc.StatusCode.DATA_LOSS,

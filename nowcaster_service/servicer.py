@@ -6,18 +6,22 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, Protocol
+from zlib import crc32
 
 from sidecast.nowcaster_service.admission import PredictorChecks, admit
 from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.dispatch import Dispatcher, Predictions
 from sidecast.nowcaster_service.errors import MalformedError
+from sidecast.nowcaster_service.handover import Handover
 from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.session_table import SessionTable
 from sidecast.protos import nowcast_pb2 as pb
-from sidecast.protos.codec import ChunkFrame, split_chunks
+from sidecast.protos.codec import ChunkFrame
 from sidecast.protos.shards import ShardSpec
 
+# A rank hands over its prediction buffer last.
+PREDICTION_BUFFER = -1
 _OUTCOMES = {
     pb.ReportRequest.APPLIED: "applied",
     pb.ReportRequest.ACCEPTED: "accepted",
@@ -43,6 +47,7 @@ class Servicer:
 
     Attributes:
         sessions: All that are open.
+        handover: Where couriers on this host leave their buffers, once it is started.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Servicer:
         self.config = config
         self.metrics = metrics
         self.sessions = SessionTable(store, metrics, clock, config.session_timeout_s)
+        self.handover = Handover(config.history_dir, self.sessions)
         self._store = store
         self._engines = engines
         self._dispatcher = Dispatcher(engines, config.nowcast_timeout_s)
@@ -83,7 +89,8 @@ class Servicer:
         session = self.sessions.get(request.session_id)
         session.join(request.rank, _shards(request.upload_shards), _shards(request.fetch_shards))
         self.metrics.ranks.labels(session.settings.run_id).set(session.num_joined)
-        return pb.JoinReply(chunk_bytes=self.config.chunk_bytes)
+        path, ticket = self.handover.issue(request.session_id, request.rank)
+        return pb.JoinReply(chunk_bytes=self.config.chunk_bytes, local_socket=path, local_ticket=ticket)
 
     async def upload(self, frames: AsyncIterator[ChunkFrame | None]) -> pb.UploadReply:
         received_bytes = 0
@@ -92,8 +99,9 @@ class Servicer:
                 raise MalformedError("an upload holds a message that is not a Chunk")
             session = self.sessions.get(frame.key.session_id)
             session.receive(frame)
-            received_bytes += len(frame.data)
-            self.metrics.received_bytes.labels(session.settings.run_id).inc(len(frame.data))
+            num_bytes = frame.shared_bytes or len(frame.data)
+            received_bytes += num_bytes
+            self.metrics.received_bytes.labels(session.settings.run_id).inc(num_bytes)
             self.metrics.history_bytes.set(self._store.used_bytes)
         return pb.UploadReply(received_bytes=received_bytes)
 
@@ -105,7 +113,7 @@ class Servicer:
     async def commit(self, request: pb.CommitRequest) -> pb.CommitReply:
         session = self.sessions.get(request.session_id)
         num_committed = session.counts.committed
-        task = session.commit(request.rank, request.step, request.epoch, request.num_bytes, request.digest)
+        task = session.commit(request)
         if task is not None:
             self._dispatcher.start(session, task)
         return pb.CommitReply(snapshot_committed=session.counts.committed > num_committed)
@@ -119,18 +127,31 @@ class Servicer:
         session = self.sessions.get(request.session_id)
         plan, prediction = session.fetch_plan(request.rank, request.version)
         task = prediction.task
+        is_bf16 = request.dtype == pb.BF16
+        if is_bf16 and not session.settings.rounds_to_bf16:
+            raise MalformedError("a fetch asks for bf16; this run was opened with another wire_dtype")
         key = pb.ChunkKey(
-            session_id=request.session_id, rank=request.rank, id=request.version, epoch=prediction.task.epoch
+            session_id=request.session_id,
+            rank=request.rank,
+            id=request.version,
+            epoch=prediction.task.epoch,
+            dtype=request.dtype,
         )
         sent = self.metrics.sent_bytes.labels(session.settings.run_id)
         task.delta.pin()
         try:
-            stop = request.offset_bytes + request.num_bytes if request.num_bytes else plan.num_bytes
+            stop = request.offset_bytes + request.num_bytes
+            if request.num_bytes == 0:
+                stop = plan.travelling_bytes(request.dtype)
             for start in range(request.offset_bytes, stop, self.config.chunk_bytes):
                 length = min(self.config.chunk_bytes, stop - start)
-                data = plan.gather(task.delta.view, start, length)
-                frame = next(split_chunks(key, data, length))
-                yield ChunkFrame(key, start, frame.crc32, data)
+                gather = plan.gather_halves if is_bf16 else plan.gather
+                data = gather(task.delta.view, start, length)
+                if request.into_shared:
+                    session.shared(request.rank, PREDICTION_BUFFER, start, length)[:] = data
+                    yield ChunkFrame(key, start, crc32(data), memoryview(b""), length)
+                else:
+                    yield ChunkFrame(key, start, crc32(data), data)
                 sent.inc(length)
         finally:
             task.delta.unpin()

@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from zlib import crc32
 
 from sidecast.nowcaster_service.assembly import RankPlan
-from sidecast.nowcaster_service.errors import CorruptChunkError, MalformedError, SaturatedError, WrongStateError
+from sidecast.nowcaster_service.errors import (
+    CorruptChunkError,
+    MalformedError,
+    MissingReferenceError,
+    SaturatedError,
+    WrongStateError,
+)
 from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.session_events import (
     Event,
@@ -21,7 +28,7 @@ from sidecast.nowcaster_service.session_events import (
     SnapshotEvent,
 )
 from sidecast.nowcaster_service.session_settings import MAX_RECEIVING, SessionSettings
-from sidecast.nowcaster_service.snapshots import Snapshot, SnapshotState
+from sidecast.nowcaster_service.snapshots import Part, Snapshot, SnapshotState
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, buffer_digest
 from sidecast.protos.shards import ShardSpec, coverage_error
@@ -56,6 +63,7 @@ class Session:
         self._last_ended_step = -1
         self._nowcast_step: int | None = None
         self._is_closed = False
+        self._shared: dict[int, tuple[memoryview, ...]] = {}
 
     # --- joining
 
@@ -84,6 +92,7 @@ class Session:
             fault = coverage_error(numels, [candidate[index] for index in range(self.settings.world_size)])
             if fault is not None:
                 raise MalformedError(f"the ranks' ranges do not cover the model exactly once: {fault}")
+        self._shared.pop(rank, None)
         self._upload_shards = candidate
         self._upload_plans[rank] = RankPlan(self.settings.manifest, upload_shards)
         self._fetch_plans[rank] = RankPlan(self.settings.manifest, fetch_shards)
@@ -96,22 +105,64 @@ class Session:
         if must_have_joined and rank not in self._upload_plans:
             raise WrongStateError(f"rank {rank} has not joined session {self.settings.session_id}")
 
+    # --- buffers of ranks on this host
+
+    def share(self, rank: int, buffers: Sequence[memoryview]) -> None:
+        """Takes a rank's mapped buffers: those that it stages in, and its prediction buffer last."""
+        self._check_rank(rank)
+        self._shared[rank] = tuple(buffers)
+
+    def shared(self, rank: int, index: int, offset_bytes: int, num_bytes: int) -> memoryview:
+        """A piece of one of a rank's buffers.
+
+        Raises:
+            MissingReferenceError: The rank shares no such memory.
+        """
+        buffers = self._shared.get(rank, ())
+        end = offset_bytes + num_bytes
+        if not -len(buffers) <= index < len(buffers) or end > len(buffers[index]):
+            raise MissingReferenceError(f"rank {rank} shares no buffer {index} with a byte {end - 1}: send the bytes")
+        return buffers[index][offset_bytes:end]
+
     # --- receiving
 
     def receive(self, frame: ChunkFrame) -> None:
         """Stores one chunk of a snapshot; the same chunk again is harmless."""
-        rank, step, epoch = frame.key.rank, frame.key.id, frame.key.epoch
-        self._check_rank(rank)
-        known = self._snapshots.get(step)
-        if known is not None and known.epoch == epoch and rank in known.rank_digests:
+        key, data = frame.key, frame.data
+        self._check_rank(key.rank)
+        if frame.shared_bytes:
+            data = self.shared(key.rank, frame.shared_buffer, frame.offset_bytes, frame.shared_bytes)
+        known = self._snapshots.get(key.id)
+        if known is not None and known.epoch == key.epoch and key.rank in known.rank_digests:
             return
-        snapshot = self._receiving(step, epoch)
-        if not frame.is_intact():
+        snapshot = self._receiving(key.id, key.epoch)
+        if crc32(data) != frame.crc32:
             raise CorruptChunkError(
-                f"chunk at byte {frame.offset_bytes} of rank {rank}'s part of step {step} fails its checksum"
+                f"chunk at byte {frame.offset_bytes} of rank {key.rank}'s part of step {key.id} fails its checksum"
             )
-        self._upload_plans[rank].scatter(snapshot.vector.view, frame.offset_bytes, frame.data)
-        snapshot.chunks.setdefault(rank, {})[frame.offset_bytes] = (len(frame.data), frame.crc32)
+        part = snapshot.parts.get(key.rank)
+        if part is None or (part.dtype, part.base_step) != (key.dtype, key.base_step):
+            # A rank that turns from changes to states, because the base is gone, begins anew.
+            part = snapshot.parts[key.rank] = Part(key.dtype, key.base_step)
+        plan, vector = self._upload_plans[key.rank], snapshot.vector.view
+        if key.dtype == pb.BF16:
+            plan.scatter_changes(vector, self._base(snapshot, key).vector.view, frame.offset_bytes, data)
+        elif key.dtype == pb.FP32:
+            plan.scatter(vector, frame.offset_bytes, data)
+        else:
+            raise MalformedError(f"a chunk's dtype is {key.dtype}; allowed: {', '.join(pb.WireDtype.keys())}")
+        part.chunks[frame.offset_bytes] = (len(data), frame.crc32)
+
+    def _base(self, snapshot: Snapshot, key: pb.ChunkKey | pb.CommitRequest) -> Snapshot:
+        """The committed snapshot that a rank's changes are since."""
+        base = self._snapshots.get(key.base_step)
+        is_whole = base is not None and base.state is SnapshotState.COMMITTED and base.epoch == snapshot.epoch
+        if base is None or not is_whole or key.rank not in base.rank_digests:
+            raise MissingReferenceError(
+                f"rank {key.rank}'s part of step {snapshot.step} is a change since step {key.base_step}, "
+                "which is not held here: send the state"
+            )
+        return base
 
     def progress(self, key: pb.ChunkKey) -> list[tuple[int, int]]:
         """Which bytes of a rank's part have arrived: ``(start, stop)``, disjoint and rising."""
@@ -120,16 +171,11 @@ class Session:
         if snapshot is None or snapshot.epoch != key.epoch:
             return []
         if key.rank in snapshot.rank_digests:
-            return [(0, self._upload_plans[key.rank].num_bytes)]
-        ranges: list[tuple[int, int]] = []
-        for offset, (length, _) in sorted(snapshot.chunks.get(key.rank, {}).items()):
-            if ranges and ranges[-1][1] == offset:
-                ranges[-1] = (ranges[-1][0], offset + length)
-            else:
-                ranges.append((offset, offset + length))
-        return ranges
+            return [(0, self._upload_plans[key.rank].travelling_bytes(key.dtype))]
+        part = snapshot.parts.get(key.rank)
+        return [] if part is None or (part.dtype, part.base_step) != (key.dtype, key.base_step) else part.ranges
 
-    def commit(self, rank: int, step: int, epoch: int, num_bytes: int, digest: bytes) -> NowcastTask | None:
+    def commit(self, request: pb.CommitRequest) -> NowcastTask | None:
         """Seals one rank's part.
 
         Returns:
@@ -138,29 +184,31 @@ class Session:
         Raises:
             WrongStateError: Bytes are missing or other bytes arrived than the rank sent.
         """
+        rank, step, epoch = request.rank, request.step, request.epoch
         self._check_rank(rank)
         known = self._snapshots.get(step)
-        if known is not None and known.epoch == epoch and known.rank_digests.get(rank) == digest:
+        if known is not None and known.epoch == epoch and known.rank_digests.get(rank) == request.digest:
             return None
-        plan = self._upload_plans[rank]
-        if num_bytes != plan.num_bytes:
-            raise MalformedError(f"rank {rank} commits {num_bytes} bytes; its ranges hold {plan.num_bytes}")
+        num_bytes = self._upload_plans[rank].travelling_bytes(request.dtype)
+        if request.num_bytes != num_bytes:
+            raise MalformedError(f"rank {rank} commits {request.num_bytes} bytes; its ranges hold {num_bytes}")
         snapshot = self._receiving(step, epoch)
-        chunks = snapshot.chunks.get(rank, {})
-        position = 0
-        for offset, (length, _) in sorted(chunks.items()):
-            if offset != position:
-                break
-            position += length
+        part = snapshot.parts.get(rank)
+        if part is None or (part.dtype, part.base_step) != (request.dtype, request.base_step):
+            part = Part(request.dtype, request.base_step)
+        ranges = part.ranges
+        position = ranges[0][1] if ranges and ranges[0][0] == 0 else 0
         if position != num_bytes:
             raise WrongStateError(f"rank {rank}'s part of step {step} has a gap at byte {position} of {num_bytes}")
-        if buffer_digest((offset, length, crc) for offset, (length, crc) in chunks.items()) != digest:
+        base_digest = b"" if part.dtype == pb.FP32 else self._base(snapshot, request).rank_digests[rank]
+        rows = ((offset, length, crc) for offset, (length, crc) in part.chunks.items())
+        if buffer_digest(rows, base_digest) != request.digest:
             raise WrongStateError(f"rank {rank}'s part of step {step} does not have the digest that it committed")
-        snapshot.rank_digests[rank] = digest
+        snapshot.rank_digests[rank] = request.digest
         if len(snapshot.rank_digests) < self.settings.world_size:
             return None
         snapshot.state = SnapshotState.COMMITTED
-        snapshot.chunks.clear()
+        snapshot.parts.clear()
         self._last_ended_step = max(self._last_ended_step, step)
         self.counts.committed += 1
         self._notify(SnapshotEvent(step, epoch, snapshot.digest))
@@ -310,6 +358,7 @@ class Session:
         for snapshot in self._snapshots.values():
             snapshot.vector.delete()
         self._snapshots.clear()
+        self._shared.clear()
         if self.prediction is not None:
             self.prediction.task.delta.delete()
             self.prediction = None

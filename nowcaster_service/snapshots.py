@@ -16,6 +16,32 @@ class SnapshotState(Enum):
 
 
 @dataclass
+class Part:
+    """What has arrived of one rank's part.
+
+    Attributes:
+        dtype: How it travels, a WireDtype.
+        base_step: Of the snapshot that bf16 values are the changes since.
+        chunks: Offset -> (length, crc32), in bytes as they travel.
+    """
+
+    dtype: int
+    base_step: int
+    chunks: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """``(start, stop)`` of what is there, disjoint and rising."""
+        ranges: list[tuple[int, int]] = []
+        for offset, (length, _) in sorted(self.chunks.items()):
+            if ranges and ranges[-1][1] == offset:
+                ranges[-1] = (ranges[-1][0], offset + length)
+            else:
+                ranges.append((offset, offset + length))
+        return ranges
+
+
+@dataclass
 class Snapshot:
     """The state of all parameters at one step, whole or on its way."""
 
@@ -23,8 +49,7 @@ class Snapshot:
     epoch: int
     vector: VectorFile
     state: SnapshotState = SnapshotState.RECEIVING
-    # Per rank: offset -> (length, crc32) of the chunks that have arrived.
-    chunks: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    parts: dict[int, Part] = field(default_factory=dict)
     rank_digests: dict[int, bytes] = field(default_factory=dict)
 
     @property

@@ -17,8 +17,8 @@ from google.protobuf.message import DecodeError
 from sidecast.protos.nowcast_pb2 import ChunkKey
 
 # Field numbers and wire types of Chunk: key (1, length-delimited), offset_bytes (2, varint), crc32 (3, fixed32),
-# data (4, length-delimited).
-_KEY_TAG, _OFFSET_TAG, _CRC_TAG, _DATA_TAG = 0x0A, 0x10, 0x1D, 0x22
+# data (4, length-delimited), shared_bytes (5, varint), shared_buffer (6, varint).
+_KEY_TAG, _OFFSET_TAG, _CRC_TAG, _DATA_TAG, _SHARED_BYTES_TAG, _SHARED_BUFFER_TAG = 0x0A, 0x10, 0x1D, 0x22, 0x28, 0x30
 _FIXED32 = struct.Struct("<I")
 _DIGEST_ROW = struct.Struct("<QQI")
 
@@ -29,12 +29,19 @@ class CodecError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ChunkFrame:
-    """One decoded chunk; ``data`` is a view of the received message."""
+    """One decoded chunk; ``data`` is a view of the received message.
+
+    Attributes:
+        shared_bytes: Where there is no data: how many bytes lie at this offset of a buffer that both sides have mapped.
+        shared_buffer: Which of the rank's buffers that is.
+    """
 
     key: ChunkKey
     offset_bytes: int
     crc32: int
     data: memoryview
+    shared_bytes: int = 0
+    shared_buffer: int = 0
 
     def is_intact(self) -> bool:
         """Whether the data agrees with its checksum."""
@@ -75,6 +82,10 @@ def encode_chunk(frame: ChunkFrame) -> bytes:
             _varint(frame.offset_bytes),
             bytes((_CRC_TAG,)),
             _FIXED32.pack(frame.crc32),
+            bytes((_SHARED_BYTES_TAG,)),
+            _varint(frame.shared_bytes),
+            bytes((_SHARED_BUFFER_TAG,)),
+            _varint(frame.shared_buffer),
             bytes((_DATA_TAG,)),
             _varint(len(frame.data)),
         )
@@ -90,11 +101,15 @@ def decode_chunk(message: bytes) -> ChunkFrame:
     """
     view = memoryview(message)
     key, offset_bytes, checksum, data = ChunkKey(), 0, 0, view[:0]
-    position = 0
+    shared_bytes = shared_buffer = position = 0
     while position < len(view):
         tag, position = _read_varint(view, position)
         if tag == _OFFSET_TAG:
             offset_bytes, position = _read_varint(view, position)
+        elif tag == _SHARED_BYTES_TAG:
+            shared_bytes, position = _read_varint(view, position)
+        elif tag == _SHARED_BUFFER_TAG:
+            shared_buffer, position = _read_varint(view, position)
         elif tag == _CRC_TAG:
             if position + 4 > len(view):
                 raise CodecError(f"chunk message of {len(view)} bytes ends inside its checksum")
@@ -115,7 +130,7 @@ def decode_chunk(message: bytes) -> ChunkFrame:
             position += length
         else:
             raise CodecError(f"chunk message has an unknown field tag {tag:#x}")
-    return ChunkFrame(key, offset_bytes, checksum, data)
+    return ChunkFrame(key, offset_bytes, checksum, data, shared_bytes, shared_buffer)
 
 
 def split_chunks(key: ChunkKey, buffer: memoryview, chunk_bytes: int, offset_bytes: int = 0) -> Iterator[ChunkFrame]:

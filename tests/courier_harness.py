@@ -32,6 +32,9 @@ def hello(
     interval_steps: int = 10,
     record_dir: Path | None = None,
     connect_s: float = 1.0,
+    wire_dtype: str = "fp32",
+    shared_memory: str = "off",
+    **client: Any,
 ) -> dict[str, Any]:
     """A rank's first message to its courier."""
     fields = {
@@ -46,9 +49,12 @@ def hello(
         "predictor_options_json": "{}",
         "max_relative_norm": 10.0,
         "aliases": dict(manifest.aliases),
+        "wire_dtype": "BF16" if wire_dtype == "bf16_delta" else "FP32",
     }
     parameters = [[spec.fqn, list(spec.shape)] for spec in manifest.parameters]
     return {
+        "wire_dtype": wire_dtype,
+        "shared_memory": shared_memory,
         "rank": rank,
         "stage": "2",
         "run_name": "test",
@@ -59,6 +65,7 @@ def hello(
             "connect_s": connect_s,
             "chunk_s": 20.0,
             "stream_s": 40.0,
+            **client,
         },
         "metrics_port": None,
         "record_dir": None if record_dir is None else str(record_dir),

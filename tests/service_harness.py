@@ -23,6 +23,7 @@ from sidecast.nowcaster_service.server import create_server
 from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
+from sidecast.protos.bf16 import round_in_place
 from sidecast.protos.codec import buffer_digest
 
 CHUNK_BYTES = 64 << 10
@@ -62,6 +63,8 @@ class FakeEngines:
             return self.answer
         newest, oldest = (np.fromfile(request.state_paths[index], np.float32) for index in (-1, 0))
         delta = newest - oldest
+        if request.rounds_to_bf16:
+            round_in_place(delta)
         delta.tofile(request.delta_path)
         return NowcastAnswer(digest=crc32(delta.tobytes()) + 1, relative_norm=0.1, nowcast_s=0.01)
 
@@ -131,6 +134,7 @@ class RunningService:
         self.metrics = ServiceMetrics(CollectorRegistry())
         self.servicer = Servicer(self.config, self.store, self.engines, self.metrics, version="test", clock=self.clock)
         self._server, self.port = create_server(self.servicer, self._wanted_port, self._interceptors)
+        self.servicer.handover.start()
         await self._server.start()
 
     def __enter__(self) -> RunningService:
@@ -149,6 +153,7 @@ class RunningService:
         self.engines.may_finish.set()
         self.channel.close()
         self.call(self._server.stop(None))
+        self.call(self.servicer.handover.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(WAIT_S)
         self._loop.close()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from courier_harness import hello, session, start_courier, until
-from service_harness import MANIFEST, RunningService, open_request, state
+from service_harness import CHUNK_BYTES, MANIFEST, RunningService, chunks, open_request, state
 
+from sidecast.protos.bf16 import from_bf16, round_to_bf16
+from sidecast.trainer.nowcast.channel import Message
 from sidecast.trainer.nowcast.client import ClientConfig, NowcastClient, UnavailableError
 from sidecast.trainer.nowcast.courier_handle import CourierHandle
 from sidecast.trainer.nowcast.record import read_delta, read_log
@@ -48,6 +52,16 @@ def predicted(courier: CourierHandle, epoch: int = 0, first_step: int = 10) -> d
     assert until(courier, "sent")["reason"] == ""
     stage(courier, 2, first_step + 10, epoch)
     return dict(until(courier, "prediction"))
+
+
+def settled(courier: CourierHandle) -> Message:
+    """Waits until a snapshot is sent and committed, whichever is heard of first."""
+    seen: list[Message] = []
+    sent = until(courier, "sent", seen)
+    assert sent["reason"] == ""
+    if not any(message["type"] == "committed" for message in seen):
+        until(courier, "committed")
+    return sent
 
 
 def kill(courier: CourierHandle) -> None:
@@ -133,6 +147,172 @@ def test_a_resume_is_opened_although_nothing_happens_in_the_session_before(
     assert until(courier, "prediction")["version"] == 2
     assert bytes(courier.prediction.view) == (state(7) - state(6)).tobytes()
     assert service.servicer.sessions.get("s2").epoch == 0
+
+
+def test_changes_travel_in_half_the_bytes_and_both_sides_hold_the_same_state(service: RunningService) -> None:
+    greeting = hello(service.endpoint, MANIFEST, ALL, first=session("s1"), wire_dtype="bf16_delta", context_len=3)
+    courier = start_courier(greeting)
+    try:
+        until(courier, "connected")
+        start = state(1)
+        states = [start, start + 1e-3 * state(2), start + 2e-3 * state(3)]
+        held, sent_bytes = states[0], []
+        for step, values in zip((10, 20, 30), states, strict=True):
+            slot = courier.take_slot()
+            assert slot is not None
+            courier.slots[slot].view[:] = values.tobytes()
+            courier.post({"type": "snapshot", "slot": slot, "step": step, "epoch": 0})
+            sent_bytes.append(settled(courier)["bytes"])
+            held = held + from_bf16(round_to_bf16(values - held))
+            vector = service.servicer.sessions.get("s1")._snapshots[step].vector.view
+            assert bytes(vector) == held.tobytes()
+        assert sent_bytes == [4 * MANIFEST.num_elements, *[2 * MANIFEST.num_elements] * 2]
+        message = until(courier, "prediction")
+        assert message["bytes"] == 2 * MANIFEST.num_elements
+        expected = from_bf16(round_to_bf16(held - states[0]))
+        assert bytes(courier.prediction.view) == expected.tobytes()
+    finally:
+        courier.close()
+
+
+def test_changes_since_a_state_that_nobody_holds_are_never_sent(service: RunningService) -> None:
+    greeting = hello(service.endpoint, MANIFEST, ALL, first=session("s1"), wire_dtype="bf16_delta")
+    courier = start_courier(greeting)
+    try:
+        until(courier, "connected")
+        whole_bytes = 4 * MANIFEST.num_elements
+
+        def sent_bytes(step: int, epoch: int) -> int:
+            stage(courier, step, step, epoch)
+            return int(settled(courier)["bytes"])
+
+        assert sent_bytes(10, 0) == whole_bytes
+        # Another epoch begins: the service forgets the states before it.
+        assert sent_bytes(20, 1) == whole_bytes
+        assert sent_bytes(30, 1) == whole_bytes // 2
+        # The service loses the base, and the courier does not know.
+        service.servicer.sessions.get("s1")._snapshots.clear()
+        assert sent_bytes(40, 1) == whole_bytes
+        assert sent_bytes(50, 1) == whole_bytes // 2
+    finally:
+        courier.close()
+
+
+def test_a_service_on_this_host_maps_the_buffers_and_no_bytes_travel(service: RunningService) -> None:
+    courier = start_courier(hello(service.endpoint, MANIFEST, ALL, first=session("s1"), shared_memory="auto"))
+    try:
+        until(courier, "connected")
+        known = service.servicer.sessions.get("s1")
+        assert len(known._shared[0]) == 3
+        predicted(courier)
+        assert bytes(known._snapshots[20].vector.view) == state(2).tobytes()
+        assert bytes(courier.prediction.view) == (state(2) - state(1)).tobytes()
+        # A service that has lost them is sent the bytes.
+        known._shared.clear()
+        courier.release_prediction(None)
+        stage(courier, 3, 30)
+        stage(courier, 4, 40)
+        until(courier, "prediction")
+        assert bytes(courier.prediction.view) == (state(4) - state(3)).tobytes()
+        assert not known._shared
+    finally:
+        courier.close()
+
+
+class Relay:
+    """A TCP relay to a service that cuts both ways once so many bytes have gone up, and serves again after."""
+
+    def __init__(self, port: int, cut_after_bytes: int) -> None:
+        self._target = port
+        self._left = cut_after_bytes
+        self.num_cuts = 0
+        self.bytes_up = 0
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._target))
+                self._pairs.append((near, far))
+                threading.Thread(target=self._pump, args=(near, far, True), daemon=True).start()
+                threading.Thread(target=self._pump, args=(far, near, False), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, is_up: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 14):
+                target.sendall(data)
+                if is_up:
+                    self.bytes_up += len(data)
+                    self._left -= len(data)
+                    if self._left < 0 and self.num_cuts == 0:
+                        self.num_cuts += 1
+                        self.cut()
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        for pair in self._pairs:
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_an_upload_that_was_cut_off_goes_on_where_it_was(service: RunningService, channels: int) -> None:
+    relay = Relay(service.port, 130_000)
+    greeting = hello(f"127.0.0.1:{relay.port}", MANIFEST, ALL, first=session("s1"), channels=channels)
+    courier = start_courier(greeting)
+    try:
+        until(courier, "connected")
+        predicted(courier)
+        assert relay.num_cuts == 1
+        assert bytes(courier.prediction.view) == (state(2) - state(1)).tobytes()
+        item = service.servicer.sessions.get("s1")
+        assert (item.counts.committed, item.counts.aborted) == (2, 0)
+        # The chunks that had arrived did not travel twice: two parts and what was lost in the cut.
+        assert relay.bytes_up < (2 * 3 + 2) * CHUNK_BYTES
+    finally:
+        courier.close()
+        relay.close()
+
+
+def test_a_loss_that_both_sides_notice_counts_once(service: RunningService) -> None:
+    courier = start_courier(hello(service.endpoint, MANIFEST, ALL, first=session("s1")))
+    try:
+        until(courier, "connected")
+        # The service ends a snapshot of which this rank then tries to send its part.
+        service.stub.Upload(iter(chunks(state(1).tobytes()[:64], 0, 10)))
+        service.stub.Upload(iter(chunks(state(1).tobytes()[:64], 0, 20)))
+        service.stub.Upload(iter(chunks(state(1).tobytes()[:64], 0, 30)))
+        assert "not complete" in until(courier, "dropped")["reason"]
+        stage(courier, 1, 10)
+        message = until(courier, "sent")
+        assert (message["bytes"], message["reason"]) == (0, "")
+    finally:
+        courier.close()
+
+
+def test_a_throttled_upload_takes_its_time_and_is_no_fault(service: RunningService) -> None:
+    num_bytes = 4 * MANIFEST.num_elements
+    greeting = hello(service.endpoint, MANIFEST, ALL, first=session("s1"), max_bytes_per_s=num_bytes / 0.5)
+    courier = start_courier(greeting)
+    try:
+        until(courier, "connected")
+        stage(courier, 1, 10)
+        message = until(courier, "sent")
+        assert message["reason"] == ""
+        assert message["seconds"] >= 0.3
+    finally:
+        courier.close()
 
 
 def test_a_killed_courier_is_replaced_and_a_held_prediction_stays(courier: CourierHandle, tmp_path: Path) -> None:

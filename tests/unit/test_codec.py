@@ -18,17 +18,27 @@ from sidecast.protos.codec import (
 )
 from sidecast.protos.nowcast_pb2 import Chunk, ChunkKey
 
+UINT32 = st.integers(0, 2**32 - 1)
 UINT64 = st.integers(0, 2**64 - 1)
 KEYS = st.builds(ChunkKey, session_id=st.text(max_size=20), rank=st.integers(0, 2**32 - 1), id=UINT64, epoch=UINT64)
 
 
-@given(key=KEYS, offset=UINT64, crc=st.integers(0, 2**32 - 1), data=st.binary(max_size=300))
-def test_speaks_the_runtimes_language_both_ways(key: ChunkKey, offset: int, crc: int, data: bytes) -> None:
-    ours = encode_chunk(ChunkFrame(key, offset, crc, memoryview(data)))
-    theirs = Chunk(key=key, offset_bytes=offset, crc32=crc, data=data)
+@given(
+    key=KEYS,
+    offset=UINT64,
+    crc=UINT32,
+    data=st.binary(max_size=300),
+    shared=st.tuples(UINT32, UINT32),
+)
+def test_speaks_the_runtimes_language_both_ways(
+    key: ChunkKey, offset: int, crc: int, data: bytes, shared: tuple[int, int]
+) -> None:
+    ours = encode_chunk(ChunkFrame(key, offset, crc, memoryview(data), *shared))
+    theirs = Chunk(key=key, offset_bytes=offset, crc32=crc, data=data, shared_bytes=shared[0], shared_buffer=shared[1])
     assert Chunk.FromString(ours) == theirs
     frame = decode_chunk(theirs.SerializeToString())
     assert (frame.key, frame.offset_bytes, frame.crc32, bytes(frame.data)) == (key, offset, crc, data)
+    assert (frame.shared_bytes, frame.shared_buffer) == shared
 
 
 @given(st.binary(max_size=60))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 
@@ -29,10 +30,12 @@ class SharedBuffer:
 
     def __init__(self, name: str, num_bytes: int) -> None:
         self.num_bytes = num_bytes
-        self.descriptor = os.memfd_create(name)
+        self.descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             # A mapping needs a byte at least.
             os.posix_fallocate(self.descriptor, 0, max(1, num_bytes))
+            # Whoever else maps it, as a service on this host does, can rely on its size.
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             self.map = mmap.mmap(self.descriptor, max(1, num_bytes))
         except OSError as error:
             os.close(self.descriptor)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import grpc
 from google.protobuf.message import Message
@@ -17,6 +18,7 @@ from sidecast.protos.codec import ChunkFrame, decode_chunk, encode_chunk
 from sidecast.protos.shards import ShardSpec
 from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
 from sidecast.trainer.nowcast.download import Download, Part
+from sidecast.trainer.nowcast.handover import hand_over
 from sidecast.trainer.nowcast.throttle import Throttle
 from sidecast.trainer.nowcast.upload import Upload
 
@@ -39,6 +41,10 @@ class OutdatedError(SidecastError):
     """The call does not fit the session's state: a stale epoch, an aborted snapshot, a replaced prediction."""
 
 
+class ResendError(SidecastError):
+    """The service lacks what the call refers to, shared memory or an earlier snapshot: send the bytes themselves."""
+
+
 class CorruptError(SidecastError):
     """Bytes were damaged on the way; they can be sent again."""
 
@@ -50,6 +56,7 @@ _ERRORS: dict[grpc.StatusCode, type[SidecastError]] = {
     grpc.StatusCode.NOT_FOUND: ReopenError,
     grpc.StatusCode.FAILED_PRECONDITION: OutdatedError,
     grpc.StatusCode.DATA_LOSS: CorruptError,
+    grpc.StatusCode.ABORTED: ResendError,
 }
 
 
@@ -98,9 +105,14 @@ class NowcastClient:
 
     Args:
         config: Where the service is and how long to wait for it.
+        shared: Descriptors of the rank's buffers, the prediction buffer last; none if they are not to be shared.
+
+    Attributes:
+        chunk_bytes: Size of chunks, as the service wants them.
+        is_sharing: Whether the service has mapped the buffers, so that chunks need not hold their bytes.
     """
 
-    def __init__(self, config: ClientConfig) -> None:
+    def __init__(self, config: ClientConfig, shared: Sequence[int] = ()) -> None:
         self._config = config
         self._metadata: tuple[tuple[str, str | bytes], ...] = ()
         if config.token_file is not None:
@@ -124,6 +136,8 @@ class NowcastClient:
         self._bulk_channels = [self._connect() for _ in range(config.channels)]
         self._throttle = Throttle(config.max_bytes_per_s)
         self.chunk_bytes = 1 << 20
+        self.is_sharing = False
+        self._shared = tuple(shared)
 
     def _connect(self) -> grpc.Channel:
         config = self._config
@@ -154,7 +168,7 @@ class NowcastClient:
     def join(
         self, session_id: str, rank: int, upload_shards: Sequence[ShardSpec], fetch_shards: Sequence[ShardSpec]
     ) -> None:
-        """Names this rank's ranges."""
+        """Names this rank's ranges, and shares its buffers if the service is on this host."""
         request = pb.JoinRequest(
             session_id=session_id,
             rank=rank,
@@ -163,6 +177,7 @@ class NowcastClient:
         )
         reply = self._call("Join", request, pb.JoinReply, self._config.chunk_s)
         self.chunk_bytes = reply.chunk_bytes
+        self.is_sharing = hand_over(self._config.endpoint, reply.local_socket, reply.local_ticket, self._shared)
 
     def upload(self, upload: Upload) -> None:
         """Sends what an upload still holds, over all bulk connections at once.
@@ -229,7 +244,7 @@ class NowcastClient:
 
     def new_download(self, key: pb.ChunkKey, buffer: memoryview) -> Download:
         """A download with a part for each bulk connection."""
-        return Download(key, buffer, len(self._bulk_channels), self.chunk_bytes)
+        return Download(key, buffer, len(self._bulk_channels), self.chunk_bytes, is_shared=self.is_sharing)
 
     def fetch(self, download: Download) -> None:
         """Receives what a download still lacks, over all bulk connections at once.
@@ -258,22 +273,25 @@ class NowcastClient:
             offset_bytes=part.position,
             num_bytes=part.stop - part.position,
             dtype=download.key.dtype,
+            into_shared=download.is_shared,
         )
         call = stream(request, timeout=self.transfer_s(download.num_bytes), metadata=self._metadata)
         try:
             for frame in call:
-                end = part.position + len(frame.data)
+                data = download.at(frame.offset_bytes, frame.shared_bytes) if download.is_shared else frame.data
+                end = part.position + len(data)
                 if frame.offset_bytes != part.position or end > part.stop:
                     raise CorruptError(
                         f"version {version}: a chunk at byte {frame.offset_bytes} came at {part.position}"
                     )
-                if frame.key.id != version or not frame.is_intact():
+                if frame.key.id != version or crc32(data) != frame.crc32:
                     raise CorruptError(
                         f"version {version}: the chunk at byte {part.position} fails its checksum or version"
                     )
-                download.put(part.position, frame.data)
+                if not download.is_shared:
+                    download.put(part.position, data)
+                    self._throttle.pass_bytes(len(data))
                 part.position = end
-                self._throttle.pass_bytes(len(frame.data))
         except grpc.RpcError as error:
             raise _translated(error) from error
         finally:

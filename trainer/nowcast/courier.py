@@ -27,6 +27,7 @@ from sidecast.trainer.nowcast.fates import SnapshotFates
 from sidecast.trainer.nowcast.fetcher import Fetcher
 from sidecast.trainer.nowcast.link import Link
 from sidecast.trainer.nowcast.metrics import CourierMetrics
+from sidecast.trainer.nowcast.reconstruction import Reconstruction
 from sidecast.trainer.nowcast.record import Recorder
 from sidecast.trainer.nowcast.uploader import Uploader
 
@@ -55,9 +56,12 @@ class Courier:
         self._recorder = Recorder(hello["record_dir"], self._rank) if hello["record_dir"] else None
         self._prediction = map_inherited(hello["prediction_descriptor"], hello["fetch_bytes"])
         slots = [map_inherited(descriptor, hello["upload_bytes"]) for descriptor in hello["slot_descriptors"]]
-        client = NowcastClient(ClientConfig(**hello["client"]))
+        descriptors = (*hello["slot_descriptors"], hello["prediction_descriptor"])
+        shared = descriptors if hello["shared_memory"] == "auto" else ()
+        client = NowcastClient(ClientConfig(**hello["client"]), shared)
         shards = tuple([ShardSpec(*item) for item in hello[name]] for name in ("upload_shards", "fetch_shards"))
         opening = None if hello["opening"] is None else functools.partial(_announcement, hello["opening"])
+        sends_changes = hello["wire_dtype"] == "bf16_delta"
         self._fates = SnapshotFates()
         self._link = Link(
             client,
@@ -68,7 +72,16 @@ class Courier:
             tell=self._tell,
             on_event=self._on_event,
         )
-        self._uploader = Uploader(client, self._rank, slots, self._link, self._fates, self._metrics, self._tell)
+        self._uploader = Uploader(
+            client,
+            self._rank,
+            slots,
+            self._link,
+            self._fates,
+            self._metrics,
+            self._tell,
+            Reconstruction(hello["upload_bytes"]) if sends_changes else None,
+        )
         self._fetcher = Fetcher(
             client,
             self._rank,
@@ -76,6 +89,7 @@ class Courier:
             self._link,
             self._metrics,
             self._tell,
+            dtype=pb.BF16 if sends_changes else pb.FP32,
             is_held=hello["prediction_is_held"],
         )
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos.bf16 import BF16_BYTES, from_bf16
+
+FP32_BYTES = 4
 
 
 @dataclass
@@ -25,15 +30,19 @@ class Download:
 
     Args:
         key: Session, rank and version.
-        buffer: The rank's prediction buffer, fp32.
+        buffer: The rank's prediction buffer, fp32, whatever the key says of how its values travel.
         num_parts: Streams that share the work.
         chunk_bytes: Size of the service's chunks, at which parts begin.
+        is_shared: The service writes into the buffer itself.
     """
 
-    def __init__(self, key: pb.ChunkKey, buffer: memoryview, num_parts: int, chunk_bytes: int) -> None:
+    def __init__(
+        self, key: pb.ChunkKey, buffer: memoryview, num_parts: int, chunk_bytes: int, *, is_shared: bool = False
+    ) -> None:
         self.key = key
+        self.is_shared = is_shared
         self.buffer = buffer
-        self.num_bytes = len(buffer)
+        self.num_bytes = len(buffer) // (FP32_BYTES // BF16_BYTES if key.dtype == pb.BF16 else 1)
         part_bytes = max(1, math.ceil(self.num_bytes / chunk_bytes / num_parts)) * chunk_bytes
         self.parts = [
             Part(start, min(start + part_bytes, self.num_bytes)) for start in range(0, self.num_bytes, part_bytes)
@@ -41,7 +50,16 @@ class Download:
 
     def put(self, offset_bytes: int, data: memoryview) -> None:
         """Stores the next bytes of a part."""
-        self.buffer[offset_bytes : offset_bytes + len(data)] = data
+        if self.key.dtype == pb.BF16:
+            halves = np.frombuffer(data, np.uint16)
+            start = offset_bytes // BF16_BYTES
+            np.frombuffer(self.buffer, np.float32)[start : start + len(halves)] = from_bf16(halves)
+        else:
+            self.buffer[offset_bytes : offset_bytes + len(data)] = data
+
+    def at(self, offset_bytes: int, num_bytes: int) -> memoryview:
+        """What the service has put into the buffer."""
+        return self.buffer[offset_bytes : offset_bytes + num_bytes]
 
     @property
     def received_bytes(self) -> int:

@@ -30,6 +30,7 @@ class Fetcher:
         link: Says which session is open, and whether the service is there.
         metrics: The rank's series.
         tell: Tells the trainer.
+        dtype: How values travel, a WireDtype.
         is_held: Whether the buffer holds a prediction that the trainer has not released.
     """
 
@@ -42,6 +43,7 @@ class Fetcher:
         metrics: CourierMetrics,
         tell: Callable[[Message], None],
         *,
+        dtype: pb.WireDtype,
         is_held: bool,
     ) -> None:
         self._client = client
@@ -50,6 +52,7 @@ class Fetcher:
         self._link = link
         self._metrics = metrics
         self._tell = tell
+        self._dtype = dtype
         self._queue: queue.SimpleQueue[tuple[str, pb.PredictionPublished]] = queue.SimpleQueue()
         self._buffer_is_free = threading.Semaphore(0 if is_held else 1)
         self._newest: tuple[str, int, int] | None = None
@@ -85,7 +88,9 @@ class Fetcher:
     def _fetch(self, session_id: str, published: pb.PredictionPublished) -> str:
         """Fills the buffer and tells the trainer; says why it could not, if so."""
         started_s = time.perf_counter()
-        key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=published.version)
+        # Into shared memory in full width; rounded values are the same either way.
+        dtype = pb.FP32 if self._client.is_sharing else self._dtype
+        key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=published.version, dtype=dtype)
         download = self._client.new_download(key, self._buffer)
         deadline_s = time.monotonic() + self._client.transfer_s(download.num_bytes)
         backoff_s = FIRST_BACKOFF_S

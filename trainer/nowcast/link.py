@@ -18,6 +18,7 @@ from sidecast.trainer.nowcast.client import (
     OutdatedError,
     RefusedError,
     ReopenError,
+    ResendError,
     UnavailableError,
 )
 
@@ -122,7 +123,7 @@ class Link:
             except ReopenError as error:
                 # Rank 0 has not opened the session yet, or the service was restarted: soon it will be there.
                 log.debug("rank %d: %s", self._rank, error)
-            except (UnavailableError, CorruptError, OutdatedError) as error:
+            except (UnavailableError, CorruptError, OutdatedError, ResendError) as error:
                 if reported != str(error) and self._session is session:
                     reported = str(error)
                     self._tell({"type": "disconnected", "reason": reported})

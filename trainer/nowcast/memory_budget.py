@@ -39,6 +39,8 @@ def needs_of(config: NowcasterConfig, partition: Partition) -> dict[str, int]:
         "staging": NUM_SLOTS * FP32_BYTES * total_elements(partition.upload_shards),
         "prediction": owned_bytes,
     }
+    if config.wire_dtype == "bf16_delta":
+        needs["reconstruction"] = FP32_BYTES * total_elements(partition.upload_shards)
     if config.merge == "replace":
         needs["base"] = owned_bytes
     if config.rollback == "host" and keeps_rollback_copy(config):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.nowcast.trainee import Trainee
 
 FP32_BYTES = 4
+
+
+def is_disabled(section: Any) -> bool:
+    """Whether unchecked settings say that nothing is to be touched."""
+    return isinstance(section, Mapping) and section.get("enabled") is False
 
 
 def start(section: Any, trainee: Trainee) -> Attachment:
@@ -110,6 +116,7 @@ def _start_courier(
             "predictor_options_json": json.dumps(dict(config.predictor_options)),
             "max_relative_norm": config.max_relative_norm,
             "aliases": dict(manifest.aliases),
+            "wire_dtype": "BF16" if config.wire_dtype == "bf16_delta" else "FP32",
         },
         "parameters": [[spec.fqn, list(spec.shape)] for spec in manifest.parameters],
         "config_json": json.dumps(dict(manifest.config)),
@@ -125,7 +132,11 @@ def _start_courier(
             "connect_s": config.timeouts.connect_s,
             "chunk_s": config.timeouts.chunk_s,
             "stream_s": config.timeouts.stream_s,
+            "channels": config.channels,
+            "max_bytes_per_s": None if config.max_mbytes_per_s is None else config.max_mbytes_per_s * 1e6,
         },
+        "wire_dtype": config.wire_dtype,
+        "shared_memory": config.shared_memory,
         "metrics_port": metrics_port,
         "record_dir": config.record_dir,
         "session": session,

@@ -17,16 +17,23 @@ class Upload:
         key: Of the snapshot.
         num_bytes: Of the rank's part as it travels.
         read: The bytes from an offset on, so many of them; the same ones whenever it is asked.
+        shared_buffer: Which of the rank's buffers this is, if the service has mapped them: chunks then leave it there.
         base_digest: For changes since an earlier snapshot: the digest that this rank's part of it was committed with.
     """
 
     def __init__(
-        self, key: pb.ChunkKey, num_bytes: int, read: Callable[[int, int], memoryview], base_digest: bytes = b""
+        self,
+        key: pb.ChunkKey,
+        num_bytes: int,
+        read: Callable[[int, int], memoryview],
+        base_digest: bytes = b"",
+        shared_buffer: int | None = None,
     ) -> None:
         self.key = key
         self.num_bytes = num_bytes
         self._read = read
         self._base_digest = base_digest
+        self._shared_buffer = shared_buffer
         self._lock = threading.Lock()
         self._chunk_bytes = 0
         self._left: Iterator[int] = iter(())
@@ -57,7 +64,10 @@ class Upload:
             data = self._read(start, length)
             checksum = crc32(data)
             self._checksums[start] = (length, checksum)
-            yield ChunkFrame(self.key, start, checksum, data)
+            if self._shared_buffer is None:
+                yield ChunkFrame(self.key, start, checksum, data)
+            else:
+                yield ChunkFrame(self.key, start, checksum, memoryview(b""), length, self._shared_buffer)
 
     @property
     def digest(self) -> bytes:

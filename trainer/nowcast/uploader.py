@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import time
@@ -9,16 +10,28 @@ from collections.abc import Callable, Sequence
 
 from sidecast.errors import SidecastError
 from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos.bf16 import BF16_BYTES
 from sidecast.trainer.nowcast.channel import Message
-from sidecast.trainer.nowcast.client import CorruptError, NowcastClient, ReopenError, UnavailableError
+from sidecast.trainer.nowcast.client import (
+    CorruptError,
+    NowcastClient,
+    OutdatedError,
+    RefusedError,
+    ReopenError,
+    ResendError,
+    UnavailableError,
+)
 from sidecast.trainer.nowcast.fates import SnapshotFates
 from sidecast.trainer.nowcast.link import FIRST_BACKOFF_S, MAX_BACKOFF_S, Link
 from sidecast.trainer.nowcast.metrics import CourierMetrics
+from sidecast.trainer.nowcast.reconstruction import FP32_BYTES, Base, Reconstruction
 from sidecast.trainer.nowcast.upload import Upload
 
 log = logging.getLogger(__name__)
 
 MAX_CORRUPT = 3
+# For the slowest rank's part of the snapshot before; a change can only be sent once that is whole.
+BASE_WAIT_S = 2.0
 
 
 class Uploader:
@@ -32,6 +45,7 @@ class Uploader:
         fates: What becomes of snapshots.
         metrics: The rank's series.
         tell: Tells the trainer.
+        reconstruction: For sending changes; None to send states always.
     """
 
     def __init__(
@@ -43,6 +57,7 @@ class Uploader:
         fates: SnapshotFates,
         metrics: CourierMetrics,
         tell: Callable[[Message], None],
+        reconstruction: Reconstruction | None,
     ) -> None:
         self._client = client
         self._rank = rank
@@ -51,6 +66,7 @@ class Uploader:
         self._fates = fates
         self._metrics = metrics
         self._tell = tell
+        self._reconstruction = reconstruction
         # With the session that they belong to: nothing of a run's earlier session may reach a later one.
         self._queue: queue.SimpleQueue[tuple[str, Message] | None] = queue.SimpleQueue()
 
@@ -84,26 +100,81 @@ class Uploader:
     def _upload(self, session_id: str, message: Message) -> None:
         slot, step, epoch = message["slot"], message["step"], message["epoch"]
         buffer = self._slots[slot]
-        key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=step, epoch=epoch)
-        upload = Upload(key, len(buffer), lambda start, length: buffer[start : start + length])
         started_s = time.perf_counter()
-        reason = self._deliver(upload) if self._link.is_connected else "not connected"
+        upload, reason = self._state(session_id, message, buffer), "not connected"
+        if self._link.is_connected:
+            upload, reason = self._deliver_somehow(session_id, message, buffer)
         seconds = time.perf_counter() - started_s
+        num_bytes = 0
         if not reason:
-            self._metrics.uploaded_bytes.labels(*self._metrics.labels).inc(upload.num_bytes)
+            num_bytes = upload.num_bytes
+            self._metrics.uploaded_bytes.labels(*self._metrics.labels).inc(num_bytes)
             self._metrics.upload_seconds.labels(*self._metrics.labels).observe(seconds)
+            if self._reconstruction is not None:
+                self._reconstruction.follow(upload.key, buffer, upload.digest)
         elif self._fates.lose(session_id, epoch, step):
             self._metrics.snapshots.labels(*self._metrics.labels, "unsent").inc()
         else:
-            # The service has told of its end before.
+            # The service has told of its end before: that loss has been counted.
             reason = ""
-        num_bytes = 0 if reason else upload.num_bytes
         self._tell(
             {"type": "sent", "slot": slot, "step": step, "seconds": seconds, "bytes": num_bytes, "reason": reason}
         )
 
+    def _deliver_somehow(self, session_id: str, message: Message, buffer: memoryview) -> tuple[Upload, str]:
+        """Delivers by the shortest way that is open: shared memory, a change, the whole state."""
+        base = self._base(session_id, message["epoch"])
+        try:
+            if self._client.is_sharing:
+                upload = self._state(session_id, message, buffer, shared_buffer=message["slot"])
+                return upload, self._deliver(upload)
+            if base is not None:
+                upload = self._change(base, message, buffer)
+                return upload, self._deliver(upload)
+        except ResendError as error:
+            log.info("rank %d sends step %d once more, in full: %s", self._rank, message["step"], error)
+            self._client.is_sharing = False
+        upload = self._state(session_id, message, buffer)
+        return upload, self._deliver(upload)
+
+    def _base(self, session_id: str, epoch: int) -> Base | None:
+        """The snapshot that the service holds as this rank's reconstruction does; None if there is none."""
+        if self._reconstruction is None or self._client.is_sharing:
+            # Memory that both sides have mapped is faster than rounding.
+            return None
+        base = self._reconstruction.base
+        if base is None or (base.session_id, base.epoch) != (session_id, epoch):
+            return None
+        return base if self._fates.is_committed(session_id, epoch, base.step, BASE_WAIT_S) else None
+
+    def _state(
+        self, session_id: str, message: Message, buffer: memoryview, *, shared_buffer: int | None = None
+    ) -> Upload:
+        key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=message["step"], epoch=message["epoch"])
+        return Upload(
+            key, len(buffer), lambda start, length: buffer[start : start + length], shared_buffer=shared_buffer
+        )
+
+    def _change(self, base: Base, message: Message, buffer: memoryview) -> Upload:
+        reconstruction = self._reconstruction
+        assert reconstruction is not None, "there is a base"
+        key = pb.ChunkKey(
+            session_id=base.session_id,
+            rank=self._rank,
+            id=message["step"],
+            epoch=base.epoch,
+            dtype=pb.BF16,
+            base_step=base.step,
+        )
+        num_bytes = len(buffer) // FP32_BYTES * BF16_BYTES
+        return Upload(key, num_bytes, functools.partial(reconstruction.change, buffer), base.digest)
+
     def _deliver(self, upload: Upload) -> str:
-        """Uploads and commits, going on after interruptions; says why it could not, if so."""
+        """Uploads and commits, going on after interruptions; says why it could not, if so.
+
+        Raises:
+            ResendError: The service lacks what the upload refers to.
+        """
         deadline_s = time.monotonic() + self._client.transfer_s(upload.num_bytes)
         backoff_s = FIRST_BACKOFF_S
         num_corrupt = 0
@@ -117,7 +188,7 @@ class Uploader:
                 reason, num_corrupt = str(error), num_corrupt + 1
             except (UnavailableError, ReopenError) as error:
                 reason = str(error)
-            except SidecastError as error:
+            except (OutdatedError, RefusedError) as error:
                 return str(error)
             left_s = deadline_s - time.monotonic()
             if num_corrupt == MAX_CORRUPT or not self._link.wait_connected(upload.key.session_id, left_s):

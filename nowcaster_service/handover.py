@@ -1,0 +1,136 @@
+"""Couriers on the service's own host hand over their buffers here; their bytes then need no network.
+
+A Unix socket in the history folder, which only this user can enter. A courier shows the ticket that its Join was
+answered with, and passes descriptors of its memory; nothing that it says is ever a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import mmap
+import os
+import secrets
+import socket
+import struct
+from pathlib import Path
+
+from sidecast.nowcaster_service.errors import ServiceError, UnknownSessionError
+from sidecast.nowcaster_service.session_table import SessionTable
+
+log = logging.getLogger(__name__)
+
+SOCKET_NAME = "courier.sock"
+# The kernel's limit for a socket's path, with its closing zero byte.
+MAX_PATH_BYTES = 107
+TICKET_BYTES = 16
+MAX_BUFFERS = 8
+HANDOVER_S = 5.0
+ACCEPTED = b"k"
+_CREDENTIALS = struct.Struct("3i")
+
+
+class HandoverError(ServiceError):
+    """What a courier handed over cannot be used."""
+
+
+class Handover:
+    """Takes buffers, and gives them to the sessions they are for.
+
+    Args:
+        folder: Only this user's.
+        sessions: Who uses the buffers.
+    """
+
+    def __init__(self, folder: Path, sessions: SessionTable) -> None:
+        self.path = folder / SOCKET_NAME
+        self._sessions = sessions
+        self._tickets: dict[bytes, tuple[str, int]] = {}
+        self._listener: socket.socket | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Listens on the running event loop, if the folder's path is short enough for a socket."""
+        if len(os.fsencode(self.path)) > MAX_PATH_BYTES:
+            log.warning("%s is too long a path for a socket: couriers on this host use the network", self.path)
+            return
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.setblocking(False)
+        self._listener.bind(str(self.path))
+        self.path.chmod(0o600)
+        self._listener.listen()
+        self._task = asyncio.get_running_loop().create_task(self._accept())
+
+    async def stop(self) -> None:
+        """Closes the socket; buffers that were handed over stay with their sessions."""
+        if self._task is not None and self._listener is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._listener.close()
+            self.path.unlink(missing_ok=True)
+
+    def issue(self, session_id: str, rank: int) -> tuple[str, bytes]:
+        """Where a rank can hand over its buffers, and the ticket for it; empty if nowhere."""
+        if self._listener is None:
+            return "", b""
+        # A rank that joins again has lost its former ticket.
+        self._tickets = {key: owner for key, owner in self._tickets.items() if owner != (session_id, rank)}
+        ticket = secrets.token_bytes(TICKET_BYTES)
+        self._tickets[ticket] = (session_id, rank)
+        return str(self.path), ticket
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        assert self._listener is not None
+        while True:
+            connection, _ = await loop.sock_accept(self._listener)
+            with connection:
+                try:
+                    await asyncio.wait_for(self._take(connection), HANDOVER_S)
+                except (OSError, TimeoutError, ServiceError) as error:
+                    # The courier notices the missing answer and uses the network.
+                    log.warning("a courier's buffers were not taken: %s", error)
+
+    async def _take(self, connection: socket.socket) -> None:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, user, _ = _CREDENTIALS.unpack(credentials)
+        if user != os.geteuid():
+            raise HandoverError(f"user {user} is not this service's")
+        connection.setblocking(False)
+        await _readable(connection)
+        ticket, descriptors, _, _ = socket.recv_fds(connection, TICKET_BYTES, MAX_BUFFERS)
+        try:
+            owner = self._tickets.pop(ticket, None)
+            if owner is None:
+                raise HandoverError("the ticket is not one of ours, or was used before")
+            session_id, rank = owner
+            with contextlib.suppress(UnknownSessionError):
+                self._sessions.get(session_id).share(rank, [_mapped(descriptor) for descriptor in descriptors])
+                await asyncio.get_running_loop().sock_sendall(connection, ACCEPTED)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+
+async def _readable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    is_readable = asyncio.Event()
+    loop.add_reader(connection, is_readable.set)
+    try:
+        await is_readable.wait()
+    finally:
+        loop.remove_reader(connection)
+
+
+def _mapped(descriptor: int) -> memoryview:
+    try:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise HandoverError(f"a descriptor is no shared memory: {error.strerror}") from error
+    if not seals & fcntl.F_SEAL_SHRINK:
+        # Reading memory that its owner has cut off would kill the service.
+        raise HandoverError("a buffer is not sealed against shrinking")
+    return memoryview(mmap.mmap(descriptor, os.fstat(descriptor).st_size))
