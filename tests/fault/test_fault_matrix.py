@@ -107,8 +107,8 @@ ALTERED_PREDICTIONS = [
     Fault(what="refuse", call="Fetch", rank=1, seen="refused by the test"),
 ]
 FULL_DISKS = [
-    Fault(what="fill the disk", call="Upload", phase="before", seen="no room for"),
-    Fault(what="fill the disk", call="Commit", is_at_base=True, seen="no room for"),
+    Fault(what="fill the disk", call="Upload", phase="before", seen="dropped: no room for"),
+    Fault(what="fill the disk", call="Commit", is_at_base=True, seen="failed: no room for"),
     Fault(what="fill the record disk", call="Vote", rank=0, victims=(0,), logged="can no longer be replayed"),
 ]
 
