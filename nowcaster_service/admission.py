@@ -6,10 +6,11 @@ import json
 import math
 from typing import Any, Protocol
 
+from sidecast.horizon import resolve_horizons
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.errors import MalformedError
 from sidecast.nowcaster_service.nowcasting import PredictorAnswer, PredictorRequest
-from sidecast.nowcaster_service.session_settings import SessionSettings, resolve_horizons
+from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.protos import nowcast_pb2 as pb
 
 MAX_NOWCASTS = 1_000_000

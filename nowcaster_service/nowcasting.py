@@ -21,6 +21,7 @@ from sidecast.errors import SidecastError
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
 from sidecast.predictors.base import ModelPredictor, Predictor
+from sidecast.predictors.jump_norm import jump_norm
 from sidecast.predictors.passes import PassPredictor
 from sidecast.predictors.registry import create_predictor, takes_option
 from sidecast.protos.bf16 import round_in_place
@@ -159,8 +160,7 @@ class Nowcasting:
             # What is checked, named by the digest and sent is what every rank will apply.
             round_in_place(map_vector(request.delta_path, manifest, torch.float32, writable=True).numpy())
         delta_P = map_vector(request.delta_path, manifest, torch.float32)
-        delta_norm, base_norm = _norm(delta_P), _norm(files.open().states[-1])
-        relative_norm = delta_norm / base_norm if base_norm > 0 else math.inf
+        relative_norm = jump_norm(delta_P, files.open().states[-1])
         if not math.isfinite(relative_norm):
             return NowcastAnswer(refusal=f"the prediction is not finite: {_first_bad_tensor(manifest, delta_P)}")
         if relative_norm > request.max_relative_norm:
@@ -181,11 +181,6 @@ class Nowcasting:
                     options.setdefault("device", self._device)
                 self._predictors[key] = create_predictor(request.predictor, weights=weights, options=options)
             return self._predictors[key]
-
-
-def _norm(vector_P: Tensor) -> float:
-    # In float64 block by block: one fp32 sum over billions of squares would lose its low digits.
-    return math.sqrt(sum(float(block.double().square().sum()) for block in vector_P.split(1 << 22)))
 
 
 def _first_bad_tensor(manifest: ModelManifest, delta_P: Tensor) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sidecast.horizon import horizon_schedule
+from sidecast.horizon import horizon_at
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service.errors import MalformedError
 from sidecast.nowcaster_service.history import FP32_BYTES
 
 # A second snapshot may begin before the last rank has finished the first; a third means that somebody gave up.
@@ -51,8 +50,7 @@ class SessionSettings:
 
     def horizon_at(self, base_step: int) -> int:
         """The horizon of the nowcast made at a step, in snapshot intervals: a function of the step alone."""
-        index = base_step // self.period_steps - 1
-        return self.horizons[min(max(index, 0), len(self.horizons) - 1)]
+        return horizon_at(self.horizons, base_step, self.period_steps)
 
     @property
     def num_vector_bytes(self) -> int:
@@ -62,26 +60,3 @@ class SessionSettings:
     def needed_bytes(self) -> int:
         """Most history that this session can hold at once."""
         return (self.context_len + NUM_EXTRA_VECTORS) * self.num_vector_bytes
-
-
-def resolve_horizons(
-    schedule: str, max_intervals: int, power: float, max_steps: int, period_steps: int, predictor_max: int
-) -> tuple[int, ...]:
-    """The horizons of all nowcasts of a run.
-
-    Args:
-        schedule: ``constant``, ``power``, or empty: ``power`` where the run's length is known, else ``constant``.
-        max_intervals: K in snapshot intervals; 0 for the predictor's own.
-        power: p of the ``power`` schedule.
-        max_steps: Length of the run in optimizer steps; 0 if unknown.
-        period_steps: Optimizer steps between nowcasts.
-        predictor_max: The predictor's own K.
-    """
-    largest = max_intervals if max_intervals > 0 else predictor_max
-    if schedule == "constant" or (schedule == "" and max_steps == 0):
-        return (largest,)
-    if schedule not in ("power", ""):
-        raise MalformedError(f"horizon.schedule is {schedule!r}; allowed: 'constant', 'power'")
-    if max_steps == 0:
-        raise MalformedError("horizon.schedule 'power' needs max_steps, the length of the run in optimizer steps")
-    return horizon_schedule(max(1, max_steps // period_steps), largest, power)

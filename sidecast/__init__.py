@@ -1,20 +1,36 @@
 """sidecast: nowcasting for distributed training, as a sidecar that never stalls it.
 
-``import sidecast; engine = sidecast.attach(engine)`` is all that a DeepSpeed script needs.
+``import sidecast; engine = sidecast.attach(engine)`` is all that a DeepSpeed script needs; ``NowcastCallback`` is for
+the Hugging Face Trainer, ``LightningNowcastCallback`` for Lightning, ``NowcastOptimizer`` for one-process scripts.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sidecast.trainer.integrations.huggingface import NowcastCallback as NowcastCallback
+    from sidecast.trainer.integrations.lightning import LightningNowcastCallback as LightningNowcastCallback
+    from sidecast.trainer.integrations.optimizer import NowcastOptimizer as NowcastOptimizer
     from sidecast.trainer.nowcast.attach import attach as attach
 
-__all__ = ["attach"]
+__all__ = ["LightningNowcastCallback", "NowcastCallback", "NowcastOptimizer", "attach"]
+
+# Lazy, because the service and the courier import this package without torch or DeepSpeed.
+_HOMES = {
+    "attach": ("sidecast.trainer.nowcast.attach", "trainer"),
+    "NowcastCallback": ("sidecast.trainer.integrations.huggingface", "huggingface"),
+    "LightningNowcastCallback": ("sidecast.trainer.integrations.lightning", "lightning"),
+    "NowcastOptimizer": ("sidecast.trainer.integrations.optimizer", "trainer"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, because the service and the courier import this package without torch or DeepSpeed.
-    if name == "attach":
-        from sidecast.trainer.nowcast.attach import attach
-
-        return attach
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home, extra = _HOMES[name]
+    try:
+        return getattr(import_module(home), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"sidecast.{name} needs {error.name}; pip install 'sidecast[{extra}]' brings it", name=error.name
+        ) from error

@@ -221,7 +221,7 @@ def probations(group: dist.ProcessGroup, rank: int, folder: Path) -> list[bool]:
         if cut and rank == 1:
             path.write_bytes(path.read_bytes()[:100])
         hook = OnProbation()
-        load_rollback_copy(hook, folder, Ranks(group))  # type: ignore[arg-type]
+        load_rollback_copy(hook, folder, None, Ranks(group))  # type: ignore[arg-type]
         results.append(hook.is_on_probation)
     return results
 

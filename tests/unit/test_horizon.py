@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sidecast.errors import ConfigError
-from sidecast.horizon import horizon_schedule
-from sidecast.nowcaster_service.errors import MalformedError
-from sidecast.nowcaster_service.session_settings import resolve_horizons
+from sidecast.horizon import horizon_at, horizon_schedule, resolve_horizons
+from sidecast.trainer.nowcast.config import NowcasterConfig
 from sidecast.trainer.nowcast.schedule import jump_weight
 
 
@@ -39,9 +38,15 @@ def test_the_run_decides_where_nothing_is_said() -> None:
     assert resolve_horizons("", 0, 2.0, 0, 20, 5) == (5,)
     assert resolve_horizons("", 40, 2.0, 200, 20, 5) == horizon_schedule(10, 40)
     assert resolve_horizons("constant", 3, 2.0, 200, 20, 5) == (3,)
-    with pytest.raises(MalformedError, match="needs max_steps"):
+    with pytest.raises(ConfigError, match="needs max_steps"):
         resolve_horizons("power", 3, 2.0, 0, 20, 5)
 
 
+def test_the_horizon_follows_from_the_step_alone() -> None:
+    assert [horizon_at((9, 4, 1), step, 20) for step in (20, 40, 60, 80, 200)] == [9, 4, 1, 1, 1]
+
+
 def test_a_jump_is_worth_less_the_older_its_base() -> None:
-    assert [jump_weight(age, 10, 0.8) for age in (0, 5, 10, 11)] == [0.8, 0.4, 0.0, 0.0]
+    by_age, as_it_is = NowcasterConfig(max_weight=0.8), NowcasterConfig(max_weight=0.8, merge="add")
+    assert [jump_weight(age, 10, by_age, 1.0) for age in (0, 5, 10, 11)] == [0.8, 0.4, 0.0, 0.0]
+    assert [jump_weight(age, 10, as_it_is, 0.5) for age in (0, 5, 11)] == [0.4, 0.4, 0.4]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from sidecast.trainer.nowcast.hook import Nowcaster
 from sidecast.trainer.nowcast.partitions import partition_of
 from sidecast.trainer.nowcast.partitions.engine_facts import applied_steps, nowcaster_section, zero_stage
 from sidecast.trainer.nowcast.replay import Replayer
-from sidecast.trainer.nowcast.start import start
+from sidecast.trainer.nowcast.start import is_disabled, start
 from sidecast.trainer.nowcast.trainee import Trainee, model_config_of
 
 CLIENT_STATE_KEY = "sidecast"
@@ -47,16 +46,29 @@ def attach(engine: Any) -> Any:
             it, or there is no service although ``require`` is set. All ranks raise together.
     """
     section = nowcaster_section(engine)
-    if section is None or (isinstance(section, Mapping) and section.get("enabled") is False):
+    if section is None or is_disabled(section):
         return engine
+    put_on(engine, section)
+    return engine
+
+
+def put_on(engine: Any, section: Any, *, sees_losses: bool = True) -> Attachment:
+    """``attach`` with settings of any origin, which are enabled.
+
+    Args:
+        engine: What ``deepspeed.initialize`` returned.
+        section: The settings, unchecked.
+        sees_losses: Whether the losses given to ``engine.backward`` are those to judge by; False if the caller
+            gives them to the attachment itself.
+    """
     if _hooks.get(engine) is not None:
         raise ConfigError("sidecast.attach was called twice on this engine; once is enough")
     if not dist.is_initialized():
         raise ConfigError("sidecast.attach needs torch.distributed; call deepspeed.initialize first")
     attachment = start(section, _trainee(engine))
     _hooks[engine] = attachment.hook
-    wrap(engine, attachment)
-    return engine
+    wrap(engine, attachment, sees_losses=sees_losses)
+    return attachment
 
 
 def _trainee(engine: Any) -> Trainee:
@@ -71,7 +83,7 @@ def _trainee(engine: Any) -> Trainee:
     )
 
 
-def wrap(engine: Any, attachment: Attachment) -> None:
+def wrap(engine: Any, attachment: Attachment, *, sees_losses: bool = True) -> None:
     """Makes the engine's methods tell the hook of steps, losses and checkpoints."""
     step, backward = engine.step, engine.backward
     save, load = engine.save_checkpoint, engine.load_checkpoint
@@ -83,7 +95,7 @@ def wrap(engine: Any, attachment: Attachment) -> None:
         return result
 
     def observe_and_backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_tensor(loss):
+        if sees_losses and torch.is_tensor(loss):
             attachment.observe(loss)
         return backward(loss, *args, **kwargs)
 

@@ -42,12 +42,18 @@ class Attachment(Protocol):
     def save_rollback_copy(self, checkpoint: Path) -> None:
         """Adds this rank's rollback copy to a checkpoint's folder, if a jump is on probation."""
 
-    def resume(self, state: Mapping[str, Any] | None, checkpoint: Path) -> None:
+    def rollback_state(self) -> dict[str, Any] | None:
+        """This rank's rollback copy, if a jump is on probation; for checkpoints that are no folders."""
+
+    def resume(
+        self, state: Mapping[str, Any] | None, checkpoint: Path | None, rollback: Mapping[str, Any] | None = None
+    ) -> None:
         """Goes on from a checkpoint that was just loaded; collective.
 
         Args:
             state: What ``state_dict`` gave when it was saved; None if it was saved without the hook.
-            checkpoint: Its folder.
+            checkpoint: Folder with what ``save_rollback_copy`` wrote; None if there is none.
+            rollback: What ``rollback_state`` gave, if there is no folder.
 
         Raises:
             ConfigError: The checkpoint changed what this rank holds.
@@ -84,14 +90,21 @@ class NowcastAttachment:
         return self.hook.state_dict()
 
     def save_rollback_copy(self, checkpoint: Path) -> None:
-        if not self.hook.is_on_probation or self.hook.rollback_copy is None:
+        rollback = self.rollback_state()
+        if rollback is None:
             return
         path = rollback_path(checkpoint, self._ranks.rank)
         partial = path.with_suffix(".partial")
-        torch.save(self.hook.rollback_copy.state_dict(), partial)
+        torch.save(rollback, partial)
         os.replace(partial, path)
 
-    def resume(self, state: Mapping[str, Any] | None, checkpoint: Path) -> None:
+    def rollback_state(self) -> dict[str, Any] | None:
+        copy = self.hook.rollback_copy
+        return None if copy is None or not self.hook.is_on_probation else copy.state_dict()
+
+    def resume(
+        self, state: Mapping[str, Any] | None, checkpoint: Path | None, rollback: Mapping[str, Any] | None = None
+    ) -> None:
         partition = RemappingPartition(self._trainee.map_partition)
         if (partition.upload_shards, partition.owned_shards) != self._shards:
             raise ConfigError("the loaded checkpoint changed this rank's partition; attach after loading it instead")
@@ -101,7 +114,7 @@ class NowcastAttachment:
             state = None
         session = new_session(self._ranks, step, state)
         self.hook.resume(state, partition, step, session["run_id"])
-        load_rollback_copy(self.hook, checkpoint, self._ranks)
+        load_rollback_copy(self.hook, checkpoint, rollback, self._ranks)
         self._courier.new_session(session)
 
     def close(self) -> None:
@@ -132,7 +145,12 @@ class ReplayAttachment:
     def save_rollback_copy(self, checkpoint: Path) -> None:
         """A replay never asks whether a jump paid."""
 
-    def resume(self, state: Mapping[str, Any] | None, checkpoint: Path) -> None:
+    def rollback_state(self) -> None:
+        return None
+
+    def resume(
+        self, state: Mapping[str, Any] | None, checkpoint: Path | None, rollback: Mapping[str, Any] | None = None
+    ) -> None:
         self.hook.resume(RemappingPartition(self._trainee.map_partition), self._trainee.applied_steps())
 
     def close(self) -> None:
@@ -151,13 +169,20 @@ def new_session(ranks: Ranks, step: int, state: Mapping[str, Any] | None = None)
     }
 
 
-def load_rollback_copy(hook: Nowcaster, checkpoint: Path, ranks: Ranks) -> None:
+def load_rollback_copy(
+    hook: Nowcaster, checkpoint: Path | None, rollback: Mapping[str, Any] | None, ranks: Ranks
+) -> None:
     """A jump on probation can only stay so if every rank can still undo it."""
     if not hook.is_on_probation:
         return
     reason = ""
     try:
-        hook.load_rollback_copy(torch.load(rollback_path(checkpoint, ranks.rank), weights_only=True))
+        if rollback is None and checkpoint is not None:
+            rollback = torch.load(rollback_path(checkpoint, ranks.rank), weights_only=True)
+        if rollback is None:
+            reason = "the checkpoint has none"
+        else:
+            hook.load_rollback_copy(rollback)
     except (OSError, RuntimeError, SidecastError) as error:
         reason = str(error)
     for rank, its_reason in enumerate(ranks.gather(reason)):

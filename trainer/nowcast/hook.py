@@ -20,11 +20,11 @@ from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.nowcast.acceptance import Verdict
 from sidecast.trainer.nowcast.application import Application
 from sidecast.trainer.nowcast.config import NowcasterConfig
-from sidecast.trainer.nowcast.courier_handle import CourierHandle
 from sidecast.trainer.nowcast.decay import LearningRateWindow
 from sidecast.trainer.nowcast.events import NowcastEvent
 from sidecast.trainer.nowcast.inbox import Inbox
 from sidecast.trainer.nowcast.losses import LossMeter
+from sidecast.trainer.nowcast.messenger import Messenger
 from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy
 from sidecast.trainer.nowcast.prediction import HeldPrediction
 from sidecast.trainer.nowcast.probation import Probation
@@ -56,7 +56,7 @@ class Nowcaster:
         self,
         config: NowcasterConfig,
         partition: Partition,
-        courier: CourierHandle,
+        courier: Messenger,
         votes: Votes,
         *,
         step: int,

@@ -6,7 +6,7 @@ import logging
 import time
 
 from sidecast.trainer.nowcast.channel import Message
-from sidecast.trainer.nowcast.courier_handle import CourierHandle
+from sidecast.trainer.nowcast.messenger import Messenger
 from sidecast.trainer.nowcast.prediction import HeldPrediction
 from sidecast.trainer.nowcast.reporting import Reporter
 from sidecast.trainer.nowcast.staging import as_tensor
@@ -27,7 +27,7 @@ class Inbox:
         delta: Flat fp32, this rank's owned elements; only valid while a prediction is held.
     """
 
-    def __init__(self, courier: CourierHandle, reporter: Reporter, max_staleness_steps: int) -> None:
+    def __init__(self, courier: Messenger, reporter: Reporter, max_staleness_steps: int) -> None:
         self.held: HeldPrediction | None = None
         self.delta = as_tensor(courier.prediction)
         self._courier = courier

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from sidecast.trainer.nowcast.courier_handle import CourierHandle
 from sidecast.trainer.nowcast.events import EventKind, NowcastEvent
+from sidecast.trainer.nowcast.messenger import Messenger
 from sidecast.trainer.nowcast.probation import Probation
 from sidecast.trainer.nowcast.totals import Totals
 
@@ -26,7 +26,7 @@ class Reporter:
         epoch: Epoch that reports are of.
     """
 
-    def __init__(self, courier: CourierHandle, step: int) -> None:
+    def __init__(self, courier: Messenger, step: int) -> None:
         self.totals = Totals()
         self.listeners: list[Callable[[NowcastEvent], None]] = []
         self.step = step

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sidecast.trainer.nowcast.buffers import SharedBuffer
 from sidecast.trainer.nowcast.channel import Message
-from sidecast.trainer.nowcast.courier_handle import CourierHandle
+from sidecast.trainer.nowcast.messenger import Messenger
 from sidecast.trainer.nowcast.partitions import Partition, StalePartitionError
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Stager:
         seconds: That training was held up by copying, since the beginning.
     """
 
-    def __init__(self, courier: CourierHandle, stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(self, courier: Messenger, stream: torch.cuda.Stream | None = None) -> None:
         self.seconds = 0.0
         self._courier = courier
         self._stream = stream

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.nowcast.trainee import Trainee
 
 FP32_BYTES = 4
+
+
+def is_disabled(section: Any) -> bool:
+    """Whether unchecked settings say that nothing is to be touched."""
+    return isinstance(section, Mapping) and section.get("enabled") is False
 
 
 def start(section: Any, trainee: Trainee) -> Attachment:

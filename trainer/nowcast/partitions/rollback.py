@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from math import prod
 from typing import Any
 
@@ -94,15 +95,16 @@ class RollbackCopy:
             places[name] = (offset, tensor.dtype, tuple(tensor.shape))
             self._view(*places[name]).copy_(tensor.detach())
             offset += _aligned(tensor.nbytes)
-        self._places, self._values = places, dict(values)
+        # Some optimizers keep lists and update them in place.
+        self._places, self._values = places, deepcopy(dict(values))
 
     def tensors(self) -> dict[str, Tensor]:
         """Views of the tensors held, valid until the next ``save``."""
         return {name: self._view(*place) for name, place in self._places.items()}
 
     def values(self) -> dict[str, Any]:
-        """The values held."""
-        return dict(self._values)
+        """Copies of the values held."""
+        return deepcopy(self._values)
 
     def state_dict(self) -> dict[str, Any]:
         """The memory itself and plain values, for a checkpoint that ``torch.load(weights_only=True)`` reads."""

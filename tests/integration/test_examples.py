@@ -1,0 +1,70 @@
+"""The examples, run as a user would run them, beside a service."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from service_harness import RunningService
+from service_process import free_port
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    with RunningService(tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+def run(name: str, *arguments: str, launcher: bool = False) -> str:
+    """Runs an example in an environment without a GPU; returns what it prints."""
+    command = [sys.executable]
+    if launcher:
+        command += ["-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", f"{free_port()}"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, str(EXAMPLES / name), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout[-4000:]
+    return ended.stdout
+
+
+def num_applied(output: str) -> int:
+    found = re.findall(r"(\d+) nowcasts applied", output)
+    assert found, output
+    return sum(map(int, found))
+
+
+def test_optimizer() -> None:
+    output = run("nowcast_optimizer.py", "--predictors", "linear", "--max-steps", "300", "--period-steps", "50")
+    assert num_applied(output) >= 1
+    assert "plain: loss" in output
+
+
+def test_lightning(service: RunningService) -> None:
+    pytest.importorskip("lightning")
+    output = run("lightning_module.py", "--endpoint", service.endpoint, "--max-steps", "100")
+    assert num_applied(output) >= 1
+
+
+def test_huggingface(service: RunningService, tmp_path: Path) -> None:
+    arguments = ("huggingface_trainer.py", "--endpoint", service.endpoint, "--output-dir", str(tmp_path))
+    assert num_applied(run(*arguments, "--max-steps", "100")) >= 1
+
+
+def test_deepspeed(service: RunningService) -> None:
+    output = run("deepspeed_script.py", "--endpoint", service.endpoint, "--max-steps", "100", launcher=True)
+    assert num_applied(output) >= 1

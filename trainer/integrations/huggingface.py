@@ -1,0 +1,171 @@
+"""``NowcastCallback``: nowcasting in the Hugging Face Trainer, with DeepSpeed and without."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from sidecast.trainer.integrations.replicas import replica_of
+from sidecast.trainer.integrations.settings import choose_settings
+from sidecast.trainer.nowcast.attach import put_on
+from sidecast.trainer.nowcast.attachment import Attachment
+from sidecast.trainer.nowcast.partitions.engine_facts import nowcaster_section
+from sidecast.trainer.nowcast.start import is_disabled, start
+
+log = logging.getLogger(__name__)
+
+STATE_FILE = "sidecast_state.json"
+
+
+class NowcastCallback(TrainerCallback):
+    """Lets a Trainer's model be nowcasted by a service: ``trainer.add_callback(NowcastCallback(trainer, {...}))``.
+
+    With DeepSpeed it sits on the engine as ``sidecast.attach`` does, from before a checkpoint is loaded; without, on
+    the replicas that one process or DDP train, at every optimizer step that was applied. Resuming from a checkpoint
+    resumes the nowcasting, too.
+
+    Losses are those given to ``accelerator.backward``, times the micro-batches of their step, so that gradient
+    accumulation does not change their scale. To see them, and the engine, it wraps ``train`` of this Trainer and
+    ``prepare`` and ``backward`` of its accelerator: add it before ``train`` is called.
+
+    Args:
+        trainer: Which it will be added to.
+        settings: As in the ``"nowcaster"`` section; None: that section of the Trainer's ds_config.
+
+    Raises:
+        ConfigError: From ``trainer.train()``: the settings, the model or the optimizer are not ones that can be
+            nowcasted, or the service refuses the run.
+    """
+
+    def __init__(self, trainer: Trainer, settings: Mapping[str, Any] | None = None) -> None:
+        self._trainer = trainer
+        self._settings = settings
+        self._attachment: Attachment | None = None
+        self._checkpoint: Path | None = None
+        self._num_steps = 0
+        self._wrap_train()
+        self._wrap_accelerator()
+
+    @property
+    def nowcaster(self) -> Any:
+        """The hook, for listeners and summaries; None before training begins and where settings disable it."""
+        return None if self._attachment is None else self._attachment.hook
+
+    # --- the Trainer's events
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._trainer.is_deepspeed_enabled:
+            return
+        self._close()
+        section = choose_settings(self, self._settings, None)
+        if is_disabled(section):
+            return
+        assert self._trainer.model is not None
+        saved = self._saved_state()
+        self._num_steps = state.global_step if saved is None else saved["step"]
+        trainee = replica_of(
+            self._trainer.model,
+            _inner(self._trainer.optimizer),
+            lambda: self._num_steps,
+            max(0, args.local_process_index),
+        )
+        self._attachment = start(section, trainee)
+        if state.global_step > 0:
+            self._attachment.resume(saved, self._checkpoint)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        is_engine = self._trainer.is_deepspeed_enabled
+        if self._attachment is None or is_engine or self._trainer.accelerator.optimizer_step_was_skipped:
+            return
+        self._num_steps += 1
+        self._attachment.after_step()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._attachment is None or self._trainer.is_deepspeed_enabled:
+            return
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        own = self._attachment.state_dict()
+        if own is None:
+            return
+        if not folder.is_dir():
+            log.warning("nowcasting will not resume from this checkpoint: there is no folder %s", folder)
+            return
+        self._attachment.save_rollback_copy(folder)
+        if state.is_world_process_zero:
+            partial = folder / f"{STATE_FILE}.partial"
+            partial.write_text(json.dumps(own))
+            os.replace(partial, folder / STATE_FILE)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The hook stays, for its summary.
+        if self._attachment is not None:
+            self._attachment.close()
+
+    # --- around the Trainer's methods
+
+    def _wrap_train(self) -> None:
+        train, output_dir = self._trainer.train, self._trainer.args.output_dir
+
+        def train_from(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = get_last_checkpoint(output_dir) or True
+            self._checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+            return train(resume_from_checkpoint, *args, **kwargs)
+
+        setattr(self._trainer, "train", train_from)  # noqa: B010  mypy takes a method for constant
+
+    def _wrap_accelerator(self) -> None:
+        trainer, accelerator = self._trainer, self._trainer.accelerator
+        prepare: Callable[..., Any] = accelerator.prepare
+        backward: Callable[..., Any] = accelerator.backward
+
+        def prepare_and_attach(*args: Any, **kwargs: Any) -> Any:
+            prepared = prepare(*args, **kwargs)
+            # Evaluation prepares an engine, too, but one that does not train.
+            if trainer.is_deepspeed_enabled and trainer.is_in_train:
+                for item in prepared if isinstance(prepared, tuple) else (prepared,):
+                    if hasattr(item, "zero_optimization_stage"):
+                        self._attach(item)
+            return prepared
+
+        def observe_and_backward(loss: Any, **kwargs: Any) -> Any:
+            if self._attachment is not None and torch.is_tensor(loss):
+                self._attachment.observe(loss.detach() * trainer.current_gradient_accumulation_steps)
+            return backward(loss, **kwargs)
+
+        accelerator.prepare, accelerator.backward = prepare_and_attach, observe_and_backward
+
+    def _attach(self, engine: Any) -> None:
+        self._close()
+        section = choose_settings(self, self._settings, nowcaster_section(engine))
+        if not is_disabled(section):
+            self._attachment = put_on(engine, section, sees_losses=False)
+
+    def _close(self) -> None:
+        if self._attachment is not None:
+            self._attachment.close()
+        self._attachment = None
+
+    def _saved_state(self) -> dict[str, Any] | None:
+        if self._checkpoint is None or not (self._checkpoint / STATE_FILE).is_file():
+            return None
+        return dict(json.loads((self._checkpoint / STATE_FILE).read_text()))
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -1,0 +1,110 @@
+"""``LightningNowcastCallback``: nowcasting in Lightning's Trainer, with its DeepSpeed strategy and without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor
+
+from sidecast.errors import ConfigError
+from sidecast.trainer.integrations.replicas import replica_of
+from sidecast.trainer.integrations.settings import choose_settings
+from sidecast.trainer.nowcast.attach import put_on
+from sidecast.trainer.nowcast.attachment import Attachment
+from sidecast.trainer.nowcast.partitions.engine_facts import nowcaster_section
+from sidecast.trainer.nowcast.start import is_disabled, start
+
+
+class LightningNowcastCallback(Callback):
+    """Lets a LightningModule be nowcasted by a service: ``Trainer(callbacks=[LightningNowcastCallback({...})])``.
+
+    With the DeepSpeed strategy it sits on the engine as ``sidecast.attach`` does; without, on the replicas that one
+    process or DDP train, after every optimizer step. Its state, with the copy for undoing a jump on probation, is
+    part of Lightning's checkpoints.
+
+    Args:
+        settings: As in the ``"nowcaster"`` section; None: that section of the DeepSpeed strategy's config.
+
+    Raises:
+        ConfigError: From ``trainer.fit()``: the settings, the model or the optimizer are not ones that can be
+            nowcasted, or the service refuses the run.
+    """
+
+    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        self._settings = settings
+        self._attachment: Attachment | None = None
+        self._loaded: Mapping[str, Any] | None = None
+        self._is_engine = False
+        self._last_step = 0
+
+    @property
+    def nowcaster(self) -> Any:
+        """The hook, for listeners and summaries; None before training begins and where settings disable it."""
+        return None if self._attachment is None else self._attachment.hook
+
+    # --- the Trainer's events
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning loads an engine's checkpoint after this; the engine then tells the hook.
+        self._is_engine = isinstance(trainer.strategy, DeepSpeedStrategy)
+        if not isinstance(trainer.strategy, DeepSpeedStrategy):
+            return
+        engine = trainer.strategy.deepspeed_engine
+        section = choose_settings(self, self._settings, nowcaster_section(engine))
+        if not is_disabled(section):
+            self._attachment = put_on(engine, section)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_engine:
+            return
+        section = choose_settings(self, self._settings, None)
+        if is_disabled(section):
+            return
+        if len(trainer.optimizers) != 1:
+            raise ConfigError(f"the LightningModule has {len(trainer.optimizers)} optimizers; nowcasting supports one")
+        self._last_step = trainer.global_step
+        trainee = replica_of(pl_module, trainer.optimizers[0], lambda: trainer.global_step, trainer.local_rank)
+        self._attachment = start(section, trainee)
+        if trainer.global_step > 0:
+            state = self._loaded or {}
+            self._attachment.resume(state.get("hook"), None, state.get("rollback"))
+        self._loaded = None
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._attachment is not None and not self._is_engine:
+            # Lightning has divided it.
+            self._attachment.observe(loss.detach() * trainer.accumulate_grad_batches)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._attachment is None or self._is_engine or trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        self._attachment.after_step()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        # The hook stays, for its summary.
+        if self._attachment is not None:
+            self._attachment.close()
+
+    # --- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The hook's state and the rollback copy; empty with DeepSpeed, where the engine's own checkpoint has them."""
+        if self._attachment is None or self._is_engine:
+            return {}
+        return {"hook": self._attachment.state_dict(), "rollback": self._attachment.rollback_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps what ``state_dict`` gave until training begins."""
+        self._loaded = state_dict

@@ -1,0 +1,34 @@
+"""Training runs without an engine: one process, or DDP's replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sidecast.trainer.nowcast.partitions.plain import plain_partition
+from sidecast.trainer.nowcast.trainee import Trainee, model_config_of
+
+
+def replica_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, applied_steps: Callable[[], int], local_rank: int
+) -> Trainee:
+    """This rank's replica of a model that is not sharded.
+
+    Args:
+        model: The module itself, without wrappers.
+        optimizer: The torch optimizer itself, without wrappers.
+        applied_steps: Optimizer steps applied so far.
+        local_rank: This rank's number on its host.
+    """
+    is_alone = not (dist.is_available() and dist.is_initialized())
+    rank, world_size = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
+    return Trainee(
+        map_partition=lambda: plain_partition(model, optimizer, rank=rank, world_size=world_size),
+        applied_steps=applied_steps,
+        model_config=model_config_of(model),
+        local_rank=local_rank,
+        stage="none",
+    )
