@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -100,16 +101,22 @@ class BlockPart:
         """
         index = _scattered_index(self, states[0].device)
         if index is not None:
-            return [state[parameter_start:][index] for state in states]
+            return [self._parameter(state, parameter_start)[index] for state in states]
         return [_strided(self, state, parameter_start) for state in states]
 
     def write(self, values_TSF: Tensor, out: Tensor, parameter_start: int) -> None:
         """Writes one value for each parameter on the edges into a parameter vector."""
         index = _scattered_index(self, out.device)
         if index is not None:
-            out[parameter_start:][index] = values_TSF.to(out.device)
+            self._parameter(out, parameter_start)[index] = values_TSF.to(out.device)
         else:
             _strided(self, out, parameter_start).copy_(values_TSF)
+
+    def _parameter(self, vector: Tensor, parameter_start: int) -> Tensor:
+        # Alone, because indexing a view of the whole rest would need wide offsets on a GPU.
+        assert self.view is not None
+        assert self.view.transposed_shape is not None
+        return vector.narrow(0, parameter_start, prod(self.view.transposed_shape))
 
     def to(self, device: torch.device) -> BlockPart:
         """The part with its node indices on a device."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from nino_goldens import GOLDEN_NAMES, GoldenPrediction
 
 from sidecast.predictors.nino import NinoPredictor
@@ -28,6 +29,19 @@ def test_fused_on_several_threads(nino_data: Path) -> None:
 
 def test_plain(golden: GoldenPrediction) -> None:
     golden.check(PlainNinoPredictor(load_weights(golden.weights_path), graphs=golden.graphs()))
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet_wnnplus_h32"])
+def test_horizons_that_are_not_stored(name: str, nino_data: Path) -> None:
+    golden = GoldenPrediction.load(nino_data, name)
+    weights = load_weights(golden.weights_path)
+    fused = NinoPredictor(weights, graphs=golden.graphs())
+    plain = PlainNinoPredictor(weights, graphs=golden.graphs())
+    found, expected = torch.empty(2, golden.history.manifest.num_elements)
+    for horizon in range(1, 41):
+        fused.predict(golden.history, horizon, found)
+        plain.predict(golden.history, horizon, expected)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_last_convolution_does_not_matter(nino_data: Path) -> None:

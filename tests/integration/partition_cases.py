@@ -76,3 +76,11 @@ CASES_OF_WORLD_SIZE: dict[int, dict[str, Case]] = {
         "stage3-fp16-partitioned": Case(stage=3, dtype="fp16", zero=PARTITIONED, frozen=True, groups=2),
     },
 }
+
+# Trained twice, with the hook attached and without it: what holds the masters differs in each.
+ATTACHED_CASES: dict[str, Case] = {
+    **plain("bf16"),
+    "stage0-fp32": Case(stage=0, dtype="fp32"),
+    "stage1-bf16-optimizer": Case(stage=1, dtype="bf16", settings=FP32_ACCUMULATION),
+}
+ATTACHED_WORLD_SIZE = 2

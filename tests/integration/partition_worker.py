@@ -20,12 +20,14 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from partition_cases import CASES_OF_WORLD_SIZE, Case
+from partition_cases import ATTACHED_CASES, ATTACHED_WORLD_SIZE, CASES_OF_WORLD_SIZE, Case
 from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import sidecast
 from sidecast.protos.shards import ShardSpec, coverage_error, total_elements
+from sidecast.trainer.nowcast.attach import nowcaster_of
 from sidecast.trainer.nowcast.partitions import (
     Partition,
     RemappingPartition,
@@ -35,7 +37,8 @@ from sidecast.trainer.nowcast.partitions import (
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-VOCABULARY = 29
+# With these and the sizes below, neither two nor three ranks divide a parameter or a group of them evenly.
+VOCABULARY = 30
 
 
 class ScalarModel(nn.Module):
@@ -58,10 +61,10 @@ def build_model(case: Case) -> nn.Module:
         return ScalarModel()
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=12,
+        hidden_size=13,
         intermediate_size=17,
         num_hidden_layers=2,
-        num_attention_heads=3,
+        num_attention_heads=1,
         num_key_value_heads=1,
         head_dim=4,
         max_position_embeddings=16,
@@ -74,7 +77,7 @@ def build_model(case: Case) -> nn.Module:
     return model
 
 
-def build_engine(case: Case) -> Any:
+def build_engine(case: Case, nowcaster: dict[str, Any] | None = None) -> Any:
     model = build_model(case)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if case.groups == 2:
@@ -92,6 +95,8 @@ def build_engine(case: Case) -> Any:
         "zero_force_ds_cpu_optimizer": False,
         **case.settings,
     }
+    if nowcaster is not None:
+        config["nowcaster"] = nowcaster
     if case.dtype == "bf16":
         config["bf16"] = {"enabled": True, **config.get("bf16", {})}
     if case.dtype == "fp16":
@@ -118,12 +123,16 @@ def fused_optimizer(fused: bool) -> Iterator[None]:
         engine_module.FusedAdam = original
 
 
-def train(engine: Any, steps: range) -> None:
+def train(engine: Any, steps: range) -> list[float]:
+    losses = []
     for step in steps:
         generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
         tokens = torch.randint(0, VOCABULARY, (2, 9), generator=generator)
-        engine.backward(engine(input_ids=tokens, labels=tokens)["loss"])
+        loss = engine(input_ids=tokens, labels=tokens)["loss"]
+        engine.backward(loss)
         engine.step()
+        losses.append(loss.item())
+    return losses
 
 
 # What follows looks into DeepSpeed independently of the code under test.
@@ -316,6 +325,9 @@ class CaseRun:
             self.require(same_bits(values, reference[name]), f"{name} differs from DeepSpeed's own account")
 
     def written_values_read_back(self) -> None:
+        num_held = sum(master.numel() for master in masters_of(self.engine))
+        padding = num_held - total_elements(self.partition.owned_shards)
+        paddings = of_all_ranks(padding)
         target = [values + 0.5 for values in self.invented(1)]
         untouched = -77.0
         for master in masters_of(self.engine):
@@ -326,7 +338,8 @@ class CaseRun:
         self.require_model_equals(target)
         masters = masters_of(self.engine)
         left = sum(int((master == untouched).sum()) for master in masters)
-        padding = sum(master.numel() for master in masters) - total_elements(self.partition.owned_shards)
+        if self.case.stage > 0 and dist.get_world_size() > 1 and not self.case.frozen:
+            self.require(any(paddings), "no rank has padding, the check is void")
         self.require(left == padding, f"{left} elements untouched, but the padding has {padding}")
         for master in masters:
             master.data.masked_fill_(master == untouched, 0.0)
@@ -509,6 +522,36 @@ def run_case(case: Case, folder: Path) -> dict[str, str | None]:
     return found
 
 
+def trained(case: Case, nowcaster: dict[str, Any] | None) -> tuple[list[Any], int]:
+    """Everything that eight steps leave on this rank, and how many snapshots were staged on the way."""
+    engine = sidecast.attach(build_engine(case, nowcaster))
+    losses = train(engine, range(8))
+    hook = nowcaster_of(engine)
+    num_staged = 0
+    if hook is not None:
+        num_staged = hook.summary()["num_staged"]
+        hook.close()
+    # Not the masters as they lie in memory: DeepSpeed never sets the padding among them, with or without a hook.
+    partition = partition_of(engine)
+    owned = torch.empty(total_elements(partition.owned_shards))
+    partition.read_owned(owned)
+    state = [losses, owned, optimizer_state_of(engine), module_weights(engine)]
+    engine.destroy()
+    return state, num_staged
+
+
+def run_attached(case: Case) -> str | None:
+    """What a hook that applies nothing changes; None if nothing."""
+    # Nobody listens there: what training could notice is the reading and voting on this side.
+    section = {"context_len": 2, "period_steps": 6, "endpoint": "127.0.0.1:1", "timeouts": {"connect_s": 0.05}}
+    with_hook, num_staged = trained(case, section)
+    without, _ = trained(case, None)
+    failure = None if same_bits(with_hook, without) else "losses, masters, moments or weights differ"
+    if num_staged == 0:
+        failure = "nothing was staged, the check is void"
+    return next((each for each in of_all_ranks(failure) if each is not None), None)
+
+
 def main(scratch: Path, results: Path) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=world_size)
@@ -522,6 +565,10 @@ def main(scratch: Path, results: Path) -> None:
         found = run_case(case, folder)
         if rank == 0:
             (results / f"{name}.json").write_text(json.dumps(found))
+    for name, case in ATTACHED_CASES.items() if world_size == ATTACHED_WORLD_SIZE else ():
+        failure = run_attached(case)
+        if rank == 0:
+            (results / f"attached-{name}.json").write_text(json.dumps({"attached": failure}))
     dist.barrier()
     dist.destroy_process_group()
 

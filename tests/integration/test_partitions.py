@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from partition_cases import CASES_OF_WORLD_SIZE, NUM_CHECKS
+from partition_cases import ATTACHED_CASES, ATTACHED_WORLD_SIZE, CASES_OF_WORLD_SIZE, NUM_CHECKS
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT_S = 280
@@ -77,3 +77,8 @@ def test_partition(matrix: Matrix, world_size: int, case: str) -> None:
     checks = matrix.result(world_size, case)
     assert {name: failure for name, failure in checks.items() if failure is not None} == {}
     assert len(checks) == NUM_CHECKS
+
+
+@pytest.mark.parametrize("case", ATTACHED_CASES)
+def test_a_hook_that_applies_nothing_changes_no_bit(matrix: Matrix, case: str) -> None:
+    assert matrix.result(ATTACHED_WORLD_SIZE, f"attached-{case}") == {"attached": None}

@@ -173,6 +173,37 @@ def test_wnn_step_length_by_name(wnn_path: Path) -> None:
     assert found[12:17].abs().max() < 1e-5
 
 
+def test_wnn_on_histories_with_nothing_to_learn_from(wnn_path: Path) -> None:
+    predictor = create_predictor("wnn", weights=wnn_path)
+    assert torch.equal(delta(predictor, History(MANIFEST, [noise(0)[:1].expand(P)] * 4), 3), torch.zeros(P))
+    manifest = ModelManifest.from_shapes([("empty", [0, 3]), ("single", [1])])
+    still = History(manifest, [torch.tensor([1234.567])] * 4)
+    assert torch.equal(delta(predictor, still, 1), torch.zeros(1))
+    moving = History(manifest, [torch.tensor([float(position)]) for position in range(4)])
+    assert delta(predictor, moving, 1).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_wnn_computes_in_fp32(wnn_path: Path, dtype: torch.dtype) -> None:
+    predictor = create_predictor("wnn", weights=wnn_path)
+    rounded = [state.to(dtype) for state in wandering(4).states]
+    expected = delta(predictor, History(MANIFEST, [state.float() for state in rounded]), 2)
+    torch.testing.assert_close(delta(predictor, History(MANIFEST, rounded), 2), expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_wnn_refuses_non_finite_histories(wnn_path: Path, bad: float) -> None:
+    history = wandering(4)
+    history.states[2][13] = bad
+    with pytest.raises(ConfigError, match="parameter 'vector' has NaN or infinite values"):
+        delta(create_predictor("wnn", weights=wnn_path), history, 2)
+
+
+def test_huge_finite_values_are_not_called_infinite() -> None:
+    history = History(MANIFEST, [torch.full((P,), value) for value in (-3e38, 0.0, 3e38)])
+    delta(create_predictor("average"), history, 1)
+
+
 def test_wnn_refuses_other_weights_and_horizons(wnn_path: Path, nino_data: Path) -> None:
     with pytest.raises(ConfigError, match=r"nino_mlp\.pt is no WNN.*edge_mlp"):
         create_predictor("wnn", weights=nino_data / "nino_mlp.pt")

@@ -131,7 +131,8 @@ class Application:
 
     def load_rollback_copy(self, state: Mapping[str, Any]) -> None:
         """Takes the rollback copy of a checkpoint that was saved during probation."""
-        if self.rollback_copy is None:
-            # The run went on with other settings; the jump on probation is judged all the same.
-            self.rollback_copy = RollbackCopy.allocate(self.partition.rollback_bytes())
+        needed_bytes = state["buffer"].numel()
+        if self.rollback_copy is None or self.rollback_copy.num_bytes < needed_bytes:
+            # The run goes on with other settings, or keeps more than was assumed; the jump is judged all the same.
+            self.rollback_copy = RollbackCopy.allocate(needed_bytes)
         self.rollback_copy.load_state_dict(state)

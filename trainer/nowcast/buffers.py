@@ -36,7 +36,9 @@ class SharedBuffer:
             os.posix_fallocate(self.descriptor, 0, max(1, num_bytes))
             # Whoever else maps it, as a service on this host does, can rely on its size.
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            self.map = mmap.mmap(self.descriptor, max(1, num_bytes))
+            # Mapped here and now: a page that is mapped when it is first written costs several times the write.
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            self.map = mmap.mmap(self.descriptor, max(1, num_bytes), flags)
         except OSError as error:
             os.close(self.descriptor)
             raise ConfigError(

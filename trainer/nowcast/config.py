@@ -59,7 +59,7 @@ class NowcasterConfig:
     predictor: str = "linear"
     """Name of the predictor."""
     predictor_options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the predictor."""
+    """Options of the predictor, for example {"upd_scale": 0.5, "device": "cuda"}; see predictors.md."""
     context_len: int = 5
     """States per nowcast."""
     period_steps: int = 1000

@@ -31,7 +31,7 @@ class Ranks:
 
     def votes(self) -> Votes:
         """Where these ranks vote."""
-        return SoloVotes() if self._group is None else VoteBox(self._group)
+        return SoloVotes() if self._group is None or self.world_size == 1 else VoteBox(self._group)
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank says, in the order of ranks; collective."""

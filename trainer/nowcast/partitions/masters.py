@@ -11,6 +11,7 @@ from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec, total_elements
 from sidecast.trainer.nowcast.partitions.contract import MergeMode
 from sidecast.trainer.nowcast.partitions.fragments import Run, runs_of
+from sidecast.trainer.nowcast.partitions.host_copy import copy_to_host
 from sidecast.trainer.nowcast.partitions.layout import Layout
 from sidecast.trainer.nowcast.partitions.optimizer_state import OptimizerState
 from sidecast.trainer.nowcast.partitions.rollback import RollbackCopy
@@ -63,7 +64,7 @@ class MasterPartition:
         _require_flat("out", out, self._num_upload)
         if stream is None:
             for run in self._upload_runs:
-                out[run.buffer].copy_(flats[run.master][run.source])
+                copy_to_host(out[run.buffer], flats[run.master][run.source])
             return
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
@@ -77,7 +78,7 @@ class MasterPartition:
         flats = self._current_masters()
         _require_flat("out", out, self._num_owned)
         for run in self._owned_runs:
-            out[run.buffer].copy_(flats[run.master][run.source])
+            copy_to_host(out[run.buffer], flats[run.master][run.source])
 
     def learning_rates(self) -> tuple[float, ...]:
         return self._state.learning_rates()

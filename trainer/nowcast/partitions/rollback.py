@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sidecast.errors import SidecastError
+from sidecast.trainer.nowcast.partitions.host_copy import copy_to_host
 
 # A multiple of every element size, so that each tensor can be viewed in place; also a cache line.
 _ALIGNMENT_BYTES = 64
@@ -93,7 +94,7 @@ class RollbackCopy:
         offset = 0
         for name, tensor in tensors.items():
             places[name] = (offset, tensor.dtype, tuple(tensor.shape))
-            self._view(*places[name]).copy_(tensor.detach())
+            copy_to_host(self._view(*places[name]), tensor.detach())
             offset += _aligned(tensor.nbytes)
         # Some optimizers keep lists and update them in place.
         self._places, self._values = places, deepcopy(dict(values))
