@@ -19,6 +19,8 @@ print(*project['dependencies'], *project['optional-dependencies']['trainer'], se
     && /opt/sidecast/bin/pip install --constraint constraints.txt --requirement requirements.txt
 
 FROM dependencies AS package
+# For the tile loops of NiNo; not in the image.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++
 COPY . .
 RUN /opt/sidecast/bin/pip wheel --no-deps --wheel-dir /dist .
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, NoReturn
 
@@ -41,12 +41,15 @@ AUTHORIZATION = "authorization"
 KEEPALIVE_MS = 60_000
 
 
-def create_server(servicer: Servicer, port: int) -> tuple[grpc.aio.Server, int]:
+def create_server(
+    servicer: Servicer, port: int, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+) -> tuple[grpc.aio.Server, int]:
     """Binds a server on the running event loop; it is not started yet.
 
     Args:
         servicer: Answers the calls; its settings name host and encryption.
         port: Where to listen; 0 picks a free port.
+        interceptors: Between the wire and the servicer.
 
     Returns:
         The server and its port.
@@ -56,6 +59,7 @@ def create_server(servicer: Servicer, port: int) -> tuple[grpc.aio.Server, int]:
     """
     config = servicer.config
     server = grpc.aio.server(
+        interceptors=interceptors,
         options=[
             *BULK_OPTIONS,
             # Two services on one port would each see half of a session.
@@ -64,7 +68,7 @@ def create_server(servicer: Servicer, port: int) -> tuple[grpc.aio.Server, int]:
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-        ]
+        ],
     )
     server.add_generic_rpc_handlers((GrpcFace(servicer).handler(),))
     address = f"{config.host}:{port}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -97,12 +97,23 @@ class RunningService:
     Args:
         folder: For the history.
         port: 0 for a free one; a given one to come back where an earlier service was.
+        engines: Who predicts, if not the fake ones.
+        interceptors: Between the wire and the servicer.
         changes: Of the settings.
     """
 
-    def __init__(self, folder: Path, port: int = 0, **changes: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        port: int = 0,
+        *,
+        engines: Any = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        **changes: Any,
+    ) -> None:
         self.clock = FakeClock()
-        self.engines = FakeEngines()
+        self.engines = FakeEngines() if engines is None else engines
+        self._interceptors = interceptors
         self.config = service_config(folder, **changes)
         self._wanted_port = port
         self._loop = asyncio.new_event_loop()
@@ -122,7 +133,7 @@ class RunningService:
         self.store = HistoryStore(self.config.history_dir, self.config.history_budget_bytes)
         self.metrics = ServiceMetrics(CollectorRegistry())
         self.servicer = Servicer(self.config, self.store, self.engines, self.metrics, version="test", clock=self.clock)
-        self._server, self.port = create_server(self.servicer, self._wanted_port)
+        self._server, self.port = create_server(self.servicer, self._wanted_port, self._interceptors)
         self.servicer.handover.start()
         await self._server.start()
 

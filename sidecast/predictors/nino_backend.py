@@ -9,7 +9,8 @@ import torch
 from sidecast.errors import ConfigError
 from sidecast.predictors.block_parts import PartLimits
 from sidecast.predictors.device import check_device, open_device
-from sidecast.predictors.nino_kernels import CpuKernels, Kernels
+from sidecast.predictors.nino_compiled import cpu_kernels
+from sidecast.predictors.nino_kernels import Kernels
 from sidecast.predictors.scaling_pass import FeatureReader, ScaledReader
 from sidecast.predictors.state_reader import StateReader
 
@@ -59,7 +60,7 @@ def open_backend(device: str, precision: str, context_len: int) -> NinoBackend:
     opened = open_device(device)
     if opened.type == "cuda":
         return triton_backend(opened, precision, context_len)
-    return cpu_backend(CpuKernels(PRECISIONS["cpu"][precision]), context_len)
+    return cpu_backend(cpu_kernels(PRECISIONS["cpu"][precision]), context_len)
 
 
 def cpu_backend(kernels: Kernels, context_len: int) -> NinoBackend:

@@ -12,7 +12,10 @@ from tiny_job import new_engine, start_process_group, train
 
 import sidecast
 from sidecast.trainer.nowcast.attach import nowcaster_of
+from sidecast.trainer.nowcast.courier_handle import NUM_SLOTS
 from sidecast.trainer.nowcast.events import NowcastEvent
+from sidecast.trainer.nowcast.hook import Nowcaster
+from sidecast.trainer.nowcast.replay import Replayer
 
 PERIOD_STEPS = 50
 MAX_STEPS = 60_000
@@ -23,10 +26,17 @@ FLAG_INTERVAL_STEPS = 20
 def main(address: str, folder: Path, mode: str) -> None:
     rank = start_process_group()
     where = {"live": "record_dir", "replay": "replay_dir"}[mode]
-    section = {"endpoint": address, "period_steps": PERIOD_STEPS, "probation_steps": 0, where: str(folder / "record")}
+    section = {
+        "endpoint": address,
+        # So that a prediction is in time on a busy machine, too: what is asked is whether there is one.
+        "mode": "sync",
+        "period_steps": PERIOD_STEPS,
+        "probation_steps": 0,
+        where: str(folder / "record"),
+    }
     engine = sidecast.attach(new_engine(section))
     nowcaster = nowcaster_of(engine)
-    assert nowcaster is not None
+    assert isinstance(nowcaster, Nowcaster | Replayer)
     applied: list[int] = []
 
     def on_event(event: NowcastEvent) -> None:
@@ -44,6 +54,8 @@ def main(address: str, folder: Path, mode: str) -> None:
         step = len(losses)
         if mode == "live" and restarted_at is None and step % FLAG_INTERVAL_STEPS == 0 and is_restarted(folder):
             restarted_at = step
+        if restarted_at is not None and isinstance(nowcaster, Nowcaster):
+            await_uploads(nowcaster)
         jumps = [] if restarted_at is None else [item for item in applied if item > restarted_at]
         # All ranks know both numbers alike, so all leave at the same step.
         if step >= num_steps or (jumps and step >= jumps[0] + STEPS_AFTER):
@@ -51,6 +63,12 @@ def main(address: str, folder: Path, mode: str) -> None:
     if rank == 0:
         (folder / f"{mode}-losses.json").write_text(json.dumps(losses))
     nowcaster.close()
+
+
+def await_uploads(nowcaster: Nowcaster) -> None:
+    """Waits until the courier has sent what was staged: on a busy machine it would otherwise drop a snapshot."""
+    while len(nowcaster._courier._free_slots) < NUM_SLOTS:
+        nowcaster._inbox.poll(1.0)
 
 
 def is_restarted(folder: Path) -> bool:

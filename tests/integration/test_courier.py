@@ -333,6 +333,29 @@ def test_a_killed_courier_is_replaced_and_a_held_prediction_stays(courier: Couri
     assert read_delta(tmp_path / "record", entry, len(expected)) == expected
 
 
+def test_a_death_is_told_although_it_was_a_post_that_noticed_it(courier: CourierHandle) -> None:
+    kill(courier)
+    assert not courier.post({"type": "stats", "values": {}})
+    assert until(courier, "died")["reason"] == "the courier ended with status -9"
+    until(courier, "connected")
+    assert courier.num_deaths == 1
+
+
+def test_only_deaths_without_a_prediction_in_between_end_nowcasting(
+    courier: CourierHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidecast.trainer.nowcast.courier_handle.MAX_DEATHS_IN_A_ROW", 1)
+    kill(courier)
+    until(courier, "connected")
+    predicted(courier)
+    kill(courier)
+    until(courier, "connected")
+    kill(courier)
+    until(courier, "died")
+    assert not courier.is_alive
+    assert courier.num_deaths == 3
+
+
 def test_an_applied_jump_is_recorded_although_the_courier_dies_before_it_hears_of_it(
     courier: CourierHandle, tmp_path: Path
 ) -> None:

@@ -146,6 +146,16 @@ def test_sync_mode_waits_only_for_what_it_would_apply(is_suspended: bool, num_wa
     assert len(courier.waited_s) == num_waits
 
 
+@pytest.mark.parametrize(("said_then", "num_waits"), [([], 0), (["connected"], 1)])
+def test_sync_mode_does_not_wait_for_a_service_that_is_known_to_be_gone(said_then: list[str], num_waits: int) -> None:
+    courier = FakeCourier()
+    hook = hook_of(courier, FakePartition(), step=18, mode="sync")
+    courier.unread += [{"type": kind, "reason": "gone"} for kind in ("disconnected", *said_then)]
+    hook.after_step(19)
+    hook.after_step(20)
+    assert len(courier.waited_s) == num_waits
+
+
 def test_a_nowcast_that_was_never_made_is_failed_and_not_rejected() -> None:
     courier = FakeCourier()
     hook = hook_of(courier, FakePartition(), step=22)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,30 @@ def test_a_replay_that_begins_after_the_base_says_so(tmp_path: Path) -> None:
     replayer = Replayer(tmp_path, FakePartition(), rank=0, step=11)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="replaces weights of step 10, which lies before the step to resume from"):
         replayer.after_step(12)
+
+
+@pytest.mark.parametrize("lacks_room_for", ["delta-*", "*"], ids=["the delta", "everything"])
+def test_what_found_no_room_on_the_disk_is_missed_when_the_run_is_to_be_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks_room_for: str
+) -> None:
+    write_bytes = Path.write_bytes
+
+    def write_on_a_full_disk(path: Path, data: bytes) -> int:
+        if not path.match(lacks_room_for):
+            return write_bytes(path, data)
+        write_bytes(path, data[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recorder = Recorder(tmp_path, 0)
+    recorder.record(applied(10), DELTA, session("a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_on_a_full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            recorder.record(applied(20), DELTA, session("a"))
+    assert [path.name for path in tmp_path.glob("delta-*")] == ["delta-step00000010-rank0.f32"]
+    recorder.record(applied(30), DELTA, session("a"))
+    with pytest.raises(ConfigError, match=r"applied-rank0\.jsonl lacks what was done at step 20"):
+        read_log(tmp_path, 0)
+    # A resume from before that step has given it up.
+    recorder.resume(session("b", resume_step=10))
+    assert steps(tmp_path) == [10]

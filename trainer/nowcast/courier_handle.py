@@ -23,7 +23,8 @@ NUM_SLOTS = 2
 END_TIMEOUT_S = 2.0
 # To write the last applied delta, which may be large and the disk slow.
 RECORD_TIMEOUT_S = 30.0
-MAX_RESTARTS = 5
+# Without a prediction brought in between: over weeks couriers may die more often, one that always dies helps nobody.
+MAX_DEATHS_IN_A_ROW = 5
 
 
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
@@ -51,6 +52,7 @@ class CourierHandle:
         self.slots = [SharedBuffer(f"staging-{index}", upload_bytes) for index in range(NUM_SLOTS)]
         self.prediction = SharedBuffer("prediction", fetch_bytes)
         self.num_deaths = 0
+        self._num_deaths_in_a_row = 0
         self.prediction_is_held = False
         self._hello = {
             **hello,
@@ -64,6 +66,7 @@ class CourierHandle:
         self._channel: Channel | None = None
         self._last_status: int | None = None
         self._unconfirmed: deque[Message] = deque()
+        self._obituaries: deque[Message] = deque()
 
     @property
     def is_alive(self) -> bool:
@@ -153,7 +156,8 @@ class CourierHandle:
             timeout_s: How long to wait for the first message.
         """
         channel = self._channel
-        if channel is None:
+        if channel is None or self._obituaries:
+            yield from self._take_obituaries()
             return
         try:
             if timeout_s > 0:
@@ -166,6 +170,7 @@ class CourierHandle:
                     self._free_slots.append(message["slot"])
                 elif message["type"] == "prediction":
                     self.prediction_is_held = True
+                    self._num_deaths_in_a_row = 0
                 elif message["type"] == "metrics":
                     log.info("rank %d serves metrics on port %d", self._hello["rank"], message["port"])
                 yield message
@@ -173,21 +178,31 @@ class CourierHandle:
             # Unless a post in between has noticed first: the one that is there now is then another.
             if self._channel is channel:
                 self._bury()
-            yield {"type": "died", "reason": f"the courier ended with status {self._last_status}"}
+            yield from self._take_obituaries()
+
+    def _take_obituaries(self) -> Iterator[Message]:
+        while self._obituaries:
+            yield self._obituaries.popleft()
 
     def _bury(self) -> None:
         """Takes note of a courier's death and starts another; nothing of the training run depends on it."""
         if self._channel is None or self._process is None:
             return
         self.num_deaths += 1
+        self._num_deaths_in_a_row += 1
         self._channel.close()
         self._channel = None
         # It closed its end, so it is dead or of no use; it must not write to a buffer that its successor fills.
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._last_status = self._process.wait(END_TIMEOUT_S)
-        if self.num_deaths > MAX_RESTARTS:
-            log.error("the courier died %d times; nowcasting is off for the rest of the run", self.num_deaths)
+        # Told with the next messages, whoever has noticed: a post that failed tells nobody.
+        self._obituaries.append({"type": "died", "reason": f"the courier ended with status {self._last_status}"})
+        if self._num_deaths_in_a_row > MAX_DEATHS_IN_A_ROW:
+            log.error(
+                "the courier died %d times without bringing a prediction; nowcasting is off for the rest of the run",
+                self._num_deaths_in_a_row,
+            )
             return
         log.warning("the courier died (status %s); starting another", self._last_status)
         try:

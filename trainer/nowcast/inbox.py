@@ -52,11 +52,10 @@ class Inbox:
         """Waits for a prediction, for word that there will be none, or for the deadline."""
         deadline_s = time.monotonic() + timeout_s
         totals = self._reporter.totals
-        self._is_linked = True
-        while self.held is None and (left_s := deadline_s - time.monotonic()) > 0:
+        while self.held is None and self._is_linked and (left_s := deadline_s - time.monotonic()) > 0:
             num_lost = totals.num_failed + totals.num_dropped
             self.poll(left_s)
-            if totals.num_failed + totals.num_dropped > num_lost or not self._is_linked:
+            if totals.num_failed + totals.num_dropped > num_lost:
                 return
 
     def release(self, held: HeldPrediction, details: dict[str, float | int | str]) -> None:
@@ -106,6 +105,7 @@ class Inbox:
                 totals.num_failed += 1
                 reporter.emit("failed", reason=message["reason"], base_step=message["step"])
             case "connected":
+                self._is_linked = True
                 reporter.emit("connected")
             case "disconnected" | "died":
                 self._is_linked = False

@@ -92,15 +92,16 @@ class Link:
             self._changed.notify_all()
 
     def wait_connected(self, session_id: str, timeout_s: float) -> bool:
-        """Waits until a session is joined; False if it is over, or not joined in time."""
+        """Waits until a session is joined; False if it is over, or the time is up."""
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
             while self._session["session_id"] == session_id and not self._is_ending:
-                if self._is_connected:
-                    return True
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0:
+                    # Also while joined: a service whose disk is full would be asked for ever.
                     return False
+                if self._is_connected:
+                    return True
                 self._changed.wait(left_s)
         return False
 

@@ -1,12 +1,14 @@
 """The apply log: what was done to the weights and when, enough to replay a run without a service.
 
 One folder per run. ``applied-rank0.jsonl`` holds one JSON object per line: ``action`` (``applied`` or
-``rolled_back``), ``step``, and for jumps ``version``, ``digest``, ``weight``, ``merge``, ``moments``, ``base_step``,
-``horizon_intervals``, ``file`` and ``crc32``; the file holds the rank's delta as raw little-endian fp32.
+``rolled_back``; ``lost`` for what could not be written), ``step``, and for jumps ``version``, ``digest``, ``weight``,
+``merge``, ``moments``, ``base_step``, ``horizon_intervals``, ``file`` and ``crc32``; the file holds the rank's delta as
+raw little-endian fp32.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -37,6 +39,8 @@ class Recorder:
         self._path = log_path(self._folder, rank)
         # A run without jumps is replayed, too.
         self._path.touch()
+        # What could not be written, by step, so that a later line can say so.
+        self._lost: list[dict[str, Any]] = []
 
     def record(self, entry: Mapping[str, Any], delta: memoryview | None, session: Mapping[str, Any]) -> None:
         """Appends an entry, after writing the delta that it applied, if it did; the same entry again is harmless.
@@ -46,16 +50,26 @@ class Recorder:
             delta: This rank's delta; None for entries without.
             session: The session that it belongs to. Its first entry takes out those of earlier sessions after the
                 step where it begins: they are of a future that a resume has given up.
+
+        Raises:
+            OSError: The disk is full or failing. As soon as a line can be written again, the log says what it lacks.
         """
         line = {**entry, "session": session["session_id"]}
         kept = self._kept(session)
         if any((item["action"], item["step"]) == (line["action"], line["step"]) for item in kept):
             return
-        if delta is not None:
-            name = f"delta-step{entry['step']:08d}-rank{self._rank}.f32"
-            (self._folder / name).write_bytes(delta)
-            line |= {"file": name, "crc32": crc32(delta)}
-        self._write([*kept, line])
+        try:
+            if delta is not None:
+                name = f"delta-step{entry['step']:08d}-rank{self._rank}.f32"
+                _write_whole(self._folder / name, delta)
+                line |= {"file": name, "crc32": crc32(delta)}
+            self._write([*kept, line])
+        except OSError:
+            self._lost.append({"action": "lost", "step": line["step"], "session": line["session"]})
+            # A line may find room where a delta did not.
+            with contextlib.suppress(OSError):
+                self._write(self._kept(session))
+            raise
 
     def resume(self, session: Mapping[str, Any]) -> None:
         """Takes out the entries that a resumed session gives up, also if it never makes one of its own."""
@@ -67,29 +81,46 @@ class Recorder:
         known = [json.loads(item) for item in text.splitlines(keepends=True) if item.endswith("\n")]
         return [
             item
-            for item in known
+            for item in (*known, *self._lost)
             if item.get("session") == session["session_id"] or item["step"] <= session["resume_step"]
         ]
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
         partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(item) + "\n" for item in entries))
+        _write_whole(partial, "".join(json.dumps(item) + "\n" for item in entries).encode())
         os.replace(partial, self._path)
+        self._lost.clear()
+
+
+def _write_whole(path: Path, data: memoryview | bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError:
+        # Half of it is of no use, and takes room from what comes next.
+        path.unlink(missing_ok=True)
+        raise
 
 
 def read_log(folder: Path, rank: int) -> list[dict[str, Any]]:
     """A rank's entries, oldest first.
 
     Raises:
-        ConfigError: There is no log of this rank.
+        ConfigError: There is no log of this rank, or it is damaged or not whole.
     """
     path = log_path(folder, rank)
     if not path.is_file():
         raise ConfigError(f"nowcaster.replay_dir {folder} has no {path.name}; it was recorded with fewer ranks")
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
     except ValueError as error:
         raise ConfigError(f"nowcaster.replay_dir {folder}: {path.name} is damaged: {error}") from error
+    for entry in entries:
+        if entry["action"] == "lost":
+            raise ConfigError(
+                f"nowcaster.replay_dir {folder}: {path.name} lacks what was done at step {entry['step']}, which could "
+                "not be written; such a run cannot be replayed"
+            )
+    return entries
 
 
 def read_delta(folder: Path, entry: Mapping[str, Any], num_bytes: int) -> bytearray:

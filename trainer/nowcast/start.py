@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import warnings
@@ -54,9 +55,13 @@ def start(section: Any, trainee: Trainee) -> Attachment:
         return ReplayAttachment(trainee, replayer)
     require_room(ranks.gather(rank_memory(config, partition)), config.max_host_memory_gib)
     session = new_session(ranks, step)
-    with ranks.refused_together():
-        rollback_copy = reserve_rollback_copy(config, partition)
-        courier = _start_courier(config, trainee, partition, manifest, session, ranks)
+    with contextlib.ExitStack() as undo:
+        with ranks.refused_together():
+            rollback_copy = reserve_rollback_copy(config, partition)
+            courier = _start_courier(config, trainee, partition, manifest, session, ranks)
+            # What another rank refuses ends this one's courier, too.
+            undo.callback(courier.close)
+        undo.pop_all()
     _await_link(config, courier, ranks)
     hook = Nowcaster(
         config,

@@ -1,0 +1,275 @@
+"""Conducts two training ranks and their service through faults, strikes where a fault says so, and counts."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import fault_rank
+import fault_service
+import psutil
+from fault_rank import WORLD_SIZE, Passage
+from faults import PERIOD_STEPS, Fault
+
+from sidecast.manifest import ParameterSpec
+from sidecast.protos.shards import ShardSpec
+
+# So many steps are made without a service before it is started again.
+OUTAGE_STEPS = 12
+STOP_S = 30.0
+PASSAGE_TIMEOUT_S = 50.0
+START_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 20.0
+POLL_INTERVAL_S = 0.02
+LARGEST_FILE_BYTES = 64 << 10
+STRIKES = ("kill the service", "kill couriers", "stop", "fill the disk", "fill the record disk", "delay")
+SERVICE_CALLS = ("Open", "Upload", "Commit", "Predict", "Watch", "Fetch")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run through one fault.
+
+    Attributes:
+        num_fired: How often the fault fired.
+        passages: Of each rank.
+    """
+
+    num_fired: int
+    passages: tuple[Passage, ...]
+
+
+class FaultRun:
+    """Two ranks that train until ``close``, and their service.
+
+    Args:
+        folder: For everything.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        (folder / "published").mkdir()
+        self._is_well = True
+        self._port = 0
+        # Forks of one process that has imported everything: a service that is killed twenty times is back at once.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["fault_service", "fault_rank"])
+        self._progress = self._context.RawArray("q", WORLD_SIZE)
+        self._start_service(None)
+        self._links: list[Connection] = []
+        self._ranks: list[Any] = []
+        for rank in range(WORLD_SIZE):
+            ours, theirs = self._context.Pipe()
+            arguments = (rank, folder, f"127.0.0.1:{self._port}", theirs, self._progress)
+            process = self._context.Process(target=fault_rank.train, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._links.append(ours)
+            self._ranks.append(process)
+        self.shards: list[tuple[ShardSpec, ...]] = []
+        for link in self._links:
+            _, shards, self._parameters = self._expect(link, START_TIMEOUT_S)
+            self.shards.append(shards)
+
+    def _start_service(self, fault: Fault | None) -> None:
+        self._service_link, theirs = self._context.Pipe()
+        arguments = (theirs, self._folder, self._port, fault)
+        self._service = self._context.Process(target=fault_service.serve, args=arguments, daemon=True)
+        self._service.start()
+        theirs.close()
+        self._port = self._expect(self._service_link, START_TIMEOUT_S)
+
+    def _expect(self, link: Connection, timeout_s: float) -> Any:
+        try:
+            assert link.poll(timeout_s), f"nothing is said any more\n{self.logs()}"
+            return link.recv()
+        except EOFError:
+            raise AssertionError(f"a process has ended\n{self.logs()}") from None
+
+    def logs(self) -> str:
+        """The ends of everybody's logs."""
+        return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in sorted(self._folder.glob("*.log")))
+
+    def close(self) -> None:
+        """Ends everything."""
+        for link in self._links:
+            with contextlib.suppress(OSError):
+                link.send(None)
+        for process in self._ranks:
+            process.join(END_TIMEOUT_S if self._is_well else 0)
+            process.kill()
+        self._kill_service()
+
+    # --- one fault
+
+    def pass_through(self, fault: Fault | None) -> Outcome:
+        """Lets the ranks train through a fault until a later nowcast has been applied.
+
+        Args:
+            fault: None: nothing goes wrong.
+        """
+        assert self._is_well, "an earlier fault has ended the run"
+        self._is_well = False
+        self._num_fired = 0
+        self._reasons: list[str] = []
+        self._restart_at_step: int | None = None
+        self._over_at_s = 0.0
+        self._undo: Callable[[], None] | None = None
+        if fault is not None and (fault.call == "Open" or fault.what == "fill the disk"):
+            # A session is only opened with a service that does not know it; one that has run for a while has files
+            # to spare.
+            self._kill_service()
+            self._start_service(fault)
+        elif fault is not None and fault.call in SERVICE_CALLS:
+            self._service_link.send(fault)
+        for link in self._links:
+            link.send(("train", fault))
+        passages: dict[int, Passage] = {}
+        is_over = False
+        deadline_s = time.monotonic() + PASSAGE_TIMEOUT_S
+        while len(passages) < WORLD_SIZE:
+            assert time.monotonic() < deadline_s, f"{fault}: no end: {self._reasons}\n{self.logs()}"
+            for source in wait([self._service_link, *self._links], POLL_INTERVAL_S):
+                assert isinstance(source, Connection)
+                self._hear(source, fault, passages)
+            if not is_over and self._is_over(fault):
+                is_over = True
+                for link in self._links:
+                    link.send("heal")
+        self._is_well = True
+        return Outcome(self._num_fired, tuple(passages[rank] for rank in range(WORLD_SIZE)))
+
+    def _hear(self, source: Connection, fault: Fault | None, passages: dict[int, Passage]) -> None:
+        message = self._expect(source, 0.0)
+        if source is self._service_link or message[0] == "fired":
+            assert fault is not None
+            self._num_fired += 1
+            if fault.what in STRIKES:
+                self._strike(fault)
+                with contextlib.suppress(OSError):
+                    source.send("go")
+        elif message[0] == "event":
+            self._reasons.append(f"{message[1]}: {message[3].get('reason', '')}")
+        else:
+            passages[self._links.index(source)] = message[1]
+
+    def _is_over(self, fault: Fault | None) -> bool:
+        """Whether nothing is wrong any more; mends what can be mended now."""
+        if fault is None:
+            return True
+        if self._num_fired < fault.times or not self._is_noticed(fault):
+            return False
+        if time.monotonic() < self._over_at_s:
+            return False
+        if self._restart_at_step is not None:
+            if min(self._progress) < self._restart_at_step:
+                return False
+            self._start_service(None)
+            self._restart_at_step = None
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+        return True
+
+    def _is_noticed(self, fault: Fault) -> bool:
+        is_told = fault.seen == "" or any(fault.seen in reason for reason in self._reasons)
+        return is_told and (fault.logged == "" or fault.logged in self.logs())
+
+    # --- strikes
+
+    def _strike(self, fault: Fault) -> None:
+        match fault.what:
+            case "kill the service":
+                self._kill_service()
+                self._restart_at_step = max(self._progress) + OUTAGE_STEPS
+            case "kill couriers":
+                for rank in fault.victims:
+                    self.courier(rank).kill()
+            case "fill the disk":
+                self._undo = _allow_only_small_files(self._service.pid)
+            case "fill the record disk":
+                self._undo = _allow_only_small_files(self.courier(fault.victims[0]).pid)
+            case "stop":
+                self._over_at_s = time.monotonic() + STOP_S
+                self._undo = _stop([self._service.pid, *(self.courier(rank).pid for rank in fault.victims)])
+            case "delay":
+                self._wait_for_steps(2 * PERIOD_STEPS)
+
+    def _kill_service(self) -> None:
+        self._service.kill()
+        self._service.join()
+        self._service_link.close()
+        # One that never says anything, until there is a service again.
+        self._service_link, self._silence = self._context.Pipe()
+
+    def courier(self, rank: int) -> psutil.Process:
+        """A rank's courier process."""
+        (courier,) = psutil.Process(self._ranks[rank].pid).children()
+        return courier
+
+    def num_couriers(self, rank: int) -> int:
+        """How many couriers a rank has, dead ones that it did not collect among them."""
+        return len(psutil.Process(self._ranks[rank].pid).children())
+
+    def _wait_for_steps(self, num_steps: int) -> None:
+        target = max(self._progress) + num_steps
+        while min(self._progress) < target:
+            wait(self._links, POLL_INTERVAL_S)
+
+    # --- what must hold
+
+    def published_checksum(self, digest: str, rank: int) -> int:
+        """Checksum of a rank's part of a prediction that the service has found good and published.
+
+        Raises:
+            FileNotFoundError: It has not.
+        """
+        data = (self._folder / "published" / f"{digest}.f32").read_bytes()
+        offsets = [0]
+        for spec in self._parameters:
+            assert isinstance(spec, ParameterSpec)
+            offsets.append(offsets[-1] + spec.numel)
+        checksum = 0
+        for shard in self.shards[rank]:
+            start = 4 * (offsets[shard.parameter] + shard.start)
+            checksum = crc32(data[start : start + 4 * shard.numel], checksum)
+        return checksum
+
+    def attach_without_memory(self, rank: int) -> list[str]:
+        """What the ranks say when one of them has no room for shared memory."""
+        for link in self._links:
+            link.send(("attach", rank))
+        return [self._expect(link, START_TIMEOUT_S)[1] for link in self._links]
+
+
+def _stop(pids: Sequence[int]) -> Callable[[], None]:
+    """Stops processes until what is returned is called."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+
+    def undo() -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+    return undo
+
+
+def _allow_only_small_files(pid: int) -> Callable[[], None]:
+    """Lets a process's writes fail like on a full disk, until what is returned is called."""
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (LARGEST_FILE_BYTES, hard))
+
+    def undo() -> None:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+
+    return undo

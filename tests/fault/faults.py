@@ -1,0 +1,45 @@
+"""What can go wrong, as data: one row per fault, for the service, the ranks and the test alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+# Of the training run that all faults happen to.
+CONTEXT_LEN = 2
+INTERVAL_STEPS = 10
+PERIOD_STEPS = CONTEXT_LEN * INTERVAL_STEPS
+
+Call = Literal["Open", "Upload", "Commit", "Predict", "Watch", "Fetch", "Vote"]
+Phase = Literal["before", "during", "after"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One fault, and the point at which it fires.
+
+    Attributes:
+        what: What is done there: a strike of the conductor, who is waited for, or an alteration of what passes.
+        call: The call in question; ``Predict`` and ``Vote`` are no calls on the wire, but have the same phases.
+        phase: Before the work begins, half-way through it, or when it is done and not answered yet.
+        rank: Only where this rank calls; None: whoever comes first.
+        times: How often it fires.
+        is_at_base: Only for the last snapshot of a window.
+        victims: Ranks whose couriers a strike means.
+        seen: Part of a reason that some rank must give before the run may heal; empty: none need notice.
+        logged: Part of what some process must log before that.
+    """
+
+    what: str
+    call: Call
+    phase: Phase = "during"
+    rank: int | None = None
+    times: int = 1
+    is_at_base: bool = False
+    victims: tuple[int, ...] = ()
+    seen: str = ""
+    logged: str = ""
+
+    def __str__(self) -> str:
+        times = "" if self.times == 1 else f"-{self.times}-times"
+        return f"{self.what}-{self.phase}-{self.call}{times}".lower().replace(" ", "-")

@@ -1,0 +1,165 @@
+"""Every fault that we could think of, one after another, in one training run: it goes on, unharmed, and heals."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fault_run import FaultRun, Outcome
+from faults import Call, Fault, Phase
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultRun]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Of the process that all others are forked from, when it starts.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        running = FaultRun(tmp_path_factory.mktemp("faults"))
+        try:
+            unharmed(running, running.pass_through(None))
+            yield running
+        finally:
+            running.close()
+
+
+def unharmed(run: FaultRun, outcome: Outcome) -> None:
+    """Training is alive, all ranks are equal, and whatever was applied is what the service published."""
+    for rank, passage in enumerate(outcome.passages):
+        assert passage.last_step > passage.first_step
+        assert passage.losses_are_finite
+        assert passage.masters_are_published
+        assert passage.healing_step is not None
+        assert passage.applied[-1]["base_step"] >= passage.healing_step
+        for jump in passage.applied:
+            assert jump["delta"] == run.published_checksum(jump["digest"], rank)
+    first, second = outcome.passages
+    assert first.weights == second.weights
+    for name in ("step", "version", "digest", "base_step", "weight"):
+        assert [jump[name] for jump in first.applied] == [jump[name] for jump in second.applied]
+
+
+def killed_services() -> Iterator[Fault]:
+    # Where all ranks call, the second one is chosen; a vote is struck from the first.
+    ranks = {"Upload": 1, "Commit": 1, "Fetch": 1, "Vote": 0}
+    calls: tuple[Call, ...] = ("Open", "Upload", "Commit", "Predict", "Fetch", "Vote")
+    phases: tuple[Phase, ...] = ("before", "during", "after")
+    for call in calls:
+        for phase in phases:
+            yield Fault(what="kill the service", call=call, phase=phase, rank=ranks.get(call), seen="disconnected")
+
+
+def killed_couriers() -> Iterator[Fault]:
+    died = "the courier ended with status -9"
+    for call, phase, rank, victims in (
+        ("Upload", "before", 0, (0,)),
+        ("Upload", "during", 1, (1,)),
+        ("Commit", "during", None, (0, 1)),
+        ("Commit", "after", 1, (1,)),
+        ("Predict", "during", None, (0, 1)),
+        ("Fetch", "before", 0, (0,)),
+        ("Fetch", "during", 1, (1,)),
+        ("Fetch", "after", 0, (0,)),
+        ("Vote", "before", 1, (1,)),
+        ("Vote", "during", 0, (0, 1)),
+        ("Vote", "after", 1, (1,)),
+    ):
+        yield Fault(what="kill couriers", call=call, phase=phase, rank=rank, victims=victims, seen=died)
+
+
+ALTERED_UPLOADS = [
+    Fault(what="duplicate", call="Upload", rank=1),
+    Fault(what="reorder", call="Upload", rank=1),
+    Fault(what="corrupt", call="Upload", rank=1),
+    # Once more than it is tried.
+    Fault(what="corrupt", call="Upload", rank=1, times=3, seen="fails its checksum"),
+    Fault(what="truncate a chunk", call="Upload", rank=1, seen="a message that is not a Chunk"),
+    Fault(what="truncate the stream", call="Upload", rank=1, seen="has a gap at byte"),
+    Fault(what="lose a chunk", call="Upload", rank=1, seen="has a gap at byte"),
+    Fault(what="too many chunks", call="Upload", rank=1, seen="are outside this rank's buffer"),
+    Fault(what="forge", call="Upload", rank=1, seen="does not have the digest that it committed"),
+]
+ALTERED_FETCHES = [
+    Fault(what="corrupt", call="Fetch", rank=1),
+    Fault(what="corrupt", call="Fetch", rank=1, times=3, seen="fails its checksum"),
+    Fault(what="duplicate", call="Fetch", rank=1, times=3, seen="came at"),
+    Fault(what="reorder", call="Fetch", rank=1, times=3, seen="came at"),
+    Fault(what="truncate a chunk", call="Fetch", rank=1),
+    Fault(what="truncate the stream", call="Fetch", rank=1, times=3, seen="did not come"),
+    Fault(what="lose a chunk", call="Fetch", rank=1, times=3, seen="came at"),
+    Fault(what="too many chunks", call="Fetch", rank=1),
+]
+ALTERED_PREDICTIONS = [
+    Fault(what="predict NaN", call="Predict", seen="the prediction is not finite: first in"),
+    Fault(what="predict too large a jump", call="Predict", seen="the jump's relative norm is"),
+    Fault(what="predict another shape", call="Predict", seen="the predictor failed"),
+    Fault(what="send NaN", call="Fetch", rank=1, seen="the prediction is not finite"),
+    Fault(what="another version", call="Fetch", rank=1, times=3, seen="fails its checksum or version"),
+    Fault(what="announce another version", call="Watch", rank=1, seen="is not published"),
+    # Both ranks hold something, and wait in vain for the other to hold the same.
+    Fault(what="announce another digest", call="Watch", rank=1, seen="steps old"),
+    Fault(what="delay", call="Predict", phase="after", seen="steps old"),
+    Fault(what="refuse", call="Fetch", rank=1, seen="refused by the test"),
+]
+FULL_DISKS = [
+    Fault(what="fill the disk", call="Upload", phase="before", seen="dropped: no room for"),
+    Fault(what="fill the disk", call="Commit", is_at_base=True, seen="failed: no room for"),
+    Fault(what="fill the record disk", call="Vote", rank=0, victims=(0,), logged="can no longer be replayed"),
+]
+
+
+def pass_through(run: FaultRun, fault: Fault) -> Outcome:
+    """Every fault fires as often as it is meant to, and the run comes through it unharmed."""
+    outcome = run.pass_through(fault)
+    assert outcome.num_fired == fault.times
+    unharmed(run, outcome)
+    return outcome
+
+
+@pytest.mark.parametrize("fault", killed_services(), ids=str)
+def test_a_killed_service_costs_no_more_than_its_nowcasts(run: FaultRun, fault: Fault) -> None:
+    pass_through(run, fault)
+
+
+@pytest.mark.parametrize("fault", killed_couriers(), ids=str)
+def test_a_killed_courier_is_replaced(run: FaultRun, fault: Fault) -> None:
+    pass_through(run, fault)
+
+
+@pytest.mark.parametrize("fault", [*ALTERED_UPLOADS, *ALTERED_FETCHES], ids=str)
+def test_altered_chunks_never_become_weights(run: FaultRun, fault: Fault) -> None:
+    outcome = pass_through(run, fault)
+    if fault.seen == "":
+        reasons = [reason for passage in outcome.passages for reason in passage.reasons]
+        assert not any("checksum" in reason or "gap" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("fault", ALTERED_PREDICTIONS, ids=str)
+def test_a_wrong_or_late_prediction_is_never_applied(run: FaultRun, fault: Fault) -> None:
+    pass_through(run, fault)
+
+
+@pytest.mark.parametrize("fault", FULL_DISKS, ids=str)
+def test_a_full_disk_costs_what_was_to_be_written(run: FaultRun, fault: Fault) -> None:
+    pass_through(run, fault)
+
+
+def test_full_shared_memory_is_one_refusal_on_all_ranks_and_training_goes_on(run: FaultRun) -> None:
+    refusals = run.attach_without_memory(1)
+    assert refusals[0].startswith("no memory for the nowcaster's staging-0 buffer of")
+    assert refusals == [refusals[0]] * 2
+    # The courier that the other rank had started for it is gone.
+    assert [run.num_couriers(rank) for rank in range(2)] == [1, 1]
+    unharmed(run, run.pass_through(None))
+
+
+def test_a_service_and_a_courier_that_stand_still_for_30_s_do_not_hold_up_training(run: FaultRun) -> None:
+    fault = Fault(what="stop", call="Upload", rank=1, victims=(0,), seen="dropped")
+    outcome = pass_through(run, fault)
+    for passage in outcome.passages:
+        assert passage.slowest_step_s < max(1.0, 20 * passage.usual_step_s)
