@@ -105,6 +105,7 @@ def serve(case: Case, folder: Path) -> None:
         num_engines=1,
         engine_threads=1,
         engine_gpus=0.0,
+        device=None,
         nowcast_timeout_s=100.0,
         session_timeout_s=1000.0,
         token=None,

@@ -106,7 +106,8 @@ class Fetcher:
             except SidecastError as error:
                 return str(error)
             left_s = deadline_s - time.monotonic()
-            if num_corrupt == MAX_CORRUPT or not self._link.wait_connected(session_id, left_s):
+            is_over = num_corrupt == MAX_CORRUPT or left_s <= 0
+            if is_over or not self._link.wait_connected(session_id, left_s):
                 return reason
             time.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)

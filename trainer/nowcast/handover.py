@@ -24,12 +24,12 @@ def hand_over(endpoint: str, socket_path: str, ticket: bytes, descriptors: Seque
         endpoint: HOST:PORT where the service was found; it must be this host.
         socket_path: Where the service says that it takes buffers; empty: it does not.
         ticket: To be shown there.
-        descriptors: Of this rank's staging buffers, then of its prediction buffer.
+        descriptors: Of this rank's staging buffers, then of its prediction buffer; none: they are not shared.
 
     Returns:
         Whether the service has them; everything goes over the network otherwise.
     """
-    if not socket_path or not is_this_host(endpoint) or not _is_ours(Path(socket_path)):
+    if not socket_path or not descriptors or not is_this_host(endpoint) or not _is_ours(Path(socket_path)):
         return False
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:

@@ -1,7 +1,7 @@
 """What the service holds of this rank's newest committed snapshot, bit for bit, so that the next can go as a change.
 
 A change is taken from this reconstruction and not from the true states: what one change loses to rounding is part of
-the next one, so that errors do not add up (docs/adr/0010-sixteen-bit-deltas.md). Shape legend: N elements.
+the next one, so that errors do not add up (docs/adr/0011-sixteen-bit-changes.md). Shape legend: N elements.
 """
 
 from __future__ import annotations

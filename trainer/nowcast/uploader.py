@@ -190,18 +190,25 @@ class Uploader:
                 reason = str(error)
             except (OutdatedError, RefusedError) as error:
                 return str(error)
-            left_s = deadline_s - time.monotonic()
-            if num_corrupt == MAX_CORRUPT or not self._link.wait_connected(upload.key.session_id, left_s):
-                return reason
-            time.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
-            received = self._received(upload)
+            received = None
+            while received is None:
+                left_s = deadline_s - time.monotonic()
+                is_over = num_corrupt == MAX_CORRUPT or left_s <= 0
+                if is_over or not self._link.wait_connected(upload.key.session_id, left_s):
+                    return reason
+                time.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+                received = self._received(upload)
             self._metrics.resumed.labels(*self._metrics.labels, "upload").inc()
             upload.fill(self._client.chunk_bytes, received)
 
-    def _received(self, upload: Upload) -> list[tuple[int, int]]:
+    def _received(self, upload: Upload) -> list[tuple[int, int]] | None:
+        """What the service has of an upload; None if it cannot be asked yet."""
         try:
             return self._client.progress(upload.key)
+        except (UnavailableError, ReopenError):
+            # The link may not have noticed yet that it is down.
+            return None
         except SidecastError as error:
             # Everything again, then; if that is of no use either, the upload says so.
             log.debug("rank %d: no word of what has arrived: %s", self._rank, error)
