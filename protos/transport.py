@@ -6,7 +6,7 @@ from sidecast.protos import nowcast_pb2 as pb
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Nowcaster"].full_name
 
-# gRPC's defaults suit small messages (figures: docs/adr/0010-transport.md).
+# gRPC's defaults suit small messages (figures: docs/adr/0012-transport.md).
 BULK_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.lookahead_bytes", 8 << 20),
     ("grpc.http2.max_frame_size", 4 << 20),
