@@ -27,6 +27,8 @@ PARENT = """
 import os, signal, sys
 from pathlib import Path
 from sidecast.trainer.children import Children
+# Whoever runs the tests in the background of a shell ignores it, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with Children() as children:
     child = children.start("child", [sys.executable, "-c", sys.argv[1]], Path(sys.argv[2]), os.environ)
     while "ready" not in child.log_path.read_text():
