@@ -1,7 +1,9 @@
 """How fast and how lean the fused NiNo predictor is, against the plain module in the same run.
 
+    python -m benchmarks.bench_nino --weights nino_no_posw.pt --preset small | full | real
+
 Prints one JSON line for each measurement and a summary of ratios. Every case runs in a process of its own, one after
-another, the fused one before and after the plain one.
+another, the fused one before and after the plain one; bf16 products only where the processor has them.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nino_cases import SHAPES, measure, random_history
 
+from benchmarks.nino_cases import SHAPES, measure, random_history
 from sidecast.predictors.base import Predictor
 from sidecast.predictors.graph_cache import GraphCache
 from sidecast.predictors.nino import NinoPredictor
+from sidecast.predictors.nino_compiled import compiled_tiles
 from sidecast.predictors.nino_plain import PlainNinoPredictor
 from sidecast.predictors.weights import load_weights
 
@@ -67,8 +70,8 @@ def run_case(kind: str, size: str, weights_path: Path, num_threads: int) -> dict
     weights = load_weights(weights_path)
     graphs = GraphCache()
     predictor: Predictor
-    if kind == "fused":
-        predictor = NinoPredictor(weights, graphs=graphs)
+    if kind in ("fused", "bf16"):
+        predictor = NinoPredictor(weights, graphs=graphs, precision="bf16" if kind == "bf16" else "fp32")
     else:
         predictor = PlainNinoPredictor(weights, graphs=graphs, trimmed=kind == "trimmed")
     warm_up = random_history(SHAPES["0.2M"].manifest())
@@ -103,14 +106,25 @@ def main() -> None:
     if arguments.case:
         print(json.dumps(run_case(*arguments.case, arguments.weights, arguments.threads)))
         return
-    print(json.dumps({"machine": platform.processor() or platform.machine(), "torch": torch.__version__}))
+    processor = torch.cpu.get_capabilities()
+    has_bf16 = bool(processor.get("avx512_bf16") or processor.get("amx_bf16"))
+    print(
+        json.dumps(
+            {
+                "machine": processor.get("cpu_name") or platform.machine(),
+                "torch": torch.__version__,
+                "compiled_tiles": compiled_tiles() is not None,
+                "bf16_products": has_bf16,
+            }
+        )
+    )
     preset = PRESETS[arguments.preset]
-    kinds = ["fused", "trimmed", "plain", "fused"]
+    kinds = ["fused", "trimmed", "plain", *(["bf16"] if has_bf16 else []), "fused"]
     cases = [(kind, size) for size in preset["compare"] for kind in kinds]
     cases += [("fused", size) for size in preset["scale"]]
     results = []
     for kind, size in cases:
-        command = [sys.executable, __file__, "--weights", str(arguments.weights)]
+        command = [sys.executable, "-m", "benchmarks.bench_nino", "--weights", str(arguments.weights)]
         command += ["--threads", str(arguments.threads), "--case", kind, size]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         results.append(json.loads(output))
@@ -125,7 +139,8 @@ def _ratios(results: list[dict[str, Any]]) -> dict[str, float]:
 
     return {
         f"{kind}_over_fused_{key}": round(median(kind, key) / median("fused", key), 1)
-        for kind in ("plain", "trimmed")
+        for kind in ("plain", "trimmed", "bf16")
+        if any(result["kind"] == kind for result in results)
         for key in ("wall_s", "cpu_s")
     }
 

@@ -30,8 +30,8 @@ import grpc
 import numpy as np
 import psutil
 from prometheus_client import CollectorRegistry
-from tcp_peer import TcpClient, serve_tcp
 
+from benchmarks.tcp_peer import TcpClient, serve_tcp
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.history import HistoryStore
@@ -314,7 +314,7 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
     """Runs the two processes."""
     spec = json.dumps(asdict(case))
     environment = courier_environment()
-    command = [sys.executable, __file__, "--case", spec]
+    command = [sys.executable, "-m", "benchmarks.bench_transport", "--case", spec]
     with tempfile.TemporaryDirectory(dir=folder) as vectors:
         serving = [*command, "--role", "service", "--folder", vectors]
         with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True, env=environment) as service:
