@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sidecast.errors import SidecastError
 from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service.file_workspace import predict_with_files
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
 from sidecast.predictors.base import ModelPredictor, Predictor
 from sidecast.predictors.jump_norm import jump_norm
@@ -112,7 +113,7 @@ class LocalRunner:
 
     def predict(self, predictor: Predictor, files: HistoryFiles, horizon_intervals: int, delta_path: Path) -> None:
         delta_P = map_vector(delta_path, files.manifest, torch.float32, writable=True)
-        predictor.predict(files.open(), horizon_intervals, delta_P)
+        predict_with_files(predictor, files.open(), horizon_intervals, delta_P, delta_path.parent)
 
 
 class Nowcasting:

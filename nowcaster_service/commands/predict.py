@@ -20,6 +20,7 @@ from sidecast.nowcaster_service.checkpoints.history import StagedHistory, manife
 from sidecast.nowcaster_service.checkpoints.opening import open_checkpoint
 from sidecast.nowcaster_service.checkpoints.output import check_output, write_nowcast
 from sidecast.nowcaster_service.checkpoints.series import check_series
+from sidecast.nowcaster_service.file_workspace import predict_with_files
 from sidecast.predictors.base import Predictor
 from sidecast.predictors.registry import create_predictor
 
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         folder = _scratch_folder(args)
         with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".sidecast-predict-", dir=folder) as scratch:
             staged = stage_history(checkpoints, manifest, Path(scratch))
-            predictor.predict(staged.history, horizon_intervals, staged.delta)
+            predict_with_files(predictor, staged.history, horizon_intervals, staged.delta, Path(scratch))
             path = write_nowcast(
                 newest, staged.change_of, args.out, weight=args.weight, dtype=_DTYPES.get(args.dtype), config=config
             )

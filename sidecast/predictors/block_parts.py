@@ -5,9 +5,12 @@ Shape suffixes: C context, F kernel elements, S source nodes, T target nodes, V 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from itertools import accumulate
+from math import ceil, prod
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -15,10 +18,11 @@ from torch import Tensor
 from sidecast.errors import ConfigError
 from sidecast.graphs.topology import Block, BlockKind, EdgeType, ParameterView, Topology
 
-MAX_SCALARS = 65_536
-"""Scalar parameters of one part: their states take 1.3 MB in fp32, and a processor some tens of milliseconds."""
-MAX_SOURCES = 1_024
-"""With the targets that this leaves, work on the nodes of a part stays below 2 % of that on its edges."""
+MAX_SCALARS = 32_768
+"""Scalar parameters of one part: their states take 0.7 MB in fp32, and a processor some 40 ms: little beside a pass
+over a model of a million, at the end of which one thread waits for another's last part."""
+MAX_SOURCES = 256
+"""With the targets that this leaves a part is nearly square, and so has few nodes for its edges."""
 MAX_NODES = 4_096
 """Nodes on one side of a part, so that hidden vectors of its nodes take a few megabytes."""
 
@@ -118,12 +122,6 @@ class BlockPart:
         assert self.view.transposed_shape is not None
         return vector.narrow(0, parameter_start, prod(self.view.transposed_shape))
 
-    def to(self, device: torch.device) -> BlockPart:
-        """The part with its node indices on a device."""
-        if isinstance(self.sources, slice) or isinstance(self.targets, slice):
-            return self
-        return replace(self, sources=self.sources.to(device), targets=self.targets.to(device))
-
     def add_to(self, sums_VD: Tensor, values_TD: Tensor) -> None:
         """Adds one row for each target to the sums of its node."""
         if isinstance(self.targets, slice):
@@ -132,20 +130,59 @@ class BlockPart:
             sums_VD.index_add_(0, self.targets, values_TD)
 
 
-def split_topology(topology: Topology, limits: PartLimits | None = None) -> list[BlockPart]:
+class BlockParts(Sequence[BlockPart]):
+    """All parts of a graph, of which only those without parameters are kept: a large model has a million others.
+
+    Args:
+        grids: The blocks with parameters.
+        structural: The parts without.
+    """
+
+    def __init__(self, grids: Sequence[_Grid], structural: Sequence[BlockPart]) -> None:
+        self._grids = grids
+        self._structural = structural
+        self._ends = list(accumulate(len(grid) for grid in grids))
+        self._num_carrying = self._ends[-1] if self._ends else 0
+
+    def __len__(self) -> int:
+        return self._num_carrying + len(self._structural)
+
+    @overload
+    def __getitem__(self, index: int) -> BlockPart: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[BlockPart]: ...
+
+    def __getitem__(self, index: int | slice) -> BlockPart | list[BlockPart]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"part {index} of {len(self)}")
+        if position >= self._num_carrying:
+            return self._structural[position - self._num_carrying]
+        row = bisect_right(self._ends, position)
+        grid = self._grids[row]
+        return grid.part(position - self._ends[row] + len(grid))
+
+
+def split_topology(
+    topology: Topology, limits: PartLimits | None = None, device: torch.device | None = None
+) -> BlockParts:
     """Divides all edges of a graph, self-loops included, into parts of bounded size.
 
     Args:
         topology: The graph.
         limits: How large parts may be; the constants of this module if None, which suit the caches of a CPU.
+        device: Where node indices are needed; where they are made if None.
 
     Raises:
         ConfigError: Some parameter is on no edge, or on several.
     """
     if limits is None:
         limits = PartLimits(max_scalars=MAX_SCALARS, max_sources=MAX_SOURCES, max_nodes=MAX_NODES)
+    grids: list[_Grid] = []
     structural: dict[tuple[EdgeType, float], list[Tensor]] = {}
-    parts: list[BlockPart] = []
     carried = 0
     for block in topology.blocks:
         if block.num_edges == 0:
@@ -154,30 +191,37 @@ def split_topology(topology: Topology, limits: PartLimits | None = None) -> list
             structural.setdefault((block.edge_type, block.constant), []).append(_pairs(block))
         else:
             carried += block.num_edges * block.view.num_kernel_elements
-            parts.extend(_split_block(block, limits))
+            grids.append(_Grid.of(block, limits))
     num_elements = sum(spec.numel for spec in topology.parameters)
     if carried != num_elements:
         raise ConfigError(
             f"the {topology.layout!r} graph of this {topology.family!r} model carries {carried} scalar parameters; "
             f"the model has {num_elements}"
         )
-    nodes = torch.arange(topology.num_nodes)
-    structural.setdefault((EdgeType.SELF_LOOP, topology.SELF_LOOP_CONSTANT), []).append(torch.stack([nodes, nodes]))
+    parts = []
     for (edge_type, constant), pairs in structural.items():
         for piece in _pieces_of_unique_targets(torch.cat(pairs, dim=1), limits.max_nodes):
-            source, target = piece.unbind()
-            parts.append(
-                BlockPart(
-                    edge_type=edge_type,
-                    sources=source,
-                    targets=target,
-                    num_sources=len(source),
-                    num_targets=len(target),
-                    paired=True,
-                    constant=constant,
-                )
-            )
-    return parts
+            source, target = piece.to(device=device).unbind()
+            parts.append(_structural_part(edge_type, constant, source, target, len(source)))
+    for start in range(0, topology.num_nodes, limits.max_nodes):
+        nodes = slice(start, min(start + limits.max_nodes, topology.num_nodes))
+        num_nodes = nodes.stop - start
+        parts.append(_structural_part(EdgeType.SELF_LOOP, topology.SELF_LOOP_CONSTANT, nodes, nodes, num_nodes))
+    return BlockParts(grids, parts)
+
+
+def _structural_part(
+    edge_type: EdgeType, constant: float, sources: slice | Tensor, targets: slice | Tensor, num_pairs: int
+) -> BlockPart:
+    return BlockPart(
+        edge_type=edge_type,
+        sources=sources,
+        targets=targets,
+        num_sources=num_pairs,
+        num_targets=num_pairs,
+        paired=True,
+        constant=constant,
+    )
 
 
 def in_degrees(topology: Topology) -> Tensor:
@@ -207,38 +251,65 @@ def _pairs(block: Block) -> Tensor:
     return torch.cartesian_prod(source, target).T.reshape(2, -1)
 
 
-def _split_block(block: Block, limits: PartLimits) -> Iterator[BlockPart]:
-    view = block.view
-    assert view is not None
-    max_edges = max(1, limits.max_scalars // view.num_kernel_elements)
-    max_nodes = limits.max_nodes
-    num_sources, num_targets = len(block.source), len(block.target)
-    if block.kind is BlockKind.DIAGONAL:
-        source_step = target_step = min(num_sources, max_edges, max_nodes)
-    elif view.transposed_shape is not None:
-        # Positions run along the targets, so that a part of all targets reads one narrow band of columns.
-        target_step = min(num_targets, max_edges, max_nodes)
-        source_step = min(num_sources, max(1, max_edges // target_step), max_nodes)
-    else:
-        source_step = min(num_sources, max_edges, limits.max_sources)
-        target_step = min(num_targets, max(1, max_edges // source_step), max_nodes)
-    for source in range(0, num_sources, source_step):
-        sources = min(source_step, num_sources - source)
-        diagonal = block.kind is BlockKind.DIAGONAL
-        for target in [source] if diagonal else range(0, num_targets, target_step):
-            targets = min(target_step, num_targets - target)
-            offset = view.offset + source * view.source_stride
-            if not diagonal:
-                offset += target * view.target_stride
-            yield BlockPart(
-                edge_type=block.edge_type,
-                sources=slice(block.source.start + source, block.source.start + source + sources),
-                targets=slice(block.target.start + target, block.target.start + target + targets),
-                num_sources=sources,
-                num_targets=targets,
-                paired=diagonal,
-                view=replace(view, offset=offset),
-            )
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """How one block with parameters is divided: a part for each step of its sources, and for each of its targets.
+
+    Attributes:
+        block: The block.
+        source_step: Sources of a part.
+        target_step: Targets of a part; of a diagonal block, the same nodes in the order of the sources.
+    """
+
+    block: Block
+    source_step: int
+    target_step: int
+
+    @classmethod
+    def of(cls, block: Block, limits: PartLimits) -> _Grid:
+        view = block.view
+        assert view is not None
+        max_edges = max(1, limits.max_scalars // view.num_kernel_elements)
+        max_nodes = limits.max_nodes
+        num_sources, num_targets = len(block.source), len(block.target)
+        if block.kind is BlockKind.DIAGONAL:
+            source_step = target_step = min(num_sources, max_edges, max_nodes)
+        elif view.transposed_shape is not None:
+            # Positions run along the targets, so that a part of all targets reads one narrow band of columns.
+            target_step = min(num_targets, max_edges, max_nodes)
+            source_step = min(num_sources, max(1, max_edges // target_step), max_nodes)
+        else:
+            source_step = min(num_sources, max_edges, limits.max_sources)
+            target_step = min(num_targets, max(1, max_edges // source_step), max_nodes)
+        return cls(block, source_step, target_step)
+
+    def __len__(self) -> int:
+        return ceil(len(self.block.source) / self.source_step) * self._num_columns
+
+    @property
+    def _num_columns(self) -> int:
+        return 1 if self.block.kind is BlockKind.DIAGONAL else ceil(len(self.block.target) / self.target_step)
+
+    def part(self, index: int) -> BlockPart:
+        """One of the parts; those of the same sources follow one another."""
+        block, view = self.block, self.block.view
+        assert view is not None
+        row, column = divmod(index, self._num_columns)
+        is_diagonal = block.kind is BlockKind.DIAGONAL
+        source = row * self.source_step
+        target = source if is_diagonal else column * self.target_step
+        num_sources = min(self.source_step, len(block.source) - source)
+        num_targets = min(self.target_step, len(block.target) - target)
+        offset = view.offset + source * view.source_stride + (0 if is_diagonal else target * view.target_stride)
+        return BlockPart(
+            edge_type=block.edge_type,
+            sources=slice(block.source.start + source, block.source.start + source + num_sources),
+            targets=slice(block.target.start + target, block.target.start + target + num_targets),
+            num_sources=num_sources,
+            num_targets=num_targets,
+            paired=is_diagonal,
+            view=replace(view, offset=offset),
+        )
 
 
 def _strided(part: BlockPart, vector: Tensor, parameter_start: int) -> Tensor:

@@ -56,7 +56,7 @@ class FirstConvolutionPass:
         self._gain_XLD = conv.scale.weight[:, None] * self._source_LD
 
     def zeros(self, context: PartContext) -> Tensor:
-        return self._degree_V.new_zeros(len(self._degree_V), self._network.config.hidden_dim)
+        return node_zeros(self._network, self._degree_V, context)
 
     def map(self, part: BlockPart, context: PartContext) -> Tensor:
         conv = self._network.convolutions[0]
@@ -86,7 +86,7 @@ class FirstConvolutionPass:
         def nodes_before(rows: slice) -> Tensor:
             return self._inputs(self._encoding_VL[rows, :-1])
 
-        update_nodes(self._network, 0, nodes_before, sums, self._degree_V)
+        update_nodes(self._network, 0, nodes_before, sums, self._degree_V, context)
         return {SCALES: context.found[SCALES], node_key(1): sums}
 
 
@@ -111,7 +111,7 @@ class ConvolutionPass:
         self._kernels = kernels
 
     def zeros(self, context: PartContext) -> Tensor:
-        return self._degree_V.new_zeros(len(self._degree_V), self._network.config.hidden_dim)
+        return node_zeros(self._network, self._degree_V, context)
 
     def map(self, part: BlockPart, context: PartContext) -> Tensor:
         conv = self._network.convolutions[self._layer]
@@ -136,7 +136,7 @@ class ConvolutionPass:
 
     def finish(self, sums: Tensor, context: PartContext) -> Found:
         nodes_VD = context.found[node_key(self._layer)]
-        update_nodes(self._network, self._layer, lambda rows: nodes_VD[rows], sums, self._degree_V)
+        update_nodes(self._network, self._layer, lambda rows: nodes_VD[rows], sums, self._degree_V, context)
         return {**context.found, node_key(self._layer + 1): sums}
 
 
@@ -221,8 +221,19 @@ def prepare_layers(hidden: Sequence[HiddenLayer], part: BlockPart, context: Part
     return layers
 
 
+def node_zeros(network: FusedNino, degree_V: Tensor, context: PartContext) -> Tensor:
+    """Message sums of all nodes before any message, (V, D) fp32, on the device of the degrees."""
+    shape = (len(degree_V), network.config.hidden_dim)
+    return context.workspace.zeros(*shape) if degree_V.device.type == "cpu" else degree_V.new_zeros(shape)
+
+
 def update_nodes(
-    network: FusedNino, layer: int, nodes_before: Callable[[slice], Tensor], sums_VD: Tensor, degree_V: Tensor
+    network: FusedNino,
+    layer: int,
+    nodes_before: Callable[[slice], Tensor],
+    sums_VD: Tensor,
+    degree_V: Tensor,
+    context: PartContext,
 ) -> None:
     """Turns the message sums of all nodes into their next features, in place."""
     conv = network.convolutions[layer]
@@ -230,3 +241,4 @@ def update_nodes(
         rows = slice(start, start + _ROWS)
         mean_RD = sums_VD[rows] / degree_V[rows, None]
         sums_VD[rows] = silu(conv.keep(nodes_before(rows)) + mean_RD @ conv.mean.weight)
+        context.workspace.trim()

@@ -6,9 +6,10 @@ associative, so that parts may be divided over threads or machines.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor
 
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import History, Predictor, check_history
+from sidecast.predictors.workspace import MemoryWorkspace, Workspace
+
+_LOOKAHEAD = 32
+"""Parts for each thread that may be begun before the oldest one is done: enough for one slow part beside many quick
+ones, and few enough that what is kept for them does not grow with the model."""
 
 Found = Mapping[str, Tensor]
 """What the passes so far have found, by name: scales of the parameters, states of the nodes."""
@@ -30,12 +36,14 @@ class PartContext:
         states: C parameter vectors, newest last.
         found: Results of earlier passes.
         out: The predicted change, which the last pass writes.
+        workspace: Where sums for each node are kept, if the work is done on a CPU.
     """
 
     manifest: ModelManifest
     states: Sequence[Tensor]
     found: Found
     out: Tensor
+    workspace: Workspace = field(default_factory=MemoryWorkspace)
 
 
 class Part(Protocol):
@@ -105,16 +113,12 @@ class PassPlan(Generic[PartT]):
     Attributes:
         parts: All parts of the model.
         passes: All passes.
-        max_threads: Parts that may be worked on at the same time, for work on a device that has its own threads.
+        num_threads: Parts to work on at the same time; None for as many as there are threads at hand.
     """
 
     parts: Sequence[PartT]
     passes: Sequence[BlockPass[PartT]]
-    max_threads: int | None = None
-
-    def num_threads(self, num_wanted: int) -> int:
-        """How many of the threads at hand to use."""
-        return num_wanted if self.max_threads is None else min(num_wanted, self.max_threads)
+    num_threads: int | None = None
 
 
 @runtime_checkable
@@ -139,9 +143,17 @@ def ordered_map(
         return
     intra_op_threads = torch.get_num_threads()
     with ThreadPoolExecutor(num_threads, "sidecast-pass", initializer=lambda: torch.set_num_threads(1)) as pool:
+        waiting: deque[Future[Result]] = deque()
         try:
-            yield from pool.map(function, arguments)
+            for argument in arguments:
+                waiting.append(pool.submit(function, argument))
+                if len(waiting) == _LOOKAHEAD * num_threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         finally:
+            for future in waiting:
+                future.cancel()
             # The number is also the default for threads that start later, in the host's code too.
             torch.set_num_threads(intra_op_threads)
 
@@ -157,33 +169,53 @@ def run_pass(
     for part, contribution in zip(parts, contributions, strict=True):
         if sums is not None and contribution is not None:
             block_pass.add(part, contribution, sums)
+        context.workspace.trim()
     return sums
 
 
-def run_plan(plan: PassPlan[PartT], history: History, out: Tensor, num_threads: int) -> None:
+def run_plan(
+    plan: PassPlan[PartT], history: History, out: Tensor, num_threads: int, workspace: Workspace | None = None
+) -> None:
     """Runs a plan in this process."""
-    context = PartContext(history.manifest, history.states, {}, out)
+    workspace = MemoryWorkspace() if workspace is None else workspace
+    context = PartContext(history.manifest, history.states, {}, out, workspace)
     for block_pass in plan.passes:
-        sums = run_pass(block_pass, plan.parts, context, plan.num_threads(num_threads))
+        sums = run_pass(block_pass, plan.parts, context, plan.num_threads or num_threads)
         if sums is not None:
-            context = PartContext(history.manifest, history.states, block_pass.finish(sums, context), out)
+            context = replace(context, found=block_pass.finish(sums, context))
 
 
 def predict_in_passes(
-    predictor: PassPredictor, history: History, horizon_intervals: int, out: Tensor, *, num_threads: int = 1
+    predictor: PassPredictor,
+    history: History,
+    horizon_intervals: int,
+    out: Tensor,
+    *,
+    num_threads: int = 1,
+    workspace: Workspace | None = None,
 ) -> None:
-    """``Predictor.predict`` of any predictor that has a plan."""
+    """``Predictor.predict`` of any predictor that has a plan.
+
+    Args:
+        predictor: Makes the plan.
+        history: See ``Predictor.predict``, as for the other two.
+        horizon_intervals: k.
+        out: The predicted change.
+        num_threads: Threads at hand for parts; one leaves them to torch's operators.
+        workspace: Where sums for each node are kept; in memory if None.
+    """
     check_history(predictor, history, horizon_intervals)
     with torch.inference_mode():
-        run_plan(predictor.plan(history.manifest, horizon_intervals), history, out, num_threads)
+        run_plan(predictor.plan(history.manifest, horizon_intervals), history, out, num_threads, workspace)
 
 
 def divide_parts(parts: Sequence[PartT], num_workers: int) -> list[list[PartT]]:
     """Divides parts among workers by cost, the largest first to the least loaded; each share keeps the parts' order."""
     loads = [0] * num_workers
     shares: list[list[int]] = [[] for _ in range(num_workers)]
-    for index in sorted(range(len(parts)), key=lambda i: (-parts[i].num_scalars, i)):
+    costs = [part.num_scalars for part in parts]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         worker = loads.index(min(loads))
-        loads[worker] += parts[index].num_scalars
+        loads[worker] += costs[index]
         shares[worker].append(index)
     return [[parts[index] for index in sorted(share)] for share in shares]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from sidecast.errors import ConfigError
 from sidecast.graphs.topology import Block, BlockKind, EdgeType, NodeRange, ParameterView, Topology
 from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service.file_workspace import FileWorkspace
 from sidecast.predictors import block_parts
 from sidecast.predictors.base import History, Predictor
 from sidecast.predictors.graph_cache import GraphCache, NeuralGraph
@@ -17,6 +20,7 @@ from sidecast.predictors.nino_backend import cpu_backend
 from sidecast.predictors.nino_config import NinoConfig
 from sidecast.predictors.nino_kernels import CpuKernels
 from sidecast.predictors.nino_plain import PlainNinoPredictor
+from sidecast.predictors.passes import predict_in_passes
 from sidecast.predictors.weights import NinoWeights
 
 SHAPES = [
@@ -171,6 +175,24 @@ def test_threads_leave_torch_as_it_was_and_the_result_bit_for_bit() -> None:
     alone = delta(NinoPredictor(weights, graphs=graphs(), num_threads=1), history())
     assert torch.equal(delta(NinoPredictor(weights, graphs=graphs(), num_threads=4), history()), alone)
     assert torch.get_num_threads() == before
+
+
+def test_node_sums_may_lie_in_files_that_are_let_go_of_all_the_time(tmp_path: Path) -> None:
+    weights, states, out = network_weights(), history(), torch.empty(MANIFEST.num_elements)
+    workspace = FileWorkspace(tmp_path, min_file_bytes=0)
+    predictor = NinoPredictor(weights, graphs=graphs())
+    predict_in_passes(predictor, states, 2, out, num_threads=3, workspace=workspace)
+    assert torch.equal(out, delta(predictor, states))
+
+
+def test_parts_are_a_sequence() -> None:
+    limits = block_parts.PartLimits(max_scalars=6, max_sources=2, max_nodes=3)
+    parts = block_parts.split_topology(TOPOLOGY, limits)
+    assert len(parts) == len(list(parts))
+    assert repr(parts[-1]) == repr(list(parts)[len(parts) - 1])
+    assert repr(parts[3:-2:4]) == repr(list(parts)[3:-2:4])
+    with pytest.raises(IndexError, match=f"part {len(parts)} of {len(parts)}"):
+        parts[len(parts)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
