@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 
@@ -39,15 +40,24 @@ def test_few_arguments_are_taken_ahead_of_the_results() -> None:
     assert num_taken <= 64
 
 
-def test_an_error_is_raised_and_ends_the_work() -> None:
-    done = []
+def test_an_error_is_raised_and_what_has_not_begun_is_left_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, gives_up = [], threading.Event()
+    cancel = Future.cancel
+
+    def cancelling(future: Future[int]) -> bool:
+        is_cancelled = cancel(future)
+        gives_up.set()
+        return is_cancelled
 
     def work(number: int) -> int:
         if number == 3:
             raise ValueError("three")
+        if number > 3:
+            gives_up.wait(10)
         done.append(number)
         return number
 
+    monkeypatch.setattr(Future, "cancel", cancelling)
     with pytest.raises(ValueError, match="three"):
         list(ordered_map(work, range(10_000), 2))
-    assert len(done) < 200
+    assert len(done) < 60
