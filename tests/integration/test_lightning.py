@@ -66,6 +66,7 @@ def train(
     num_steps: int = NUM_STEPS,
     save: Path | None = None,
     load: Path | None = None,
+    strategy: str = "auto",
 ) -> tuple[list[float], list[tuple[str, int]], Tensor]:
     """Trains; returns the losses, the hook's events and the weights."""
     data = torch.zeros(4 * NUM_STEPS, 1)
@@ -74,6 +75,8 @@ def train(
     trainer = lightning.Trainer(
         max_steps=num_steps,
         accelerator="cpu",
+        strategy=strategy,
+        devices="auto" if strategy == "auto" else 2,
         accumulate_grad_batches=2,
         callbacks=[] if settings is None else [nowcasts, listener],
         logger=False,

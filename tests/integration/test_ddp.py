@@ -1,0 +1,58 @@
+"""The callbacks under DDP: all replicas jump at the same step to the same weights, and resume there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_runs import PERIOD_STEPS, SAVE_STEP
+from service_harness import RunningService
+
+RUNS = Path(__file__).with_name("ddp_runs.py")
+NUM_RANKS = 2
+TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    with RunningService(tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+def run(kind: str, folder: Path, endpoint: str) -> list[dict[str, Any]]:
+    """Trains on all ranks; what each of them saw."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
+    ended = subprocess.run(
+        [*command, str(RUNS), kind, str(folder), endpoint],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout[-6000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(NUM_RANKS)]
+
+
+def decisions(seen: dict[str, Any]) -> list[list[Any]]:
+    return [event for event in seen["events"] if event[0] in ("applied", "accepted", "rolled_back")]
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "lightning"])
+def test_replicas_jump_together_and_resume_bit_for_bit(kind: str, service: RunningService, tmp_path: Path) -> None:
+    first, other = run(kind, tmp_path, service.endpoint)
+    for name in ("plain", "straight", "resumed"):
+        assert first[name]["weights"] == other[name]["weights"]
+        assert decisions(first[name]) == decisions(other[name])
+    straight, resumed = first["straight"], first["resumed"]
+    assert [step for event, step in straight["events"] if event == "applied"] == [PERIOD_STEPS, 2 * PERIOD_STEPS]
+    assert straight["weights"] != first["plain"]["weights"]
+    assert decisions(resumed) == [event for event in decisions(straight) if event[1] > SAVE_STEP]
+    assert resumed["weights"] == straight["weights"]
