@@ -8,7 +8,7 @@ from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from sidecast.predictors import nino_triton, triton_features
+from sidecast.predictors import nino_triton, triton_features, triton_tiles
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SIZES = {"num_targets", "num_sources", "target_stride", "source_stride", "kernel_stride", "plane_stride"}
@@ -44,9 +44,9 @@ def main(folder: Path) -> None:
         options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
         one = {"NUM_LAYERS": 1, "LAYERS_WITH_SOURCE": 1, "LAYERS_WITH_TARGET": 1}
         three = {"NUM_LAYERS": 3, "LAYERS_WITH_SOURCE": 3, "LAYERS_WITH_TARGET": 3, "F": 1}
-        sums = ptx(nino_triton._message_sums_kernel, constants | one, weights, options)
+        sums = ptx(triton_tiles.message_sums_kernel, constants | one, weights, options)
         (folder / f"message_sums_{precision}.ptx").write_text(sums)
-        changes = ptx(nino_triton._changes_kernel, constants | three, weights, options)
+        changes = ptx(triton_tiles.changes_kernel, constants | three, weights, options)
         (folder / f"changes_{precision}.ptx").write_text(changes)
     tile = {"BLOCK_T": 64, "BLOCK_S": 64}
     features = ptx(triton_features._scaled_plane_kernel, dict(tile), {"state_TSF"}, {})
