@@ -23,8 +23,9 @@ MAX_SCALARS = 32_768
 over a model of a million, at the end of which one thread waits for another's last part."""
 MAX_SOURCES = 256
 """With the targets that this leaves a part is nearly square, and so has few nodes for its edges."""
-MAX_NODES = 4_096
-"""Nodes on one side of a part, so that hidden vectors of its nodes take a few megabytes."""
+MAX_NODES = 1_024
+"""Nodes on one side of a part, so that what it adds to their sums takes half a megabyte: some such wait for their turn
+to be added."""
 
 
 @dataclass(frozen=True, kw_only=True)

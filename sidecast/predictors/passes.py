@@ -19,7 +19,7 @@ from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import History, Predictor, check_history
 from sidecast.predictors.workspace import MemoryWorkspace, Workspace
 
-_LOOKAHEAD = 32
+_LOOKAHEAD = 16
 """Parts for each thread that may be begun before the oldest one is done: enough for one slow part beside many quick
 ones, and few enough that what is kept for them does not grow with the model."""
 

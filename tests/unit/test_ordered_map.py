@@ -35,9 +35,9 @@ def test_few_arguments_are_taken_ahead_of_the_results() -> None:
 
     results = ordered_map(lambda number: number, arguments(), 2)
     assert next(results) == 0
-    assert num_taken <= 64
+    assert num_taken <= 32
     results.close()  # type: ignore[attr-defined]
-    assert num_taken <= 64
+    assert num_taken <= 32
 
 
 def test_an_error_is_raised_and_what_has_not_begun_is_left_undone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,4 +60,4 @@ def test_an_error_is_raised_and_what_has_not_begun_is_left_undone(monkeypatch: p
     monkeypatch.setattr(Future, "cancel", cancelling)
     with pytest.raises(ValueError, match="three"):
         list(ordered_map(work, range(10_000), 2))
-    assert len(done) < 60
+    assert len(done) < 30
