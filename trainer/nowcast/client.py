@@ -162,7 +162,7 @@ class NowcastClient:
 
     def open(self, request: pb.OpenRequest) -> None:
         """Announces the run (rank 0). May take as long as the predictor needs to set itself up."""
-        reply = self._call("Open", request, pb.OpenReply, self._config.stream_s)
+        reply = self._call("Open", request, pb.OpenReply, self.open_s)
         self.chunk_bytes = reply.chunk_bytes
 
     def join(
@@ -175,7 +175,7 @@ class NowcastClient:
             upload_shards=[_shard(item) for item in upload_shards],
             fetch_shards=[_shard(item) for item in fetch_shards],
         )
-        reply = self._call("Join", request, pb.JoinReply, self._config.chunk_s)
+        reply = self._call("Join", request, pb.JoinReply, self.call_s)
         self.chunk_bytes = reply.chunk_bytes
         self.is_sharing = hand_over(self._config.endpoint, reply.local_socket, reply.local_ticket, self._shared)
 
@@ -211,7 +211,7 @@ class NowcastClient:
 
     def progress(self, key: pb.ChunkKey) -> list[tuple[int, int]]:
         """Which bytes of an upload have arrived: ``(start, stop)``, disjoint and rising."""
-        reply = self._call("Progress", pb.ProgressRequest(key=key), pb.ProgressReply, self._config.chunk_s)
+        reply = self._call("Progress", pb.ProgressRequest(key=key), pb.ProgressReply, self.call_s)
         return [(item.start, item.stop) for item in reply.received]
 
     def commit(self, upload: Upload) -> bool:
@@ -231,7 +231,7 @@ class NowcastClient:
             dtype=key.dtype,
             base_step=key.base_step,
         )
-        return bool(self._call("Commit", request, pb.CommitReply, self._config.chunk_s).snapshot_committed)
+        return bool(self._call("Commit", request, pb.CommitReply, self.call_s).snapshot_committed)
 
     def watch(self, session_id: str, rank: int) -> EventStream:
         """Asks for the session's events."""
@@ -305,9 +305,19 @@ class NowcastClient:
         # A throttle that needs longer than the timeout is meant, not a fault.
         return self._config.stream_s + self._throttle.least_s(num_bytes)
 
+    @property
+    def open_s(self) -> float:
+        """How long the announcement of a run may take."""
+        return self._config.stream_s
+
+    @property
+    def call_s(self) -> float:
+        """How long a small call may take."""
+        return self._config.chunk_s
+
     def report(self, request: pb.ReportRequest) -> None:
         """Tells what was done with a prediction."""
-        self._call("Report", request, pb.ReportReply, self._config.chunk_s)
+        self._call("Report", request, pb.ReportReply, self.call_s)
 
     def _call(
         self, method: str, request: Message, reply: Any, timeout_s: float, *, wait_for_ready: bool = False

@@ -107,7 +107,7 @@ class Fetcher:
                 return str(error)
             left_s = deadline_s - time.monotonic()
             is_over = num_corrupt == MAX_CORRUPT or left_s <= 0
-            if is_over or not self._link.wait_connected(session_id, left_s):
+            if is_over or not self._link.wait_connected(session_id, left_s, outlasts_outage=True):
                 return reason
             time.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import threading
 import time
@@ -26,6 +27,17 @@ log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 1.0
+
+
+class LinkState(enum.Enum):
+    """What is known of the way to the service, for the session that is wanted."""
+
+    CONNECTING = "connecting"
+    """The first attempt since the session began or the connection broke is not over, or rank 0 has yet to open it."""
+    CONNECTED = "connected"
+    """The session is joined and watched, as far as is known: a break may not have been noticed yet."""
+    AWAY = "away"
+    """The last attempt failed or was refused."""
 
 
 class Link:
@@ -62,7 +74,7 @@ class Link:
         self._changed = threading.Condition()
         self._session = session
         self._events: EventStream | None = None
-        self._is_connected = False
+        self._state = LinkState.CONNECTING
         self._is_ending = False
 
     @property
@@ -73,13 +85,13 @@ class Link:
     @property
     def is_connected(self) -> bool:
         """Whether the session has been joined and is being watched."""
-        return self._is_connected
+        return self._state is LinkState.CONNECTED
 
     def begin(self, session: Mapping[str, Any]) -> None:
         """Turns to another session."""
         with self._changed:
             self._session = session
-            self._is_connected = False
+            self._state = LinkState.CONNECTING
             if self._events is not None:
                 # The watch may not hear anything for hours; it would keep this thread from the new session.
                 self._events.cancel()
@@ -91,8 +103,14 @@ class Link:
             self._is_ending = True
             self._changed.notify_all()
 
-    def wait_connected(self, session_id: str, timeout_s: float) -> bool:
-        """Waits until a session is joined; False if it is over, or the time is up."""
+    def wait_connected(self, session_id: str, timeout_s: float, *, outlasts_outage: bool) -> bool:
+        """Waits until a session is joined; False if it is over, or the time is up.
+
+        Args:
+            session_id: The session.
+            timeout_s: How long to wait at most.
+            outlasts_outage: Wait, too, while the service is known to be away.
+        """
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
             while self._session["session_id"] == session_id and not self._is_ending:
@@ -100,8 +118,10 @@ class Link:
                 if left_s <= 0:
                     # Also while joined: a service whose disk is full would be asked for ever.
                     return False
-                if self._is_connected:
+                if self._state is LinkState.CONNECTED:
                     return True
+                if self._state is LinkState.AWAY and not outlasts_outage:
+                    return False
                 self._changed.wait(left_s)
         return False
 
@@ -109,26 +129,38 @@ class Link:
         """Opens, joins and watches, until the courier ends."""
         backoff_s = FIRST_BACKOFF_S
         reported = ""
+        unopened: tuple[Mapping[str, Any], float] | None = None
         while not self._is_ending:
             session = self._session
             wait_s: float | None = backoff_s
+            state, reason = LinkState.AWAY, ""
             try:
                 if self._connect(session):
+                    # Should this break, the attempt that follows will show what it means.
+                    state = LinkState.CONNECTING
                     backoff_s = wait_s = FIRST_BACKOFF_S
-                    reported = ""
+                    reported, unopened = "", None
                     self._watch(session["session_id"])
             except RefusedError as error:
                 self._tell({"type": "refused", "reason": str(error)})
-                wait_s = None
+                state, wait_s = LinkState.AWAY, None
             except ReopenError as error:
                 # Rank 0 has not opened the session yet, or the service was restarted: soon it will be there.
                 log.debug("rank %d: %s", self._rank, error)
+                if unopened is None or unopened[0] is not session:
+                    unopened = session, time.monotonic()
+                # Unless rank 0 is gone, or refused: a sync run would wait for every single snapshot.
+                is_awaited = time.monotonic() - unopened[1] <= self._client.open_s
+                state, reason = (LinkState.CONNECTING, "") if is_awaited else (LinkState.AWAY, str(error))
             except (UnavailableError, CorruptError, OutdatedError, ResendError) as error:
-                if reported != str(error) and self._session is session:
-                    reported = str(error)
-                    self._tell({"type": "disconnected", "reason": reported})
+                reason, unopened = str(error), None
+            if reason and reported != reason and self._session is session:
+                reported = reason
+                self._tell({"type": "disconnected", "reason": reason})
             with self._changed:
-                self._is_connected = False
+                if self._session is session:
+                    self._state = state
+                    self._changed.notify_all()
                 # Until another session is wanted; without a refusal no longer than it takes to try again.
                 self._changed.wait_for(lambda: self._is_ending or self._session is not session, wait_s)  # noqa: B023
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
@@ -142,7 +174,7 @@ class Link:
             if self._session is not session:
                 return False
             self._events = self._client.watch(session["session_id"], self._rank)
-            self._is_connected = True
+            self._state = LinkState.CONNECTED
             self._changed.notify_all()
         self._tell({"type": "connected", "session_id": session["session_id"]})
         return True

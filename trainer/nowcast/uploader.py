@@ -91,7 +91,7 @@ class Uploader:
         fields = {key: value for key, value in message.items() if key not in ("type", "outcome")}
         request = pb.ReportRequest(session_id=session_id, rank=self._rank, outcome=message["outcome"].upper(), **fields)
         try:
-            if self._link.is_connected:
+            if self._link.wait_connected(session_id, self._client.call_s, outlasts_outage=False):
                 self._client.report(request)
         except SidecastError as error:
             # The epoch also travels with every chunk: a lost report costs a count, nothing else.
@@ -101,9 +101,12 @@ class Uploader:
         slot, step, epoch = message["slot"], message["step"], message["epoch"]
         buffer = self._slots[slot]
         started_s = time.perf_counter()
+        transfer_s = self._client.transfer_s(len(buffer))
+        deadline_s = time.monotonic() + transfer_s
         upload, reason = self._state(session_id, message, buffer), "not connected"
-        if self._link.is_connected:
-            upload, reason = self._deliver_somehow(session_id, message, buffer)
+        # A break of an instant costs no snapshot; while the service is away, the slot is free again at once.
+        if self._link.wait_connected(session_id, transfer_s, outlasts_outage=False):
+            upload, reason = self._deliver_somehow(session_id, message, buffer, deadline_s)
         seconds = time.perf_counter() - started_s
         num_bytes = 0
         if not reason:
@@ -121,21 +124,23 @@ class Uploader:
             {"type": "sent", "slot": slot, "step": step, "seconds": seconds, "bytes": num_bytes, "reason": reason}
         )
 
-    def _deliver_somehow(self, session_id: str, message: Message, buffer: memoryview) -> tuple[Upload, str]:
+    def _deliver_somehow(
+        self, session_id: str, message: Message, buffer: memoryview, deadline_s: float
+    ) -> tuple[Upload, str]:
         """Delivers by the shortest way that is open: shared memory, a change, the whole state."""
         base = self._base(session_id, message["epoch"])
         try:
             if self._client.is_sharing:
                 upload = self._state(session_id, message, buffer, shared_buffer=message["slot"])
-                return upload, self._deliver(upload)
+                return upload, self._deliver(upload, deadline_s)
             if base is not None:
                 upload = self._change(base, message, buffer)
-                return upload, self._deliver(upload)
+                return upload, self._deliver(upload, deadline_s)
         except ResendError as error:
             log.info("rank %d sends step %d once more, in full: %s", self._rank, message["step"], error)
             self._client.is_sharing = False
         upload = self._state(session_id, message, buffer)
-        return upload, self._deliver(upload)
+        return upload, self._deliver(upload, deadline_s)
 
     def _base(self, session_id: str, epoch: int) -> Base | None:
         """The snapshot that the service holds as this rank's reconstruction does; None if there is none."""
@@ -169,13 +174,12 @@ class Uploader:
         num_bytes = len(buffer) // FP32_BYTES * BF16_BYTES
         return Upload(key, num_bytes, functools.partial(reconstruction.change, buffer), base.digest)
 
-    def _deliver(self, upload: Upload) -> str:
+    def _deliver(self, upload: Upload, deadline_s: float) -> str:
         """Uploads and commits, going on after interruptions; says why it could not, if so.
 
         Raises:
             ResendError: The service lacks what the upload refers to.
         """
-        deadline_s = time.monotonic() + self._client.transfer_s(upload.num_bytes)
         backoff_s = FIRST_BACKOFF_S
         num_corrupt = 0
         upload.fill(self._client.chunk_bytes)
@@ -194,7 +198,8 @@ class Uploader:
             while received is None:
                 left_s = deadline_s - time.monotonic()
                 is_over = num_corrupt == MAX_CORRUPT or left_s <= 0
-                if is_over or not self._link.wait_connected(upload.key.session_id, left_s):
+                session_id = upload.key.session_id
+                if is_over or not self._link.wait_connected(session_id, left_s, outlasts_outage=True):
                     return reason
                 time.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
