@@ -43,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--endpoint", default="127.0.0.1:50051", help="of the nowcaster service")
     parser.add_argument("--predictor", default="linear")
+    parser.add_argument("--mode", choices=["async", "sync"], default="async", help="sync: wait for each nowcast")
     parser.add_argument("--period-steps", type=int, default=50, help="steps between nowcasts")
     parser.add_argument("--max-steps", type=int, default=200)
     parser.add_argument("--output-dir", default="runs/huggingface")
@@ -71,7 +72,13 @@ def main() -> None:
         train_dataset=counting(256),
     )
     nowcasts = NowcastCallback(
-        trainer, {"endpoint": args.endpoint, "predictor": args.predictor, "period_steps": args.period_steps}
+        trainer,
+        {
+            "endpoint": args.endpoint,
+            "predictor": args.predictor,
+            "mode": args.mode,
+            "period_steps": args.period_steps,
+        },
     )
     trainer.add_callback(nowcasts)
     trainer.train(resume_from_checkpoint=args.resume)

@@ -76,10 +76,12 @@ def hello(
     }
 
 
-def start_courier(greeting: dict[str, Any], kind: type[CourierHandle] = CourierHandle) -> CourierHandle:
+def start_courier(
+    greeting: dict[str, Any], kind: type[CourierHandle] = CourierHandle, num_slots: int = 2
+) -> CourierHandle:
     """A courier of one rank whose upload and fetch ranges are the same."""
     num_bytes = 4 * sum(stop - start for _, start, stop in greeting["upload_shards"])
-    courier = kind(greeting, upload_bytes=num_bytes, fetch_bytes=num_bytes)
+    courier = kind(greeting, upload_bytes=num_bytes, fetch_bytes=num_bytes, num_slots=num_slots)
     courier.start()
     return courier
 

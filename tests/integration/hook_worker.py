@@ -127,7 +127,7 @@ class Run:
         )
         partition = FakePartition(self.rank)
         partition.moved_steps = moved_steps
-        courier = start_courier(greeting, PacedCourier)
+        courier = start_courier(greeting, PacedCourier, config.num_slots)
         assert isinstance(courier, PacedCourier)
         courier.is_pacing = config.mode == "async"
         until(courier, "connected")
@@ -152,7 +152,7 @@ class Run:
                 courier.wait_for = "prediction"
             uploaded_bytes = hook.totals.bytes_uploaded
             hook.after_step(step)
-            while step % 10 == 0 and hook.totals.bytes_uploaded == uploaded_bytes:
+            while config.mode == "async" and step % 10 == 0 and hook.totals.bytes_uploaded == uploaded_bytes:
                 # Takes the couriers' speed out of the race: on only once this rank's part is with the service.
                 courier.wait_for = "sent"
                 hook._inbox.poll()

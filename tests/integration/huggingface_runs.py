@@ -12,10 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from hook_pacing import pace
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from sidecast import NowcastCallback
@@ -98,11 +94,7 @@ class _Listener(TrainerCallback):
         self._callback, self._events = callback, events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        hook = self._callback.nowcaster
-        # These steps take little time: without waiting, the run would be over before its session is joined.
-        hook.add_listener(pace(hook, self._events, PERIOD_STEPS))
-        while state.global_step > 0 and all(kind != "connected" for kind, _ in self._events):
-            hook._inbox.poll(1.0)
+        self._callback.nowcaster.add_listener(lambda event: self._events.append((event.kind, event.step)))
 
 
 def straight_and_resumed(folder: Path, endpoint: str, zero: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from tiny_job import new_engine, start_process_group, train
 
 import sidecast
 from sidecast.trainer.nowcast.attach import nowcaster_of
-from sidecast.trainer.nowcast.courier_handle import NUM_SLOTS
 from sidecast.trainer.nowcast.events import NowcastEvent
 from sidecast.trainer.nowcast.hook import Nowcaster
 from sidecast.trainer.nowcast.replay import Replayer
@@ -54,8 +53,6 @@ def main(address: str, folder: Path, mode: str) -> None:
         step = len(losses)
         if mode == "live" and restarted_at is None and step % FLAG_INTERVAL_STEPS == 0 and is_restarted(folder):
             restarted_at = step
-        if restarted_at is not None and isinstance(nowcaster, Nowcaster):
-            await_uploads(nowcaster)
         jumps = [] if restarted_at is None else [item for item in applied if item > restarted_at]
         # All ranks know both numbers alike, so all leave at the same step.
         if step >= num_steps or (jumps and step >= jumps[0] + STEPS_AFTER):
@@ -63,12 +60,6 @@ def main(address: str, folder: Path, mode: str) -> None:
     if rank == 0:
         (folder / f"{mode}-losses.json").write_text(json.dumps(losses))
     nowcaster.close()
-
-
-def await_uploads(nowcaster: Nowcaster) -> None:
-    """Waits until the courier has sent what was staged: on a busy machine it would otherwise drop a snapshot."""
-    while len(nowcaster._courier._free_slots) < NUM_SLOTS:
-        nowcaster._inbox.poll(1.0)
 
 
 def is_restarted(folder: Path) -> bool:

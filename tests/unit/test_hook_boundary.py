@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,11 +121,21 @@ class OneVoter:
         return is_ready
 
 
-def hook_of(courier: FakeCourier, partition: FakePartition, step: int, **settings: Any) -> Nowcaster:
+def hook_of(
+    courier: FakeCourier, partition: FakePartition, step: int, *, is_linked: bool = True, **settings: Any
+) -> Nowcaster:
     config = NowcasterConfig(
         context_len=2, period_steps=20, vote_interval_steps=1, vote_lag_steps=0, rollback="off", **settings
     )
-    return Nowcaster(config, partition, courier, OneVoter(), step=step, run_id="run")  # type: ignore[arg-type]
+    return Nowcaster(
+        config,
+        partition,  # type: ignore[arg-type]
+        courier,  # type: ignore[arg-type]
+        OneVoter(),  # type: ignore[arg-type]
+        step=step,
+        run_id="run",
+        is_linked=is_linked,
+    )
 
 
 @pytest.mark.parametrize(("session_id", "weight"), [("now", 0.94), ("before the checkpoint was loaded", 0.0)])
@@ -154,6 +165,94 @@ def test_sync_mode_does_not_wait_for_a_service_that_is_known_to_be_gone(said_the
     hook.after_step(19)
     hook.after_step(20)
     assert len(courier.waited_s) == num_waits
+
+
+SENT = {"type": "sent", "slot": 0, "step": 0, "bytes": 8, "reason": ""}
+
+
+class BusyCourier(FakeCourier):
+    """Needs its slot until it has said that it has sent it; each wait for its words takes ``word_s``.
+
+    Args:
+        words: What it says, a wait each; it is silent after.
+        word_s: On its own clock.
+    """
+
+    def __init__(self, words: list[Mapping[str, Any]], word_s: float = 4.0) -> None:
+        super().__init__()
+        self.now_s = 100.0
+        self._words = words
+        self._word_s = word_s
+        self._is_free = False
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def take_slot(self) -> int | None:
+        return 0 if self._is_free else None
+
+    def receive(self, timeout_s: float = 0.0) -> Iterator[Mapping[str, Any]]:
+        if timeout_s == 0:
+            return
+        self.waited_s.append(timeout_s)
+        assert len(self.waited_s) < 20
+        self.now_s += min(timeout_s, self._word_s)
+        if self._words and timeout_s >= self._word_s:
+            word = self._words.pop(0)
+            self._is_free = word["type"] == "sent"
+            yield word
+
+
+def busy_hook(courier: BusyCourier, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Nowcaster:
+    for module, name in (("hook", "perf_counter"), ("inbox", "monotonic")):
+        monkeypatch.setattr(f"sidecast.trainer.nowcast.{module}.time", SimpleNamespace(**{name: courier.clock}))
+    return hook_of(courier, FakePartition(), step=9, sync_deadline_s=10.0, **settings)
+
+
+def test_sync_mode_waits_for_a_slot_and_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    courier = BusyCourier([{"type": "committed", "step": 0}, SENT])
+    hook = busy_hook(courier, monkeypatch, mode="sync")
+    hook.after_step(10)
+    assert (hook.totals.num_staged, hook.totals.num_dropped) == (1, 0)
+    assert courier.waited_s == [10.0, 6.0]
+    assert hook.totals.blocked_s == 8.0
+
+
+def test_async_mode_never_waits_for_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    courier = BusyCourier([SENT])
+    hook = busy_hook(courier, monkeypatch)
+    hook.after_step(10)
+    assert (hook.totals.num_staged, hook.totals.num_dropped) == (0, 1)
+    assert courier.waited_s == []
+
+
+def test_a_courier_that_stands_still_costs_sync_mode_its_deadline_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    courier = BusyCourier([])
+    hook = busy_hook(courier, monkeypatch, mode="sync")
+    hook.after_step(10)
+    hook.after_step(20)
+    assert hook.totals.num_dropped == 2
+    assert hook.totals.blocked_s == 10.0
+    # It has sent after all, and is waited for again.
+    courier._words, courier._is_free = [SENT], True
+    hook.after_step(30)
+    courier._is_free = False
+    hook.after_step(50)
+    assert (hook.totals.num_staged, hook.totals.num_dropped) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("is_linked", "is_suspended", "num_waits"), [(True, False, 1), (False, False, 0), (True, True, 0)]
+)
+def test_sync_mode_waits_for_no_slot_of_which_nothing_would_come(
+    is_linked: bool, is_suspended: bool, num_waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    courier = BusyCourier([{"type": "disconnected", "reason": "gone"}, SENT])
+    hook = busy_hook(courier, monkeypatch, mode="sync", is_linked=is_linked)
+    hook._probation.is_suspended = is_suspended
+    hook.after_step(10)
+    assert len(courier.waited_s) == num_waits
+    assert hook.totals.num_dropped == 1
 
 
 def test_a_nowcast_that_was_never_made_is_failed_and_not_rejected() -> None:

@@ -26,6 +26,7 @@ PARTITION: Any = SimpleNamespace(
     [
         ({}, {"staging": 200, "prediction": 400, "rollback": 1200}),
         ({"rollback": "off"}, {"staging": 200, "prediction": 400}),
+        ({"rollback": "off", "mode": "sync"}, {"staging": 100, "prediction": 400}),
         ({"rollback": "disk", "rollback_dir": "."}, {"staging": 200, "prediction": 400}),
         ({"probation_steps": 0}, {"staging": 200, "prediction": 400}),
         ({"merge": "replace"}, {"staging": 200, "prediction": 400, "base": 400, "rollback": 1200}),

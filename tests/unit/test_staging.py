@@ -63,7 +63,7 @@ def stager_of(courier: FakeCourier, stream: FakeStream | None = None) -> Stager:
 
 
 def stage(stager: Stager, partition: FakePartition, step: int = 10) -> str:
-    return stager.stage(partition, step, 0)  # type: ignore[arg-type]
+    return stager.stage(partition, step, 0, stager._courier.take_slot())  # type: ignore[arg-type]
 
 
 def test_from_host_memory_it_is_handed_over_at_once() -> None:

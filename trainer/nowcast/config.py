@@ -69,9 +69,10 @@ class NowcasterConfig:
     horizon: HorizonConfig = field(default_factory=HorizonConfig)
     """How far ahead nowcasts look."""
     mode: Literal["async", "sync"] = "async"
-    """``sync`` waits for the prediction at its base step, as the paper does."""
+    """``sync`` waits for the prediction at its base step, as the paper does, and at each snapshot step until the
+    snapshot before has been sent; neither while the service is away."""
     sync_deadline_s: float = 60.0
-    """``sync`` mode: go on without the prediction after this long."""
+    """``sync`` mode: go on without the prediction, or without the snapshot, after this long."""
     vote_interval_steps: int | None = None
     """Steps between votes; None: a twentieth of the snapshot interval, at least 1."""
     vote_lag_steps: int = 1
@@ -135,6 +136,13 @@ class NowcasterConfig:
     def interval_steps(self) -> int:
         """Steps between snapshots."""
         return self.period_steps // self.context_len
+
+    @property
+    def num_slots(self) -> int:
+        """Snapshots that a rank may have staged and not yet sent."""
+        # In sync mode one: a rank that is two ahead of another has the service give up that one's snapshot, and a run
+        # that waits for its uploads in any case gains nothing from a second slot.
+        return 1 if self.mode == "sync" else 2
 
     @property
     def resolved_vote_interval_steps(self) -> int:

@@ -19,7 +19,6 @@ from sidecast.trainer.nowcast.config import courier_environment
 
 log = logging.getLogger(__name__)
 
-NUM_SLOTS = 2
 END_TIMEOUT_S = 2.0
 # To write the last applied delta, which may be large and the disk slow.
 RECORD_TIMEOUT_S = 30.0
@@ -46,10 +45,11 @@ class CourierHandle:
         hello: What the courier must know, but the descriptors and sizes of the buffers.
         upload_bytes: Size of a staging slot.
         fetch_bytes: Size of the prediction buffer.
+        num_slots: Number of staging slots.
     """
 
-    def __init__(self, hello: Mapping[str, Any], upload_bytes: int, fetch_bytes: int) -> None:
-        self.slots = [SharedBuffer(f"staging-{index}", upload_bytes) for index in range(NUM_SLOTS)]
+    def __init__(self, hello: Mapping[str, Any], upload_bytes: int, fetch_bytes: int, num_slots: int) -> None:
+        self.slots = [SharedBuffer(f"staging-{index}", upload_bytes) for index in range(num_slots)]
         self.prediction = SharedBuffer("prediction", fetch_bytes)
         self.num_deaths = 0
         self._num_deaths_in_a_row = 0
@@ -61,7 +61,7 @@ class CourierHandle:
             "slot_descriptors": [slot.descriptor for slot in self.slots],
             "prediction_descriptor": self.prediction.descriptor,
         }
-        self._free_slots = list(range(NUM_SLOTS))
+        self._free_slots = list(range(len(self.slots)))
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._last_status: int | None = None
@@ -91,7 +91,7 @@ class CourierHandle:
         self._channel = Channel(ours)
         self._channel.set_blocking(False)
         _channels.add(self._channel)
-        self._free_slots = list(range(NUM_SLOTS))
+        self._free_slots = list(range(len(self.slots)))
         with contextlib.suppress(ChannelClosedError):
             # A prediction that the trainer still holds, or that is still to be recorded, outlives the courier that
             # fetched it, and so does every entry of the apply log that it has not confirmed.

@@ -50,6 +50,7 @@ class Nowcaster:
         step: Optimizer steps applied so far.
         run_id: Of the run; kept over resumes.
         rollback_copy: Where jumps are undone from; None: they are neither judged nor undone.
+        is_linked: Whether the courier has joined the service, as far as is known.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Nowcaster:
         step: int,
         run_id: str,
         rollback_copy: RollbackCopy | None = None,
+        is_linked: bool = True,
     ) -> None:
         self.config = config
         self.run_id = run_id
@@ -70,7 +72,7 @@ class Nowcaster:
         self._schedule = Schedule.of(config)
         self._reporter = Reporter(courier, step)
         self._stager = Stager(courier, side_stream(partition.device))
-        self._inbox = Inbox(courier, self._reporter, config.resolved_max_staleness_steps)
+        self._inbox = Inbox(courier, self._reporter, config.resolved_max_staleness_steps, is_linked=is_linked)
         self._application = Application(config, partition, votes, rollback_copy)
         self._probation = Probation(config)
         self._learning_rates = LearningRateWindow(config.context_len)
@@ -157,7 +159,10 @@ class Nowcaster:
         """Hands the courier a snapshot; False if it could not."""
         self._learning_rates.add(self._application.partition.learning_rates())
         self._application.after_snapshot(self.step, is_base=self._schedule.is_base(self.step))
-        reason = self._stager.stage(self._application.partition, self.step, self.epoch)
+        # Not for snapshots of which nothing can come any more.
+        is_patient = self.config.mode == "sync" and not self._probation.is_suspended
+        slot = self._inbox.take_slot(self.config.sync_deadline_s if is_patient else 0.0)
+        reason = self._stager.stage(self._application.partition, self.step, self.epoch, slot)
         self.totals.staging_s = self._stager.seconds
         if reason:
             self._reporter.drop(reason)

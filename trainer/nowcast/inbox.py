@@ -21,19 +21,23 @@ class Inbox:
         courier: Who speaks.
         reporter: Is told what it said.
         max_staleness_steps: A prediction whose base is older is let go.
+        is_linked: Whether the service is there, as far as is known.
 
     Attributes:
         held: The prediction that lies whole in ``delta``; None if there is none.
         delta: Flat fp32, this rank's owned elements; only valid while a prediction is held.
     """
 
-    def __init__(self, courier: Messenger, reporter: Reporter, max_staleness_steps: int) -> None:
+    def __init__(
+        self, courier: Messenger, reporter: Reporter, max_staleness_steps: int, *, is_linked: bool = True
+    ) -> None:
         self.held: HeldPrediction | None = None
         self.delta = as_tensor(courier.prediction)
         self._courier = courier
         self._reporter = reporter
         self._max_staleness_steps = max_staleness_steps
-        self._is_linked = True
+        self._is_linked = is_linked
+        self._is_overdue = False
 
     def poll(self, timeout_s: float = 0.0) -> None:
         """Takes in what has been said, and lets go of a prediction that can no longer be applied.
@@ -47,6 +51,21 @@ class Inbox:
             reason = self.held.why_unusable(self._reporter.step, self._reporter.epoch, self._max_staleness_steps)
             if reason:
                 self.reject(reason)
+
+    def take_slot(self, timeout_s: float) -> int | None:
+        """A staging slot to fill; waits for one only while the service is there.
+
+        Args:
+            timeout_s: How long to wait at most; 0: not at all.
+        """
+        # One that stands still costs the time once, and not at every snapshot.
+        deadline_s = time.monotonic() + (0.0 if self._is_overdue else timeout_s)
+        slot = self._courier.take_slot()
+        while slot is None and self._is_linked and (left_s := deadline_s - time.monotonic()) > 0:
+            self.poll(left_s)
+            slot = self._courier.take_slot()
+        self._is_overdue = slot is None and timeout_s > 0 and self._is_linked
+        return slot
 
     def await_prediction(self, timeout_s: float) -> None:
         """Waits for a prediction, for word that there will be none, or for the deadline."""

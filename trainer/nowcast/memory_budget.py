@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from sidecast.errors import ConfigError
 from sidecast.protos.shards import total_elements
 from sidecast.trainer.nowcast.config import NowcasterConfig
-from sidecast.trainer.nowcast.courier_handle import NUM_SLOTS
 from sidecast.trainer.nowcast.host_memory import available_bytes, host_name
 from sidecast.trainer.nowcast.partitions import Partition
 from sidecast.trainer.nowcast.rollback_memory import keeps_rollback_copy
@@ -36,7 +35,7 @@ def needs_of(config: NowcasterConfig, partition: Partition) -> dict[str, int]:
     """Bytes of host memory that a rank's hook takes, by purpose; allocated at attach, none later."""
     owned_bytes = FP32_BYTES * total_elements(partition.owned_shards)
     needs = {
-        "staging": NUM_SLOTS * FP32_BYTES * total_elements(partition.upload_shards),
+        "staging": config.num_slots * FP32_BYTES * total_elements(partition.upload_shards),
         "prediction": owned_bytes,
     }
     if config.wire_dtype == "bf16_delta":

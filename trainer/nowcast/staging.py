@@ -52,13 +52,18 @@ class Stager:
         self._copied: torch.cuda.Event | None = None
         self._message: Message | None = None
 
-    def stage(self, partition: Partition, step: int, epoch: int) -> str:
+    def stage(self, partition: Partition, step: int, epoch: int, slot: int | None) -> str:
         """Begins to copy a snapshot, and hands it to the courier where the copy is made on the spot.
+
+        Args:
+            partition: What to copy.
+            step: Of the snapshot.
+            epoch: Of the snapshot.
+            slot: Taken from the courier; None if it needs all.
 
         Returns:
             Why there will be no snapshot; empty if all is well so far.
         """
-        slot = self._courier.take_slot()
         if slot is None:
             return "the courier has not sent the snapshots before"
         started_s = time.perf_counter()

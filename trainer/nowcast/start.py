@@ -62,7 +62,7 @@ def start(section: Any, trainee: Trainee) -> Attachment:
             # What another rank refuses ends this one's courier, too.
             undo.callback(courier.close)
         undo.pop_all()
-    _await_link(config, courier, ranks)
+    is_linked = _await_link(config, courier, ranks)
     hook = Nowcaster(
         config,
         partition,
@@ -71,6 +71,7 @@ def start(section: Any, trainee: Trainee) -> Attachment:
         step=step,
         run_id=session["run_id"],
         rollback_copy=rollback_copy,
+        is_linked=is_linked,
     )
     return NowcastAttachment(trainee, hook, courier, ranks)
 
@@ -148,6 +149,7 @@ def _start_courier(
         hello,
         upload_bytes=FP32_BYTES * sum(shard.numel for shard in partition.upload_shards),
         fetch_bytes=FP32_BYTES * sum(shard.numel for shard in partition.owned_shards),
+        num_slots=config.num_slots,
     )
     courier.start()
     return courier
@@ -157,8 +159,8 @@ def _plain(shards: tuple[ShardSpec, ...]) -> list[list[int]]:
     return [[shard.parameter, shard.start, shard.stop] for shard in shards]
 
 
-def _await_link(config: NowcasterConfig, courier: CourierHandle, ranks: Ranks) -> None:
-    """Learns whether the service is there and willing, before any training step."""
+def _await_link(config: NowcasterConfig, courier: CourierHandle, ranks: Ranks) -> bool:
+    """Learns whether the service is there and willing, before any training step; says so of this rank's courier."""
     # Others can only join what rank 0 has opened: they ask once it knows.
     word: tuple[str, str] = ranks.from_first(_first_word(courier, config) if ranks.rank == 0 else None)
     if ranks.rank != 0 and word[0] == "connected":
@@ -175,6 +177,7 @@ def _await_link(config: NowcasterConfig, courier: CourierHandle, ranks: Ranks) -
         )
     if absences and ranks.rank == 0:
         warnings.warn(f"{absences[0]}: training goes on without nowcasts, and with them once it is there", stacklevel=4)
+    return word[0] == "connected"
 
 
 def _first_word(courier: CourierHandle, config: NowcasterConfig) -> tuple[str, str]:
