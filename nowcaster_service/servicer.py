@@ -165,6 +165,7 @@ class Servicer:
         if request.rank == 0:
             setattr(session.counts, outcome, getattr(session.counts, outcome) + 1)
             self.metrics.jumps.labels(session.settings.run_id, outcome).inc()
+        session.settle(request.version)
         session.begin_epoch(request.epoch)
         return pb.ReportReply()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sidecast.horizon import horizon_at
 from sidecast.manifest import ModelManifest
@@ -51,6 +51,13 @@ class SessionSettings:
     def horizon_at(self, base_step: int) -> int:
         """The horizon of the nowcast made at a step, in snapshot intervals: a function of the step alone."""
         return horizon_at(self.horizons, base_step, self.period_steps)
+
+    def predicts_like(self, other: SessionSettings) -> bool:
+        """Whether its nowcasts would be those of another session of the run, however many ranks share them."""
+        if self.manifest.schema_hash != other.manifest.schema_hash:
+            return False
+        others = replace(other, session_id=self.session_id, world_size=self.world_size, manifest=self.manifest)
+        return self == others
 
     @property
     def num_vector_bytes(self) -> int:

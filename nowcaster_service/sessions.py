@@ -61,7 +61,11 @@ class Session:
         self._snapshots: dict[int, Snapshot] = {}
         # Snapshots up to this step have been committed, aborted or overtaken: none of them begins again.
         self._last_ended_step = -1
-        self._nowcast_step: int | None = None
+        self._nowcast: NowcastTask | None = None
+        # The prediction that the run has last reported on.
+        self._settled_version: int | None = None
+        # The session of a resumed run that goes on with the nowcast that is being made here.
+        self._heir: Session | None = None
         self._is_closed = False
         self._shared: dict[int, tuple[memoryview, ...]] = {}
 
@@ -278,9 +282,9 @@ class Session:
         if missing:
             self.fail(step, f"the window lacks the snapshots of steps {missing}")
             return None
-        if self._nowcast_step is not None:
+        if self._nowcast is not None:
             # A queue of nowcasts, each holding a window on disk, would outgrow what was budgeted at Open.
-            self.fail(step, f"the nowcast of step {self._nowcast_step} is still being made")
+            self.fail(step, f"the nowcast of step {self._nowcast.base_step} is still being made")
             return None
         try:
             delta = self._store.create(settings.manifest.num_elements)
@@ -288,8 +292,7 @@ class Session:
             # The snapshot is committed all the same: its commit must not be refused for the prediction's sake.
             self.fail(step, str(error))
             return None
-        self._nowcast_step = step
-        task = NowcastTask(
+        self._nowcast = task = NowcastTask(
             version=step // settings.period_steps,
             base_step=step,
             epoch=self.epoch,
@@ -303,7 +306,10 @@ class Session:
 
     def finish(self, task: NowcastTask, prediction: Prediction | None, reason: str = "") -> None:
         """Takes a nowcast's result: publishes the prediction, or counts the failure."""
-        self._nowcast_step = None
+        if self._heir is not None:
+            self._heir.finish(task, prediction, reason)
+            return
+        self._nowcast = None
         if prediction is None:
             # An engine that was given up on may still be reading the states and writing its delta.
             for vector in (*task.states, task.delta):
@@ -319,6 +325,10 @@ class Session:
         self.prediction = prediction
         self.counts.published += 1
         self._notify(prediction)
+
+    def settle(self, version: int) -> None:
+        """Takes note that the run has decided about a prediction: no resume brings it back."""
+        self._settled_version = version
 
     def fail(self, base_step: int, reason: str) -> None:
         """Counts a nowcast that was not made."""
@@ -341,7 +351,11 @@ class Session:
     # --- from one session of a run to the next
 
     def adopt(self, earlier: Session, step: int, epoch: int) -> None:
-        """Takes over the snapshots of a resumed run's earlier session: those of one epoch, up to a step."""
+        """Takes over what a resumed run's earlier session has of one epoch, up to a step.
+
+        The snapshots; and a prediction that the run has not decided about, or that is still being made, if its base
+        is among them.
+        """
         self.epoch = epoch
         # A copy: the earlier session may still count the end of a nowcast.
         self.counts = replace(earlier.counts)
@@ -351,6 +365,16 @@ class Session:
             snapshot = earlier._snapshots[known]
             if snapshot.state is SnapshotState.COMMITTED and snapshot.epoch == epoch and known <= step:
                 self._snapshots[known] = earlier._snapshots.pop(known)
+        if not self.settings.predicts_like(earlier.settings):
+            return
+
+        def is_kept(task: NowcastTask) -> bool:
+            return task.epoch == epoch and task.base_step <= step and task.version != earlier._settled_version
+
+        if earlier.prediction is not None and is_kept(earlier.prediction.task):
+            self.prediction, earlier.prediction = earlier.prediction, None
+        if earlier._nowcast is not None and is_kept(earlier._nowcast):
+            self._nowcast, earlier._heir = earlier._nowcast, self
 
     def close(self) -> None:
         """Refuses everything from now on and gives all space back."""

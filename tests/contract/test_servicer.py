@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -406,8 +407,82 @@ def test_a_resumed_run_adopts_its_history_up_to_its_step_and_fences_off_the_sess
     assert "superseded" in text
     send(joined, 5, 30, session_id="s2")
     send(joined, 6, 40, session_id="s2")
-    next_event(watching(joined, "s2"), "published")
+    watch = watching(joined, "s2")
+    while next_event(watch, "published").version != 2:
+        pass
     assert fetched(joined, 1, 2, "s2") == rank_bytes(state(6) - state(5), 1)
+
+
+NUM_BYTES = 4 * MANIFEST.num_elements
+
+
+def finish_nowcasts(service: RunningService) -> None:
+    """Returns once no nowcast is being made."""
+
+    async def finish() -> None:
+        await asyncio.gather(*service.servicer._dispatcher._tasks)
+
+    service.engines.may_finish.set()
+    service.call(finish())
+
+
+def predict(service: RunningService, *, is_published: bool) -> None:
+    """Makes the window's nowcast, or only begins it."""
+    if not is_published:
+        service.engines.may_finish.clear()
+    send(service, 1, 10)
+    send(service, 2, 20)
+    if is_published:
+        finish_nowcasts(service)
+
+
+@pytest.mark.parametrize("is_published", [True, False])
+@pytest.mark.parametrize("num_resumes", [1, 2])
+def test_a_pending_prediction_survives_a_resume(joined: RunningService, is_published: bool, num_resumes: int) -> None:
+    predict(joined, is_published=is_published)
+    for index in range(num_resumes):
+        join(joined, f"s{2 + index}", resumed=True, resume_step=20 + 3 * index, resume_epoch=0)
+    last = f"s{1 + num_resumes}"
+    watch = watching(joined, last)
+    finish_nowcasts(joined)
+    event = next_event(watch, "published")
+    assert (event.version, event.base_step, event.epoch) == (1, 20, 0)
+    delta = state(2) - state(1)
+    for rank in (0, 1):
+        assert fetched(joined, rank, 1, last) == rank_bytes(delta, rank)
+    assert (status(joined).num_published, joined.store.used_bytes) == (1, 3 * NUM_BYTES)
+    # It is the later session's now, and gives its space back when the next one comes, or the session ends.
+    send(joined, 3, 30, session_id=last)
+    send(joined, 4, 40, session_id=last)
+    finish_nowcasts(joined)
+    assert joined.store.used_bytes == 3 * NUM_BYTES
+    join(joined, "anew")
+    assert joined.store.used_bytes == 0
+
+
+@pytest.mark.parametrize("is_published", [True, False])
+@pytest.mark.parametrize(
+    ("resumed", "report"),
+    [
+        ({"resume_step": 19}, {}),
+        ({"resume_step": 25, "resume_epoch": 1}, {}),
+        ({"resume_step": 25, "max_relative_norm": 0.4}, {}),
+        ({"resume_step": 25, "predictor_options_json": '{"scale": 2}'}, {}),
+        ({"resume_step": 25}, {"outcome": "APPLIED", "epoch": 1}),
+        ({"resume_step": 25}, {"outcome": "REJECTED", "rank": 1}),
+    ],
+)
+def test_a_prediction_that_a_resumed_run_cannot_use_is_dropped(
+    joined: RunningService, is_published: bool, resumed: dict[str, Any], report: dict[str, Any]
+) -> None:
+    predict(joined, is_published=is_published)
+    if report:
+        joined.stub.Report(pb.ReportRequest(session_id="s1", version=1, **report))
+    join(joined, "s2", resumed=True, **resumed)
+    finish_nowcasts(joined)
+    code, text = refusal(fetched, joined, 0, 1, "s2")
+    assert (code, text) == (WRONG_STATE, "version 1 is not published; published: none")
+    assert joined.store.used_bytes == len(status(joined).history_steps) * NUM_BYTES
 
 
 def test_a_run_that_starts_anew_adopts_nothing(joined: RunningService) -> None:

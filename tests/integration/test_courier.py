@@ -149,6 +149,17 @@ def test_a_resume_is_opened_although_nothing_happens_in_the_session_before(
     assert service.servicer.sessions.get("s2").epoch == 0
 
 
+def test_a_prediction_that_waits_for_its_vote_is_brought_again_after_a_resume(courier: CourierHandle) -> None:
+    predicted(courier)
+    expected = bytes(courier.prediction.view)
+    courier.prediction.view[:] = bytes(len(expected))
+    courier.release_prediction(None)
+    courier.new_session(session("s2", resumed=True, resume_step=23, resume_epoch=0))
+    message = until(courier, "prediction")
+    assert (message["session_id"], message["version"], message["base_step"]) == ("s2", 1, 20)
+    assert bytes(courier.prediction.view) == expected
+
+
 def test_changes_travel_in_half_the_bytes_and_both_sides_hold_the_same_state(service: RunningService) -> None:
     greeting = hello(service.endpoint, MANIFEST, ALL, first=session("s1"), wire_dtype="bf16_delta", context_len=3)
     courier = start_courier(greeting)

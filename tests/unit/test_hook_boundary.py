@@ -78,6 +78,7 @@ class FakeCourier:
         torch.frombuffer(self.prediction.map, dtype=torch.float32).fill_(1.0)
         self.unread: list[Mapping[str, Any]] = []
         self.waited_s: list[float] = []
+        self.posted: list[Mapping[str, Any]] = []
         self.num_released = 0
 
     def receive(self, timeout_s: float = 0.0) -> Iterator[Mapping[str, Any]]:
@@ -90,6 +91,7 @@ class FakeCourier:
         return 0
 
     def post(self, message: Mapping[str, Any], *, may_be_lost: bool = False) -> bool:
+        self.posted.append(message)
         if message["type"] == "snapshot":
             # So that a wait for the prediction ends.
             self.unread.append({"type": "failed", "step": message["step"], "reason": "none today"})
@@ -264,6 +266,35 @@ def test_a_nowcast_that_was_never_made_is_failed_and_not_rejected() -> None:
     hook.after_step(23)
     assert kinds == ["failed"]
     assert (hook.totals.num_failed, hook.totals.num_rejected) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "reported"),
+    [
+        (20, {}, []),
+        (19, {}, ["rejected"]),
+        (22, {"epoch": 1}, ["rejected"]),
+        (22, {"run_id": "another"}, ["rejected"]),
+        (22, {"state": None}, ["rejected"]),
+    ],
+)
+def test_a_prediction_that_a_resume_leaves_of_use_is_not_rejected_but_applied_when_it_comes_again(
+    step: int, changes: dict[str, Any], reported: list[str]
+) -> None:
+    courier, partition = FakeCourier(), FakePartition()
+    hook = hook_of(courier, partition, step=21)
+    state: Any = {**hook.state_dict(), "step": step, **changes}
+    courier.unread.append({**PREDICTION, "session_id": "now"})
+    hook._inbox.poll()
+    hook.resume(state.get("state", state), partition, step, "new", is_kept=True)
+    assert courier.num_released == 1
+    assert [message["outcome"] for message in courier.posted if message["type"] == "report"] == reported
+    courier.session_id = "later"
+    if not reported:
+        courier.unread.append({**PREDICTION, "session_id": "later"})
+        hook.after_step(21)
+        assert hook.totals.num_applied == 1
+        assert partition.weights.tolist() == pytest.approx([0.98, 0.98])
 
 
 BASE_STEP, JUMP_STEP = 20, 25

@@ -113,7 +113,8 @@ class NowcastAttachment:
             # Only weights were loaded: this is another run, whose optimizer the other's rollback copy must not reach.
             state = None
         session = new_session(self._ranks, step, state)
-        self.hook.resume(state, partition, step, session["run_id"])
+        # The service goes on with the run, and keeps what is of use to it.
+        self.hook.resume(state, partition, step, session["run_id"], is_kept=True)
         load_rollback_copy(self.hook, checkpoint, rollback, self._ranks)
         self._courier.new_session(session)
 

@@ -287,7 +287,15 @@ class Nowcaster:
             **self._probation.state(),
         }
 
-    def resume(self, state: Mapping[str, Any] | None, partition: Partition, step: int, run_id: str) -> None:
+    def resume(
+        self,
+        state: Mapping[str, Any] | None,
+        partition: Partition,
+        step: int,
+        run_id: str,
+        *,
+        is_kept: bool = False,
+    ) -> None:
         """Goes on from a loaded checkpoint.
 
         Args:
@@ -295,14 +303,20 @@ class Nowcaster:
             partition: Mapped anew.
             step: Optimizer steps applied in the checkpoint.
             run_id: The run's identity if the checkpoint has none.
+            is_kept: Whether a prediction whose base is not after the checkpoint will be brought anew.
         """
         if self._votes.is_open:
             self._votes.read()
         self._application.partition = partition
         self._reporter.step = step
         self._meter = LossMeter()
-        if self._inbox.held is not None:
-            self._inbox.reject("a checkpoint was loaded")
+        held = self._inbox.held
+        if held is not None:
+            trajectory = None if state is None else (state["run_id"], state["epoch"])
+            if is_kept and trajectory == (self.run_id, held.epoch) and held.base_step <= step:
+                self._inbox.let_go()
+            else:
+                self._inbox.reject("a checkpoint was loaded")
         self.run_id = run_id if state is None else state["run_id"]
         self._reporter.epoch = 0 if state is None else state["epoch"]
         self._learning_rates.load([] if state is None else state["learning_rates"])

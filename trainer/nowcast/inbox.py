@@ -87,6 +87,11 @@ class Inbox:
         self.held = None
         self._courier.release_prediction({"action": "applied", "step": self._reporter.step, **details})
 
+    def let_go(self) -> None:
+        """Gives the buffer back, for the same prediction to be brought anew; it is neither applied nor rejected."""
+        self.held = None
+        self._courier.release_prediction(None)
+
     def reject(self, reason: str) -> None:
         """Lets go of the held prediction; a local matter, since it is only ever applied by unanimous vote."""
         held, self.held = self.held, None
@@ -114,7 +119,7 @@ class Inbox:
             case "dropped":
                 reporter.drop(message["reason"])
             case "prediction" if message["session_id"] != self._courier.session_id:
-                # It was on its way when a checkpoint was loaded: its base is of a future that was given up.
+                # It was on its way when a checkpoint was loaded: if it is still of use, it comes again.
                 self._courier.release_prediction(None)
             case "prediction":
                 totals.bytes_fetched += message["bytes"]
