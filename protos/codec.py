@@ -43,10 +43,6 @@ class ChunkFrame:
     shared_bytes: int = 0
     shared_buffer: int = 0
 
-    def is_intact(self) -> bool:
-        """Whether the data agrees with its checksum."""
-        return crc32(self.data) == self.crc32
-
 
 def _varint(value: int) -> bytes:
     encoded = bytearray()

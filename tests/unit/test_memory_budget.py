@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.nowcast.config import NowcasterConfig
 from sidecast.trainer.nowcast.host_memory import available_bytes
 from sidecast.trainer.nowcast.memory_budget import GIB, RankMemory, needs_of, require_room
+from sidecast.trainer.nowcast.partitions.rollback import RollbackError
 from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy
 
 PARTITION: Any = SimpleNamespace(
@@ -123,6 +126,23 @@ def test_a_copy_on_disk_takes_its_room_at_once_and_leaves_nothing_behind(tmp_pat
     assert list(folder.iterdir()) == []
     copy.save({"a": torch.arange(100.0)}, {"step": 3})
     assert copy.tensors()["a"].equal(torch.arange(100.0))
+
+
+@pytest.mark.parametrize("access", ["save", "tensors", "state_dict", "load_state_dict"])
+def test_pages_that_the_disk_does_not_give_are_an_error_and_no_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, access: str
+) -> None:
+    with tempfile.TemporaryFile(dir=tmp_path) as file:
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: contextlib.nullcontext(file))
+        copy = reserve_rollback_copy(NowcasterConfig(rollback="disk", rollback_dir=str(tmp_path)), PARTITION)
+        assert copy is not None
+        copy.save({"a": torch.arange(100.0)}, {})
+        state = {**copy.state_dict(), "buffer": torch.zeros(1200, dtype=torch.uint8)}
+        # Touching a page beyond the end is SIGBUS, too, as is one that the disk cannot read.
+        file.truncate(0)
+        arguments = {"save": ({"a": torch.ones(100)}, {}), "load_state_dict": (state,)}.get(access, ())
+        with pytest.raises(RollbackError, match="the disk does not give the rollback copy's pages"):
+            getattr(copy, access)(*arguments)
 
 
 def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,14 @@ class NowcastAttachment:
 
     def rollback_state(self) -> dict[str, Any] | None:
         copy = self.hook.rollback_copy
-        return None if copy is None or not self.hook.is_on_probation else copy.state_dict()
+        if copy is None or not self.hook.is_on_probation:
+            return None
+        try:
+            return copy.state_dict()
+        except SidecastError as error:
+            # The checkpoint is worth more than the copy.
+            log.error("a run that resumes from this checkpoint cannot undo the jump on probation: %s", error)
+            return None
 
     def resume(
         self, state: Mapping[str, Any] | None, checkpoint: Path | None, rollback: Mapping[str, Any] | None = None

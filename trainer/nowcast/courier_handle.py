@@ -49,8 +49,16 @@ class CourierHandle:
     """
 
     def __init__(self, hello: Mapping[str, Any], upload_bytes: int, fetch_bytes: int, num_slots: int) -> None:
-        self.slots = [SharedBuffer(f"staging-{index}", upload_bytes) for index in range(num_slots)]
-        self.prediction = SharedBuffer("prediction", fetch_bytes)
+        with contextlib.ExitStack() as undo:
+
+            def reserve(name: str, num_bytes: int) -> SharedBuffer:
+                buffer = SharedBuffer(name, num_bytes)
+                undo.callback(buffer.close)
+                return buffer
+
+            self.slots = [reserve(f"staging-{index}", upload_bytes) for index in range(num_slots)]
+            self.prediction = reserve("prediction", fetch_bytes)
+            undo.pop_all()
         self.num_deaths = 0
         self._num_deaths_in_a_row = 0
         self.prediction_is_held = False

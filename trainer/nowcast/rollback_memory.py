@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import tempfile
@@ -12,6 +13,39 @@ import torch
 from sidecast.errors import ConfigError
 from sidecast.trainer.nowcast.config import NowcasterConfig
 from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy
+from sidecast.trainer.nowcast.partitions.rollback import RollbackError
+
+# Of Linux 5.14 and later; Python's mmap does not name them yet.
+_MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
+
+
+class MappedRollbackCopy(RollbackCopy):
+    """A copy in a mapped file.
+
+    A page that the disk cannot read is SIGBUS to whoever touches it, and would end the training run. So the kernel is
+    asked for pages first, and the jump, or the rollback, does not take place if it cannot give them. What it evicts
+    in between is not covered, nor is anything on a kernel that cannot be asked.
+
+    Args:
+        mapping: The file.
+        num_bytes: Of it that the copy may use.
+    """
+
+    def __init__(self, mapping: mmap.mmap, num_bytes: int) -> None:
+        super().__init__(torch.frombuffer(mapping, dtype=torch.uint8)[:num_bytes])
+        self._mapping = mapping
+
+    def _require_pages(self, offset: int, num_bytes: int, *, for_writing: bool) -> None:
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if num_bytes == 0:
+            return
+        try:
+            advice = _MADV_POPULATE_WRITE if for_writing else _MADV_POPULATE_READ
+            self._mapping.madvise(advice, start, offset + num_bytes - start)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise RollbackError(f"the disk does not give the rollback copy's pages: {error.strerror}") from error
 
 
 def keeps_rollback_copy(config: NowcasterConfig) -> bool:
@@ -55,4 +89,4 @@ def _in_file(folder: Path, num_bytes: int) -> RollbackCopy:
         raise ConfigError(
             f"nowcaster.rollback_dir {folder} takes no rollback copy of {num_bytes} bytes: {error.strerror}"
         ) from error
-    return RollbackCopy(torch.frombuffer(mapped, dtype=torch.uint8)[:num_bytes])
+    return MappedRollbackCopy(mapped, num_bytes)

@@ -84,7 +84,7 @@ class RollbackCopy:
             values: Plain Python values.
 
         Raises:
-            RollbackError: The buffer is too small.
+            RollbackError: The buffer is too small, or its pages cannot be had.
         """
         needed_bytes = packed_bytes(tensor.nbytes for tensor in tensors.values())
         if needed_bytes > self._buffer.numel():
@@ -94,13 +94,19 @@ class RollbackCopy:
         offset = 0
         for name, tensor in tensors.items():
             places[name] = (offset, tensor.dtype, tuple(tensor.shape))
+            self._require_pages(offset, tensor.nbytes, for_writing=True)
             copy_to_host(self._view(*places[name]), tensor.detach())
             offset += _aligned(tensor.nbytes)
         # Some optimizers keep lists and update them in place.
         self._places, self._values = places, deepcopy(dict(values))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Views of the tensors held, valid until the next ``save``."""
+        """Views of the tensors held, valid until the next ``save``.
+
+        Raises:
+            RollbackError: The pages cannot be had.
+        """
+        self._require_pages(0, self.num_bytes, for_writing=False)
         return {name: self._view(*place) for name, place in self._places.items()}
 
     def values(self) -> dict[str, Any]:
@@ -108,7 +114,12 @@ class RollbackCopy:
         return deepcopy(self._values)
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory itself and plain values, for a checkpoint that ``torch.load(weights_only=True)`` reads."""
+        """The memory itself and plain values, for a checkpoint that ``torch.load(weights_only=True)`` reads.
+
+        Raises:
+            RollbackError: The pages cannot be had.
+        """
+        self._require_pages(0, self.num_bytes, for_writing=False)
         places = {name: (offset, str(dtype), shape) for name, (offset, dtype, shape) in self._places.items()}
         return {"buffer": self._buffer, "places": places, "values": self.values()}
 
@@ -116,17 +127,21 @@ class RollbackCopy:
         """Takes over what another copy's ``state_dict`` held.
 
         Raises:
-            RollbackError: The buffer is too small.
+            RollbackError: The buffer is too small, or its pages cannot be had.
         """
         saved = state["buffer"]
         if saved.numel() > self._buffer.numel():
             raise RollbackError(f"the rollback copy needs {saved.numel()} bytes; it was given {self._buffer.numel()}")
+        self._require_pages(0, saved.numel(), for_writing=True)
         self._buffer[: saved.numel()].copy_(saved)
         self._places = {
             name: (offset, getattr(torch, dtype.removeprefix("torch.")), tuple(shape))
             for name, (offset, dtype, shape) in state["places"].items()
         }
         self._values = dict(state["values"])
+
+    def _require_pages(self, offset: int, num_bytes: int, *, for_writing: bool) -> None:
+        """Raises RollbackError if a part of the buffer cannot be accessed; memory always can."""
 
     def _view(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         return self._buffer[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
