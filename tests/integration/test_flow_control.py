@@ -1,0 +1,86 @@
+"""How far a courier gets ahead of a service that takes nothing: HTTP/2's own flow control is all that there is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from service_harness import RunningService
+
+from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos.codec import ChunkFrame
+from sidecast.trainer.nowcast.client import ClientConfig, NowcastClient, UnavailableError
+from sidecast.trainer.nowcast.upload import Upload
+
+CHUNK_BYTES = 1 << 20
+NUM_CHUNKS = 64
+# What each connection may hold: BULK_OPTIONS' look-ahead of 8 MiB, and the chunk that waits for room in it.
+MAX_AHEAD = 9
+
+
+class Stall(grpc.aio.ServerInterceptor):
+    """Takes the first so many chunks of each upload, and then nothing for as long as the call lasts.
+
+    Attributes:
+        num_taken: Of all uploads.
+    """
+
+    def __init__(self, num_wanted: int) -> None:
+        self.num_taken = 0
+        self._num_wanted = num_wanted
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler: Any = await continuation(handler_call_details)
+        if not handler_call_details.method.endswith("/Upload"):
+            return handler
+
+        async def stall(frames: AsyncIterator[ChunkFrame], context: Any) -> None:
+            for _ in range(self._num_wanted):
+                await anext(frames)
+                self.num_taken += 1
+            await asyncio.Event().wait()
+
+        return grpc.stream_unary_rpc_method_handler(stall, handler.request_deserializer, handler.response_serializer)
+
+
+@pytest.mark.parametrize("num_wanted", [0, 20])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_service_that_takes_nothing_more_soon_stops_the_courier(
+    tmp_path: Path, channels: int, num_wanted: int
+) -> None:
+    chunk = memoryview(bytes(CHUNK_BYTES))
+    cut: list[int] = []
+
+    def read(start: int, length: int) -> memoryview:
+        cut.append(start)
+        return chunk[:length]
+
+    stall = Stall(num_wanted)
+    with RunningService(tmp_path, interceptors=[stall]) as service:
+        client = NowcastClient(
+            ClientConfig(
+                endpoint=service.endpoint,
+                token_file=None,
+                tls_ca=None,
+                connect_s=1.0,
+                chunk_s=2.0,
+                # Time enough for all chunks, if nothing held them up.
+                stream_s=3.0,
+                channels=channels,
+            )
+        )
+        upload = Upload(pb.ChunkKey(session_id="s1", id=10), NUM_CHUNKS * CHUNK_BYTES, read)
+        upload.fill(CHUNK_BYTES)
+        with pytest.raises(UnavailableError, match="DEADLINE_EXCEEDED"):
+            client.upload(upload)
+        client.close()
+    num_ahead = len(cut) - stall.num_taken
+    assert 1 <= num_ahead <= channels * MAX_AHEAD
