@@ -6,7 +6,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +23,7 @@ import sidecast
 from sidecast.errors import ConfigError
 from sidecast.protos.shards import ShardSpec, total_elements
 from sidecast.trainer.nowcast.attach import nowcaster_of
+from sidecast.trainer.nowcast.courier_handle import NUM_SLOTS
 from sidecast.trainer.nowcast.events import NowcastEvent
 from sidecast.trainer.nowcast.partitions import partition_of
 from sidecast.trainer.nowcast.partitions.masters import MasterPartition
@@ -46,7 +47,8 @@ class Passage:
         losses_are_finite: All of them.
         slowest_step_s: The longest time from one step to the next.
         usual_step_s: The median.
-        applied: The jumps: version, digest, step, base_step, and checksum of what was added.
+        applied: The jumps: version, digest, step, base_step, checksum of what was added, and base_error: how far the
+            state that the service predicted from was from this rank's at that step, at most.
         reasons: What was told of things that went wrong.
         weights: Checksum of the whole model, as this rank has it.
         masters_are_published: Whether this rank's masters are what the model has.
@@ -73,10 +75,18 @@ class TrainingRank:
         endpoint: Of the service.
         link: To the conductor.
         progress: Steps made by each rank, shared with the conductor.
+        transfers: How snapshots and predictions travel: settings of the hook.
     """
 
-    def __init__(self, rank: int, folder: Path, endpoint: str, link: Connection, progress: Any) -> None:
+    def __init__(
+        self, rank: int, folder: Path, endpoint: str, link: Connection, progress: Any, transfers: Mapping[str, str]
+    ) -> None:
         self.rank = rank
+        self._published = folder / "published"
+        self._bases: dict[int, Tensor] = {}
+        # A change waits for the fate of its base, which these steps would outrun: ranks would then drop different
+        # snapshots, and it would take them long to have a whole one again.
+        self._is_paced = transfers.get("wire_dtype") == "bf16_delta"
         self._link = link
         self._progress = progress
         self._fault: Fault | None = None
@@ -91,10 +101,9 @@ class TrainingRank:
             "acceptance_sigmas": 1e9,
             "max_relative_norm": 10.0,
             "max_weight": 0.1,
-            # There is a test of its own for the way without bytes on the wire; here they are to be altered.
-            "shared_memory": "off",
             "record_dir": str(folder / "record"),
             "timeouts": {"connect_s": 0.4, "chunk_s": 2.0, "stream_s": 4.0},
+            **transfers,
         }
         self.engine = sidecast.attach(self._new_engine())
         self.nowcaster = nowcaster_of(self.engine)
@@ -118,12 +127,35 @@ class TrainingRank:
     # --- what happens meanwhile
 
     def _on_event(self, event: NowcastEvent) -> None:
+        if event.kind == "staged" and event.step % PERIOD_STEPS == 0:
+            self._keep_base(event.step)
         if event.kind == "applied":
-            self._passage.applied.append({**event.details, "step": event.step, "delta": self._delta_checksum})
+            digest, base_step = str(event.details["digest"]), int(event.details["base_step"])
+            error = self._base_error(digest, base_step)
+            jump = {"step": event.step, "delta": self._delta_checksum, "base_error": error}
+            self._passage.applied.append({**event.details, **jump})
         if "reason" in event.details and event.kind != "accepted":
             self._passage.reasons.append(f"{event.kind}: {event.details['reason']}")
         if event.kind in TOLD:
             self._link.send(("event", event.kind, event.step, dict(event.details)))
+
+    def _keep_base(self, step: int) -> None:
+        masters = torch.empty(total_elements(self.nowcaster.shards[0]))
+        partition_of(self.engine).read(masters)
+        self._bases[step] = masters
+        # Nothing older is ever applied: it would be too stale.
+        for known in [item for item in self._bases if item < step - 10 * PERIOD_STEPS]:
+            del self._bases[known]
+
+    def _base_error(self, digest: str, base_step: int) -> float:
+        """How far the service's base of a prediction is from what this rank staged, at most."""
+        path = self._published / f"{digest}-base.f32"
+        offsets = [0]
+        for spec in self.nowcaster.parameters:
+            offsets.append(offsets[-1] + spec.numel)
+        held = torch.from_file(str(path), size=offsets[-1])
+        parts = [held[offsets[item.parameter] :][item.start : item.stop] for item in self.nowcaster.shards[0]]
+        return float((torch.cat(parts) - self._bases[base_step]).abs().max())
 
     def _watch_jumps(self) -> None:
         apply = MasterPartition.apply
@@ -207,6 +239,8 @@ class TrainingRank:
         loss = (self.engine(inputs) - inputs.roll(1, dims=1)).square().mean()
         self.engine.backward(loss)
         self.engine.step()
+        while self._is_paced and len(self.nowcaster._courier._free_slots) < NUM_SLOTS:
+            self.nowcaster._inbox.poll(1.0)
         return loss.item()
 
     def _state(self) -> tuple[int, bool]:
@@ -232,7 +266,9 @@ class TrainingRank:
         return ""
 
 
-def train(rank: int, folder: Path, endpoint: str, link: Connection, progress: Any) -> None:
+def train(
+    rank: int, folder: Path, endpoint: str, link: Connection, progress: Any, transfers: Mapping[str, str]
+) -> None:
     """Runs a rank as the process of its own that it is."""
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
@@ -243,4 +279,4 @@ def train(rank: int, folder: Path, endpoint: str, link: Connection, progress: An
     # Compiling DeepSpeed's shared-memory operator would take longer than everything else here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    TrainingRank(rank, folder, endpoint, link, progress).serve()
+    TrainingRank(rank, folder, endpoint, link, progress, transfers).serve()

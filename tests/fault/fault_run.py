@@ -54,10 +54,13 @@ class FaultRun:
 
     Args:
         folder: For everything.
+        transfers: How snapshots and predictions travel: settings of the hook.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **transfers: str) -> None:
         self._folder = folder
+        # A rank whose memory is mapped sends nothing that could be altered.
+        self._shares = True
         (folder / "published").mkdir()
         self._is_well = True
         self._port = 0
@@ -70,7 +73,7 @@ class FaultRun:
         self._ranks: list[Any] = []
         for rank in range(WORLD_SIZE):
             ours, theirs = self._context.Pipe()
-            arguments = (rank, folder, f"127.0.0.1:{self._port}", theirs, self._progress)
+            arguments = (rank, folder, f"127.0.0.1:{self._port}", theirs, self._progress, transfers)
             process = self._context.Process(target=fault_rank.train, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -83,7 +86,7 @@ class FaultRun:
 
     def _start_service(self, fault: Fault | None) -> None:
         self._service_link, theirs = self._context.Pipe()
-        arguments = (theirs, self._folder, self._port, fault)
+        arguments = (theirs, self._folder, self._port, fault, self._shares)
         self._service = self._context.Process(target=fault_service.serve, args=arguments, daemon=True)
         self._service.start()
         theirs.close()
@@ -125,9 +128,9 @@ class FaultRun:
         self._restart_at_step: int | None = None
         self._over_at_s = 0.0
         self._undo: Callable[[], None] | None = None
-        if fault is not None and (fault.call == "Open" or fault.what == "fill the disk"):
-            # A session is only opened with a service that does not know it; one that has run for a while has files
-            # to spare.
+        shares = fault is None or fault.way != "bf16"
+        if self._shares != shares or (fault is not None and fault.begins_anew):
+            self._shares = shares
             self._kill_service()
             self._start_service(fault)
         elif fault is not None and fault.call in SERVICE_CALLS:
