@@ -16,7 +16,7 @@ from zlib import crc32
 import deepspeed
 import torch
 import torch.distributed as dist
-from faults import CONTEXT_LEN, PERIOD_STEPS, Fault, Phase
+from faults import CONTEXT_LEN, INTERVAL_STEPS, PERIOD_STEPS, Fault, Phase
 from torch import Tensor, nn
 
 import sidecast
@@ -47,8 +47,8 @@ class Passage:
         losses_are_finite: All of them.
         slowest_step_s: The longest time from one step to the next.
         usual_step_s: The median.
-        applied: The jumps: version, digest, step, base_step, checksum of what was added, and base_error: how far the
-            state that the service predicted from was from this rank's at that step, at most.
+        applied: The jumps: version, digest, step, base_step, checksum of what was added, and state_error: how
+            far the states that the service predicted from were from this rank's at their steps, at most.
         reasons: What was told of things that went wrong.
         weights: Checksum of the whole model, as this rank has it.
         masters_are_published: Whether this rank's masters are what the model has.
@@ -83,7 +83,7 @@ class TrainingRank:
     ) -> None:
         self.rank = rank
         self._published = folder / "published"
-        self._bases: dict[int, Tensor] = {}
+        self._states: dict[int, Tensor] = {}
         # A change waits for the fate of its base, which these steps would outrun: ranks would then drop different
         # snapshots, and it would take them long to have a whole one again.
         self._is_paced = transfers.get("wire_dtype") == "bf16_delta"
@@ -127,35 +127,39 @@ class TrainingRank:
     # --- what happens meanwhile
 
     def _on_event(self, event: NowcastEvent) -> None:
-        if event.kind == "staged" and event.step % PERIOD_STEPS == 0:
-            self._keep_base(event.step)
+        if event.kind == "staged":
+            self._keep_state(event.step)
         if event.kind == "applied":
             digest, base_step = str(event.details["digest"]), int(event.details["base_step"])
-            error = self._base_error(digest, base_step)
-            jump = {"step": event.step, "delta": self._delta_checksum, "base_error": error}
+            error = self._state_error(digest, base_step)
+            jump = {"step": event.step, "delta": self._delta_checksum, "state_error": error}
             self._passage.applied.append({**event.details, **jump})
         if "reason" in event.details and event.kind != "accepted":
             self._passage.reasons.append(f"{event.kind}: {event.details['reason']}")
         if event.kind in TOLD:
             self._link.send(("event", event.kind, event.step, dict(event.details)))
 
-    def _keep_base(self, step: int) -> None:
+    def _keep_state(self, step: int) -> None:
         masters = torch.empty(total_elements(self.nowcaster.shards[0]))
         partition_of(self.engine).read(masters)
-        self._bases[step] = masters
+        self._states[step] = masters
         # Nothing older is ever applied: it would be too stale.
-        for known in [item for item in self._bases if item < step - 10 * PERIOD_STEPS]:
-            del self._bases[known]
+        for known in [item for item in self._states if item < step - 10 * PERIOD_STEPS]:
+            del self._states[known]
 
-    def _base_error(self, digest: str, base_step: int) -> float:
-        """How far the service's base of a prediction is from what this rank staged, at most."""
-        path = self._published / f"{digest}-base.f32"
+    def _state_error(self, digest: str, base_step: int) -> float:
+        """How far the states that the service made a prediction from are from what this rank staged, at most."""
         offsets = [0]
         for spec in self.nowcaster.parameters:
             offsets.append(offsets[-1] + spec.numel)
-        held = torch.from_file(str(path), size=offsets[-1])
-        parts = [held[offsets[item.parameter] :][item.start : item.stop] for item in self.nowcaster.shards[0]]
-        return float((torch.cat(parts) - self._bases[base_step]).abs().max())
+        path = self._published / f"{digest}-states.f32"
+        window = torch.from_file(str(path), size=CONTEXT_LEN * offsets[-1]).view(CONTEXT_LEN, -1)
+        errors = []
+        for index, held in enumerate(window):
+            parts = [held[offsets[item.parameter] :][item.start : item.stop] for item in self.nowcaster.shards[0]]
+            staged = self._states[base_step - (CONTEXT_LEN - 1 - index) * INTERVAL_STEPS]
+            errors.append(float((torch.cat(parts) - staged).abs().max()))
+        return max(errors)
 
     def _watch_jumps(self) -> None:
         apply = MasterPartition.apply

@@ -27,7 +27,7 @@ from sidecast.protos.shards import ShardSpec
 # So many steps are made without a service before it is started again.
 OUTAGE_STEPS = 12
 STOP_S = 30.0
-PASSAGE_TIMEOUT_S = 50.0
+PASSAGE_TIMEOUT_S = 120.0
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 20.0
 POLL_INTERVAL_S = 0.02
@@ -61,6 +61,7 @@ class FaultRun:
         self._folder = folder
         # A rank whose memory is mapped sends nothing that could be altered.
         self._shares = True
+        self._has_lost_memory = False
         (folder / "published").mkdir()
         self._is_well = True
         self._port = 0
@@ -129,12 +130,14 @@ class FaultRun:
         self._over_at_s = 0.0
         self._undo: Callable[[], None] | None = None
         shares = fault is None or fault.way != "bf16"
-        if self._shares != shares or (fault is not None and fault.begins_anew):
-            self._shares = shares
+        lacks_memory = self._has_lost_memory and fault is not None and fault.way == "shared"
+        if self._shares != shares or lacks_memory or (fault is not None and fault.begins_anew):
+            self._shares, self._has_lost_memory = shares, False
             self._kill_service()
             self._start_service(fault)
         elif fault is not None and fault.call in SERVICE_CALLS:
             self._service_link.send(fault)
+        self._has_lost_memory |= fault is not None and fault.ends_sharing
         for link in self._links:
             link.send(("train", fault))
         passages: dict[int, Passage] = {}

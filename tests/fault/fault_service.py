@@ -107,9 +107,9 @@ class SharedMemory:
     service: RunningService
 
     def flip_a_bit(self, frame: ChunkFrame, buffer: int) -> None:
-        """Flips one within what a chunk refers to."""
+        """Flips one within what a chunk refers to, in an exponent: it would be seen in what is predicted."""
         session = self.service.servicer.sessions.get(frame.key.session_id)
-        session.shared(frame.key.rank, buffer, frame.offset_bytes, frame.shared_bytes)[1] ^= 0x10
+        session.shared(frame.key.rank, buffer, frame.offset_bytes, frame.shared_bytes)[3] ^= 0x40
 
     def lose(self, session_id: str, rank: int) -> None:
         """Forgets a rank's memory."""
@@ -303,7 +303,7 @@ class FaultEngines:
 
     Args:
         points: Where faults fire.
-        published: Folder for a copy of every prediction that was found good, and of its base, named for its digest.
+        published: Folder for a copy of every prediction that was found good, and of its window, named for its digest.
     """
 
     def __init__(self, points: FaultPoints, published: Path) -> None:
@@ -320,7 +320,8 @@ class FaultEngines:
         answer = await asyncio.to_thread(self._nowcasting.predict, request)
         if not answer.refusal:
             shutil.copyfile(request.delta_path, self._published / f"{answer.digest:016x}.f32")
-            shutil.copyfile(request.state_paths[-1], self._published / f"{answer.digest:016x}-base.f32")
+            states = b"".join(path.read_bytes() for path in request.state_paths)
+            (self._published / f"{answer.digest:016x}-states.f32").write_bytes(states)
         await self._points.reach("Predict", "after")
         return answer
 

@@ -51,7 +51,12 @@ class Fault:
         Only one that does not know a session has it opened, and takes memory; one that has run for a while has files
         to spare.
         """
-        return self.call in ("Open", "Share") or self.way == "shared" or self.what == "fill the disk"
+        return self.call in ("Open", "Share") or self.what == "fill the disk"
+
+    @property
+    def ends_sharing(self) -> bool:
+        """Whether memory is shared no more afterwards, until a service is started that does not know the session."""
+        return self.call == "Share" or self.what == "lose the memory"
 
     def __str__(self) -> str:
         times = "" if self.times == 1 else f"-{self.times}-times"
