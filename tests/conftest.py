@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,11 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Published weights and golden cases are not ours to commit; this is where our own machines keep them.
 NINO_DATA = Path(os.environ.get("SIDECAST_NINO_DATA", REPOSITORY.parent / "shared" / "data" / "nino"))
+
+# DeepSpeed compiles an operator with the first ninja on the path. The system's, if it has one, is another version than
+# the one installed here, and each of them takes what the other has built for out of date: a minute of compiling.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".cache" / "torch_extensions"))
 
 if not Path("/dev/nvidiactl").exists():
     # Without a GPU, Triton kernels run in its interpreter. Triton reads this when it is first imported, by whomever.

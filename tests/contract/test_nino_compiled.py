@@ -42,7 +42,9 @@ def random_layers(num_features: int, num_targets: int, num_sources: int, num_lay
 
 @pytest.mark.parametrize(("num_targets", "num_sources"), [(1, 4), (3, 6), (2, 97), (2, 199)])
 @pytest.mark.parametrize(
-    ("num_features", "num_layers", "dim", "num_elements"), [(5, 1, 16, 1), (5, 3, 128, 1), (45, 2, 32, 9)]
+    ("num_features", "num_layers", "dim", "num_elements"),
+    # The last width is none that the compiled loops know.
+    [(5, 1, 16, 1), (5, 3, 128, 1), (45, 2, 32, 9), (5, 2, 24, 1)],
 )
 def test_equal_to_torch(
     num_targets: int, num_sources: int, num_features: int, num_layers: int, dim: int, num_elements: int
@@ -87,9 +89,8 @@ def test_torch_stands_in_for_a_missing_library(
     with caplog.at_level(logging.WARNING):
         golden.check(NinoPredictor(load_weights(golden.weights_path), graphs=golden.graphs()))
     assert compiled_tiles() is None
-    assert [record.message for record in caplog.records if "a nowcast on CPU will take longer" in record.message] == [
-        record.message for record in caplog.records[:1]
-    ]
+    (warning,) = [record for record in caplog.records if "a nowcast on CPU will take longer" in record.message]
+    assert "there is no" in warning.message
 
 
 @pytest.mark.usefixtures("fresh_search")

@@ -9,6 +9,7 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
+from faults import INTERVAL_STEPS
 
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, decode_chunk, encode_chunk
@@ -111,6 +112,17 @@ def _of_another_version(message: bytes) -> bytes:
     return encode_chunk(replace(frame, key=key))
 
 
+async def _forge_base(messages: Messages, fire: Fire) -> Messages:
+    """Says of every message that it is a change since an earlier snapshot than it is."""
+    fire()
+    async for message in messages:
+        frame = decode_chunk(message)
+        key = pb.ChunkKey()
+        key.CopyFrom(frame.key)
+        key.base_step -= INTERVAL_STEPS
+        yield encode_chunk(replace(frame, key=key))
+
+
 CHUNK_ALTERATIONS: dict[str, Callable[[Messages, Fire], Messages]] = {
     "duplicate": duplicate,
     "reorder": reorder,
@@ -122,6 +134,7 @@ CHUNK_ALTERATIONS: dict[str, Callable[[Messages, Fire], Messages]] = {
     "forge": _one_message(_forge),
     "send NaN": _one_message(_spoil),
     "another version": _one_message(_of_another_version),
+    "forge the base": _forge_base,
 }
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,13 +16,14 @@ from zlib import crc32
 import deepspeed
 import torch
 import torch.distributed as dist
-from faults import CONTEXT_LEN, PERIOD_STEPS, Fault, Phase
+from faults import CONTEXT_LEN, INTERVAL_STEPS, PERIOD_STEPS, Fault, Phase
 from torch import Tensor, nn
 
 import sidecast
 from sidecast.errors import ConfigError
 from sidecast.protos.shards import ShardSpec, total_elements
 from sidecast.trainer.nowcast.attach import nowcaster_of
+from sidecast.trainer.nowcast.courier_handle import NUM_SLOTS
 from sidecast.trainer.nowcast.events import NowcastEvent
 from sidecast.trainer.nowcast.partitions import partition_of
 from sidecast.trainer.nowcast.partitions.masters import MasterPartition
@@ -46,7 +47,8 @@ class Passage:
         losses_are_finite: All of them.
         slowest_step_s: The longest time from one step to the next.
         usual_step_s: The median.
-        applied: The jumps: version, digest, step, base_step, and checksum of what was added.
+        applied: The jumps: version, digest, step, base_step, checksum of what was added, and state_error: how
+            far the states that the service predicted from were from this rank's at their steps, at most.
         reasons: What was told of things that went wrong.
         weights: Checksum of the whole model, as this rank has it.
         masters_are_published: Whether this rank's masters are what the model has.
@@ -73,10 +75,18 @@ class TrainingRank:
         endpoint: Of the service.
         link: To the conductor.
         progress: Steps made by each rank, shared with the conductor.
+        transfers: How snapshots and predictions travel: settings of the hook.
     """
 
-    def __init__(self, rank: int, folder: Path, endpoint: str, link: Connection, progress: Any) -> None:
+    def __init__(
+        self, rank: int, folder: Path, endpoint: str, link: Connection, progress: Any, transfers: Mapping[str, str]
+    ) -> None:
         self.rank = rank
+        self._published = folder / "published"
+        self._states: dict[int, Tensor] = {}
+        # A change waits for the fate of its base, which these steps would outrun: ranks would then drop different
+        # snapshots, and it would take them long to have a whole one again.
+        self._is_paced = transfers.get("wire_dtype") == "bf16_delta"
         self._link = link
         self._progress = progress
         self._fault: Fault | None = None
@@ -91,10 +101,9 @@ class TrainingRank:
             "acceptance_sigmas": 1e9,
             "max_relative_norm": 10.0,
             "max_weight": 0.1,
-            # There is a test of its own for the way without bytes on the wire; here they are to be altered.
-            "shared_memory": "off",
             "record_dir": str(folder / "record"),
             "timeouts": {"connect_s": 0.4, "chunk_s": 2.0, "stream_s": 4.0},
+            **transfers,
         }
         self.engine = sidecast.attach(self._new_engine())
         self.nowcaster = nowcaster_of(self.engine)
@@ -118,12 +127,39 @@ class TrainingRank:
     # --- what happens meanwhile
 
     def _on_event(self, event: NowcastEvent) -> None:
+        if event.kind == "staged":
+            self._keep_state(event.step)
         if event.kind == "applied":
-            self._passage.applied.append({**event.details, "step": event.step, "delta": self._delta_checksum})
+            digest, base_step = str(event.details["digest"]), int(event.details["base_step"])
+            error = self._state_error(digest, base_step)
+            jump = {"step": event.step, "delta": self._delta_checksum, "state_error": error}
+            self._passage.applied.append({**event.details, **jump})
         if "reason" in event.details and event.kind != "accepted":
             self._passage.reasons.append(f"{event.kind}: {event.details['reason']}")
         if event.kind in TOLD:
             self._link.send(("event", event.kind, event.step, dict(event.details)))
+
+    def _keep_state(self, step: int) -> None:
+        masters = torch.empty(total_elements(self.nowcaster.shards[0]))
+        partition_of(self.engine).read(masters)
+        self._states[step] = masters
+        # Nothing older is ever applied: it would be too stale.
+        for known in [item for item in self._states if item < step - 10 * PERIOD_STEPS]:
+            del self._states[known]
+
+    def _state_error(self, digest: str, base_step: int) -> float:
+        """How far the states that the service made a prediction from are from what this rank staged, at most."""
+        offsets = [0]
+        for spec in self.nowcaster.parameters:
+            offsets.append(offsets[-1] + spec.numel)
+        path = self._published / f"{digest}-states.f32"
+        window = torch.from_file(str(path), size=CONTEXT_LEN * offsets[-1]).view(CONTEXT_LEN, -1)
+        errors = []
+        for index, held in enumerate(window):
+            parts = [held[offsets[item.parameter] :][item.start : item.stop] for item in self.nowcaster.shards[0]]
+            staged = self._states[base_step - (CONTEXT_LEN - 1 - index) * INTERVAL_STEPS]
+            errors.append(float((torch.cat(parts) - staged).abs().max()))
+        return max(errors)
 
     def _watch_jumps(self) -> None:
         apply = MasterPartition.apply
@@ -207,6 +243,8 @@ class TrainingRank:
         loss = (self.engine(inputs) - inputs.roll(1, dims=1)).square().mean()
         self.engine.backward(loss)
         self.engine.step()
+        while self._is_paced and len(self.nowcaster._courier._free_slots) < NUM_SLOTS:
+            self.nowcaster._inbox.poll(1.0)
         return loss.item()
 
     def _state(self) -> tuple[int, bool]:
@@ -232,7 +270,9 @@ class TrainingRank:
         return ""
 
 
-def train(rank: int, folder: Path, endpoint: str, link: Connection, progress: Any) -> None:
+def train(
+    rank: int, folder: Path, endpoint: str, link: Connection, progress: Any, transfers: Mapping[str, str]
+) -> None:
     """Runs a rank as the process of its own that it is."""
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
@@ -243,4 +283,4 @@ def train(rank: int, folder: Path, endpoint: str, link: Connection, progress: An
     # Compiling DeepSpeed's shared-memory operator would take longer than everything else here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    TrainingRank(rank, folder, endpoint, link, progress).serve()
+    TrainingRank(rank, folder, endpoint, link, progress, transfers).serve()

@@ -27,7 +27,7 @@ from sidecast.protos.shards import ShardSpec
 # So many steps are made without a service before it is started again.
 OUTAGE_STEPS = 12
 STOP_S = 30.0
-PASSAGE_TIMEOUT_S = 50.0
+PASSAGE_TIMEOUT_S = 120.0
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 20.0
 POLL_INTERVAL_S = 0.02
@@ -54,10 +54,14 @@ class FaultRun:
 
     Args:
         folder: For everything.
+        transfers: How snapshots and predictions travel: settings of the hook.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **transfers: str) -> None:
         self._folder = folder
+        # A rank whose memory is mapped sends nothing that could be altered.
+        self._shares = True
+        self._has_lost_memory = False
         (folder / "published").mkdir()
         self._is_well = True
         self._port = 0
@@ -70,7 +74,7 @@ class FaultRun:
         self._ranks: list[Any] = []
         for rank in range(WORLD_SIZE):
             ours, theirs = self._context.Pipe()
-            arguments = (rank, folder, f"127.0.0.1:{self._port}", theirs, self._progress)
+            arguments = (rank, folder, f"127.0.0.1:{self._port}", theirs, self._progress, transfers)
             process = self._context.Process(target=fault_rank.train, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -83,7 +87,7 @@ class FaultRun:
 
     def _start_service(self, fault: Fault | None) -> None:
         self._service_link, theirs = self._context.Pipe()
-        arguments = (theirs, self._folder, self._port, fault)
+        arguments = (theirs, self._folder, self._port, fault, self._shares)
         self._service = self._context.Process(target=fault_service.serve, args=arguments, daemon=True)
         self._service.start()
         theirs.close()
@@ -125,13 +129,15 @@ class FaultRun:
         self._restart_at_step: int | None = None
         self._over_at_s = 0.0
         self._undo: Callable[[], None] | None = None
-        if fault is not None and (fault.call == "Open" or fault.what == "fill the disk"):
-            # A session is only opened with a service that does not know it; one that has run for a while has files
-            # to spare.
+        shares = fault is None or fault.way != "bf16"
+        lacks_memory = self._has_lost_memory and fault is not None and fault.way == "shared"
+        if self._shares != shares or lacks_memory or (fault is not None and fault.begins_anew):
+            self._shares, self._has_lost_memory = shares, False
             self._kill_service()
             self._start_service(fault)
         elif fault is not None and fault.call in SERVICE_CALLS:
             self._service_link.send(fault)
+        self._has_lost_memory |= fault is not None and fault.ends_sharing
         for link in self._links:
             link.send(("train", fault))
         passages: dict[int, Passage] = {}

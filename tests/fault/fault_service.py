@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import socket
 import threading
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -14,9 +15,10 @@ from typing import Any
 
 import grpc
 from altered import CHUNK_ALTERATIONS, EVENT_ALTERATIONS, PREDICTION_ALTERATIONS, Messages
-from faults import PERIOD_STEPS, Call, Fault, Phase
+from faults import PERIOD_STEPS, Call, Fault, Phase, Way
 from service_harness import RunningService
 
+from sidecast.nowcaster_service.handover import Handover, HandoverError
 from sidecast.nowcaster_service.nowcasting import (
     LocalRunner,
     NowcastAnswer,
@@ -25,10 +27,14 @@ from sidecast.nowcaster_service.nowcasting import (
     PredictorAnswer,
     PredictorRequest,
 )
+from sidecast.nowcaster_service.servicer import PREDICTION_BUFFER
 from sidecast.nowcaster_service.vector_files import HistoryFiles
 from sidecast.predictors.base import Predictor
 from sidecast.protos import nowcast_pb2 as pb
-from sidecast.protos.codec import decode_chunk
+from sidecast.protos.codec import ChunkFrame, decode_chunk
+
+# What happens to an upload or a fetch as it passes, once for each; all else strikes at some point of it.
+ALTERATIONS = {*CHUNK_ALTERATIONS, "change the memory", "lose the memory"}
 
 
 class FaultPoints:
@@ -55,12 +61,16 @@ class FaultPoints:
         """Lets the call that is held go on."""
         self._may_go_on.set()
 
-    def take(self, call: Call, phase: Phase, rank: int | None = None, step: int = 0) -> Fault | None:
+    def take(
+        self, call: Call, phase: Phase, rank: int | None = None, step: int = 0, way: Way | None = None
+    ) -> Fault | None:
         """The fault that is to fire here, if there is one; it counts as fired once ``fire`` is called."""
         fault = self._fault
         if fault is None or self._num_left == 0 or (fault.call, fault.phase) != (call, phase):
             return None
         if rank is not None and fault.rank not in (None, rank):
+            return None
+        if fault.way not in (None, way):
             return None
         if fault.is_at_base and step % PERIOD_STEPS != 0:
             return None
@@ -72,9 +82,11 @@ class FaultPoints:
             self._num_left -= 1
         self._link.send("fired")
 
-    async def reach(self, call: Call, phase: Phase, rank: int | None = None, step: int = 0) -> None:
+    async def reach(
+        self, call: Call, phase: Phase, rank: int | None = None, step: int = 0, way: Way | None = None
+    ) -> None:
         """Holds the call here, if a fault is to strike, until the conductor has struck."""
-        if self.take(call, phase, rank, step) is not None:
+        if self.take(call, phase, rank, step, way) is not None:
             self.fire()
             await asyncio.to_thread(self._may_go_on.wait)
 
@@ -85,15 +97,36 @@ class FaultPoints:
             self._may_go_on.wait()
 
 
+class SharedMemory:
+    """What this service has mapped of its ranks' memory, to be spoilt.
+
+    Attributes:
+        service: Known once it runs.
+    """
+
+    service: RunningService
+
+    def flip_a_bit(self, frame: ChunkFrame, buffer: int) -> None:
+        """Flips one within what a chunk refers to, in an exponent: it would be seen in what is predicted."""
+        session = self.service.servicer.sessions.get(frame.key.session_id)
+        session.shared(frame.key.rank, buffer, frame.offset_bytes, frame.shared_bytes)[3] ^= 0x40
+
+    def lose(self, session_id: str, rank: int) -> None:
+        """Forgets a rank's memory."""
+        self.service.servicer.sessions.get(session_id)._shared.pop(rank)
+
+
 class FaultInterceptor(grpc.aio.ServerInterceptor):
     """Stands between the wire and the servicer.
 
     Args:
         points: Where faults fire.
+        memory: What faults do to memory that is shared.
     """
 
-    def __init__(self, points: FaultPoints) -> None:
+    def __init__(self, points: FaultPoints, memory: SharedMemory) -> None:
         self._points = points
+        self._memory = memory
         self._committed: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
 
     async def intercept_service(
@@ -135,36 +168,55 @@ class FaultInterceptor(grpc.aio.ServerInterceptor):
     def _feeding(self, handler: Any) -> Callable[..., Awaitable[Any]]:
         async def answer(requests: Messages, context: grpc.aio.ServicerContext) -> Any:
             rank: int | None = None
+            way: Way | None = None
+            flipped: ChunkFrame | None = None
 
             async def frames() -> Any:
-                nonlocal rank
+                nonlocal rank, way, flipped
                 messages = aiter(requests)
                 first = await anext(messages, None)
                 if first is None:
                     return
-                rank = decode_chunk(first).key.rank
-                await self._points.reach("Upload", "before", rank)
-                fault = self._points.take("Upload", "during", rank)
+                frame = decode_chunk(first)
+                rank, way = frame.key.rank, _way(frame)
+                await self._points.reach("Upload", "before", rank, way=way)
+                fault = self._points.take("Upload", "during", rank, way=way)
                 altered = _chained(first, messages)
+                if fault is not None and fault.what == "change the memory":
+                    self._points.fire()
+                    self._memory.flip_a_bit(frame, frame.shared_buffer)
+                    flipped = frame
+                if fault is not None and fault.what == "lose the memory":
+                    self._points.fire()
+                    self._memory.lose(frame.key.session_id, rank)
                 if fault is not None and fault.what in CHUNK_ALTERATIONS:
                     altered = CHUNK_ALTERATIONS[fault.what](altered, self._points.fire)
                 is_first = True
                 async for message in altered:
-                    if not is_first and (fault is None or fault.what not in CHUNK_ALTERATIONS):
-                        await self._points.reach("Upload", "during", rank)
+                    if not is_first and (fault is None or fault.what not in ALTERATIONS):
+                        await self._points.reach("Upload", "during", rank, way=way)
                     yield handler.request_deserializer(message)
                     is_first = False
 
-            reply = await handler.stream_unary(frames(), context)
-            await self._points.reach("Upload", "after", rank)
+            try:
+                reply = await handler.stream_unary(frames(), context)
+            finally:
+                if flipped is not None:
+                    # It was changed after its checksum was taken, not before: the next attempt reads it as it was.
+                    self._memory.flip_a_bit(flipped, flipped.shared_buffer)
+            await self._points.reach("Upload", "after", rank, way=way)
             return reply
 
         return answer
 
     def _streaming(self, call: Call, handler: Any) -> Callable[..., Any]:
         async def stream(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            await self._points.reach(call, "before", request.rank)
-            fault = self._points.take(call, "during", request.rank)
+            way = _way_of_fetch(request) if call == "Fetch" else None
+            await self._points.reach(call, "before", request.rank, way=way)
+            fault = self._points.take(call, "during", request.rank, way=way)
+            if fault is not None and fault.what == "lose the memory":
+                self._points.fire()
+                self._memory.lose(request.session_id, request.rank)
             if fault is not None and fault.what == "refuse":
                 self._points.fire()
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "refused by the test")
@@ -176,11 +228,14 @@ class FaultInterceptor(grpc.aio.ServerInterceptor):
                 return
             is_first = True
             async for message in messages:
-                if call == "Fetch" and not is_first:
-                    await self._points.reach(call, "during", request.rank)
+                if fault is not None and fault.what == "change the memory" and is_first:
+                    self._points.fire()
+                    self._memory.flip_a_bit(decode_chunk(message), PREDICTION_BUFFER)
+                elif call == "Fetch" and not is_first and (fault is None or fault.what not in ALTERATIONS):
+                    await self._points.reach(call, "during", request.rank, way=way)
                 yield self._announced(message, request.rank) if call == "Watch" else message
                 is_first = False
-            await self._points.reach(call, "after", request.rank)
+            await self._points.reach(call, "after", request.rank, way=way)
 
         return stream
 
@@ -192,6 +247,18 @@ class FaultInterceptor(grpc.aio.ServerInterceptor):
         self._points.fire()
         EVENT_ALTERATIONS[fault.what](event)
         return event.SerializeToString()
+
+
+def _way(frame: ChunkFrame) -> Way:
+    if frame.shared_bytes:
+        return "shared"
+    return "bf16" if frame.key.dtype == pb.BF16 else "fp32"
+
+
+def _way_of_fetch(request: pb.FetchRequest) -> Way:
+    if request.into_shared:
+        return "shared"
+    return "bf16" if request.dtype == pb.BF16 else "fp32"
 
 
 async def _chained(first: bytes, rest: Messages) -> Messages:
@@ -236,7 +303,7 @@ class FaultEngines:
 
     Args:
         points: Where faults fire.
-        published: Folder for a copy of every prediction that was found good, named for its digest.
+        published: Folder for a copy of every prediction that was found good, and of its window, named for its digest.
     """
 
     def __init__(self, points: FaultPoints, published: Path) -> None:
@@ -253,11 +320,37 @@ class FaultEngines:
         answer = await asyncio.to_thread(self._nowcasting.predict, request)
         if not answer.refusal:
             shutil.copyfile(request.delta_path, self._published / f"{answer.digest:016x}.f32")
+            states = b"".join(path.read_bytes() for path in request.state_paths)
+            (self._published / f"{answer.digest:016x}-states.f32").write_bytes(states)
         await self._points.reach("Predict", "after")
         return answer
 
 
-def serve(link: Connection, folder: Path, port: int, fault: Fault | None) -> None:
+class FaultHandover:
+    """Refuses to take ranks' memory, always or as a fault.
+
+    Args:
+        handover: Of the service.
+        points: Where faults fire.
+        takes: False: never takes any.
+    """
+
+    def __init__(self, handover: Handover, points: FaultPoints, *, takes: bool) -> None:
+        self._take_really = handover._take
+        self._points = points
+        self._takes = takes
+        handover._take = self._take  # type: ignore[method-assign]
+
+    async def _take(self, connection: socket.socket) -> None:
+        if self._points.take("Share", "before") is not None:
+            self._points.fire()
+            raise HandoverError("refused by the test")
+        if not self._takes:
+            raise HandoverError("none is taken here")
+        await self._take_really(connection)
+
+
+def serve(link: Connection, folder: Path, port: int, fault: Fault | None, shares: bool) -> None:
     """Serves until the conductor goes away, or kills this process.
 
     Args:
@@ -265,18 +358,21 @@ def serve(link: Connection, folder: Path, port: int, fault: Fault | None) -> Non
         folder: For history, log and published predictions.
         port: 0 for a free one.
         fault: Armed from the start.
+        shares: Takes ranks' memory, if they offer it.
     """
     log = os.open(folder / "service.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     points = FaultPoints(link, fault)
-    service = RunningService(
+    memory = SharedMemory()
+    service = memory.service = RunningService(
         folder,
         port,
         engines=FaultEngines(points, folder / "published"),
-        interceptors=[FaultInterceptor(points)],
+        interceptors=[FaultInterceptor(points, memory)],
     )
     service.__enter__()
+    FaultHandover(service.servicer.handover, points, takes=shares)
     link.send(service.port)
     try:
         while True:

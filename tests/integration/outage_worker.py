@@ -1,4 +1,4 @@
-"""Trains through an outage of the service, or replays such a run; tells the test what happens, a JSON line each."""
+"""Trains through an outage of the service, then replays that run; tells the test what happens, a JSON line each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny_job import new_engine, start_process_group, train
+from tiny_job import await_uploads, new_engine, start_process_group, train
 
 import sidecast
 from sidecast.trainer.nowcast.attach import nowcaster_of
@@ -22,8 +22,7 @@ STEPS_AFTER = 15
 FLAG_INTERVAL_STEPS = 20
 
 
-def main(address: str, folder: Path, mode: str) -> None:
-    rank = start_process_group()
+def run(rank: int, address: str, folder: Path, mode: str) -> None:
     where = {"live": "record_dir", "replay": "replay_dir"}[mode]
     section = {
         "endpoint": address,
@@ -69,5 +68,12 @@ def is_restarted(folder: Path) -> bool:
     return bool(flag)
 
 
+def main(address: str, folder: Path) -> None:
+    rank = start_process_group()
+    for mode in ("live", "replay"):
+        run(rank, address, folder, mode)
+        dist.barrier()
+
+
 if __name__ == "__main__":
-    main(sys.argv[-3], Path(sys.argv[-2]), sys.argv[-1])
+    main(sys.argv[-2], Path(sys.argv[-1]))

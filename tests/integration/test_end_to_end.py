@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from snapshot_cases import CASES, SNAPSHOT_STEP
 
 HERE = Path(__file__).resolve().parent
 WORKER_TIMEOUT_S = 240
+LOOK_S = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -26,29 +30,39 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess
     assert process.stop() == 0
 
 
+@dataclass(frozen=True)
+class Attached:
+    """What ranks with a service that stays have left.
+
+    Attributes:
+        folder: With their results.
+        vectors: All that the service then holds of their sessions.
+    """
+
+    folder: Path
+    vectors: list[bytes]
+
+
 @pytest.fixture(scope="module")
-def snapshots(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("snapshots")
-    worker = launch(HERE / "snapshot_worker.py", service.address, str(folder), log=folder / "worker.log")
+def attached(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Attached:
+    folder = tmp_path_factory.mktemp("attached")
+    worker = launch(HERE / "attached_worker.py", service.address, str(folder), log=folder / "worker.log")
     assert worker.wait(WORKER_TIMEOUT_S) == 0, (folder / "worker.log").read_text()[-4000:]
-    return folder
+    return Attached(folder, [path.read_bytes() for path in (service.history / "vectors").glob("*.f32")])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_assembled_snapshot_equals_deepspeeds_own_state(case: str, snapshots: Path, service: ServiceProcess) -> None:
-    result = json.loads((snapshots / f"{case}.json").read_text())
-    reference = torch.load(snapshots / f"{case}.pt", weights_only=True)
+def test_assembled_snapshot_equals_deepspeeds_own_state(case: str, attached: Attached) -> None:
+    result = json.loads((attached.folder / f"{case}.json").read_text())
+    reference = torch.load(attached.folder / f"{case}.pt", weights_only=True)
     assert SNAPSHOT_STEP in result["committed"]
     expected = np.concatenate([reference[name].float().reshape(-1).numpy() for name in result["parameters"]])
     # The service's files have no telling names; every case has a seed of its own, so that no two states are equal.
-    vectors = [path.read_bytes() for path in (service.history / "vectors").glob("*.f32")]
-    assert vectors.count(expected.tobytes()) == 1
+    assert attached.vectors.count(expected.tobytes()) == 1
 
 
-def test_history_schedule_and_probation_survive_a_resume(service: ServiceProcess, tmp_path: Path) -> None:
-    worker = launch(HERE / "resume_worker.py", service.address, str(tmp_path), log=tmp_path / "worker.log")
-    assert worker.wait(WORKER_TIMEOUT_S) == 0, (tmp_path / "worker.log").read_text()[-4000:]
-    result = json.loads((tmp_path / "result.json").read_text())
+def test_history_schedule_and_probation_survive_a_resume(attached: Attached) -> None:
+    result = json.loads((attached.folder / "resume.json").read_text())
 
     def decisions(name: str) -> list[tuple[Any, ...]]:
         kinds = ("applied", "accepted", "rolled_back")
@@ -63,32 +77,29 @@ def test_history_schedule_and_probation_survive_a_resume(service: ServiceProcess
 
 
 @pytest.fixture(scope="module")
-def outage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outage(service: ServiceProcess, attached: Attached, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose service is killed after its first jump and started again, and the replay of that run."""
+    # Nothing is left of others' sessions when it comes back, so they are first.
+    assert attached.vectors
     folder = tmp_path_factory.mktemp("outage")
-    service = ServiceProcess(folder)
-    service.start()
-    try:
-        address, port = service.address, service.port
-        worker = launch(HERE / "outage_worker.py", address, str(folder), "live", log=folder / "live.log")
-        wait_for(folder, worker, "applied")
-        service.kill()
-        wait_for(folder, worker, "disconnected")
-        service.start(port)
-        (folder / "restarted").touch()
-        assert worker.wait(WORKER_TIMEOUT_S) == 0, (folder / "live.log").read_text()[-4000:]
-    finally:
-        service.stop()
-    replay = launch(HERE / "outage_worker.py", address, str(folder), "replay", log=folder / "replay.log")
-    assert replay.wait(WORKER_TIMEOUT_S) == 0, (folder / "replay.log").read_text()[-4000:]
+    port = service.port
+    worker = launch(HERE / "outage_worker.py", service.address, str(folder), log=folder / "worker.log")
+    wait_for(folder, worker, "applied")
+    service.kill()
+    wait_for(folder, worker, "disconnected")
+    service.start(port)
+    (folder / "restarted").touch()
+    assert worker.wait(WORKER_TIMEOUT_S) == 0, (folder / "worker.log").read_text()[-4000:]
     return folder
 
 
-def wait_for(folder: Path, worker: Any, kind: str) -> None:
+def wait_for(folder: Path, worker: subprocess.Popen[bytes], kind: str) -> None:
     """Blocks until the worker has told of an event of this kind."""
     path = folder / "live-events0.jsonl"
     while not any(event["kind"] == kind for event in events(path)):
-        assert worker.poll() is None, (folder / "live.log").read_text()[-4000:]
+        # Looking without a pause would take one of the cores that the ranks train on.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            raise AssertionError(f"it ended with {worker.wait(LOOK_S)}: {(folder / 'worker.log').read_text()[-4000:]}")
 
 
 def events(path: Path) -> list[dict[str, Any]]:

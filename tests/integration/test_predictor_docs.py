@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import tomllib
@@ -12,6 +13,7 @@ import torch
 
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
+from sidecast.predictors import registry
 from sidecast.predictors.base import History
 from sidecast.predictors.passes import PassPredictor
 from sidecast.predictors.registry import create_predictor, predictor_names
@@ -57,5 +59,15 @@ def test_the_documented_predictor_works() -> None:
 
 
 def test_the_page_lists_every_predictor_and_its_options() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", PAGE.read_text(), re.MULTILINE))
-    assert sorted(rows) == predictor_names()
+    rows = re.findall(r"^\| `(\w+)` \|.*\|.*\|(.*)\|(.*)\|$", PAGE.read_text(), re.MULTILINE)
+    assert sorted(name for name, _, _ in rows) == predictor_names()
+    documented: dict[str, str] = {}
+    for name, options, weights in rows:
+        # "The same" as in the row before.
+        documented = documented if "the same" in options else dict(re.findall(r"`(\w+)`(?: \(([^)]*)\))?", options))
+        parameters = dict(inspect.signature(registry._factories()[name].load()).parameters)
+        assert ("weights" in parameters) is (weights.strip() == "yes"), name
+        taken = {key: value for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY}
+        assert documented.keys() == taken.keys() - {"weights"}, name
+        for option, default in documented.items():
+            assert default in ("", repr(taken[option].default)), f"{option} of {name}"

@@ -37,12 +37,7 @@ def launch(run_dir: Path, corpus: Path, *options: str) -> subprocess.CompletedPr
     command += ["--steps", str(NUM_STEPS), "--micro-batch-size", "2"]
     for setting in SETTINGS:
         command += ["--set", setting]
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
 
 

@@ -11,6 +11,9 @@ import deepspeed
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sidecast.trainer.nowcast.courier_handle import NUM_SLOTS
+from sidecast.trainer.nowcast.hook import Nowcaster
+
 VOCABULARY = 31
 SEQUENCE = 16
 
@@ -61,3 +64,9 @@ def train(engine: Any, rank: int, first_step: int = 0) -> Iterator[float]:
         engine.backward(loss)
         engine.step()
         yield loss.item()
+
+
+def await_uploads(nowcaster: Nowcaster) -> None:
+    """Waits until the courier has sent what was staged: on a busy machine it would otherwise drop a snapshot."""
+    while len(nowcaster._courier._free_slots) < NUM_SLOTS:
+        nowcaster._inbox.poll(1.0)

@@ -14,7 +14,7 @@ from sidecast.nowcaster_service.engine import PassWorker, Task, total_of
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
 from sidecast.predictors import tensor_parts, wnn
 from sidecast.predictors.base import History
-from sidecast.predictors.passes import PassPredictor, divide_parts
+from sidecast.predictors.passes import Part, PartContext, PassPredictor, WritingPass, divide_parts, run_pass
 from sidecast.predictors.registry import create_predictor
 from sidecast.predictors.tensor_parts import split_tensors
 from sidecast.predictors.wnn import WnnConfig, WnnNetwork
@@ -100,3 +100,21 @@ def test_large_tensors_are_never_copied_whole(monkeypatch: pytest.MonkeyPatch) -
         with Watch():
             create_predictor(name).predict(History(manifest, states), 2, out)
     assert 1 << 10 <= largest <= 5 << 10
+
+
+class ModePass(WritingPass):
+    """Notes in which mode parts are worked on."""
+
+    def __init__(self) -> None:
+        self.are_inferences: list[bool] = []
+
+    def map(self, part: Part, context: PartContext) -> None:
+        self.are_inferences.append(torch.is_inference_mode_enabled())
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_no_thread_records_gradients(num_threads: int) -> None:
+    noting, parts = ModePass(), split_tensors(UNKNOWN, 10)
+    run_pass(noting, parts, PartContext(UNKNOWN, [], {}, torch.empty(0)), num_threads)
+    assert noting.are_inferences == [True] * len(parts)
+    assert not torch.is_inference_mode_enabled()

@@ -140,6 +140,26 @@ def test_a_resumed_run_equals_the_uninterrupted_one(save_step: int) -> None:
     assert_equal(second.weights(), straight.weights())
 
 
+def test_a_run_that_goes_back_to_its_checkpoint_equals_the_uninterrupted_one() -> None:
+    straight, returning = Training(), Training()
+    straight.train(3 * PERIOD_STEPS)
+    # Saved with two states in the window, and loaded with three: whose places are all needed again.
+    save_step = PERIOD_STEPS + 12
+    returning.train(save_step)
+    file = io.BytesIO()
+    torch.save({"model": returning.model.state_dict(), "optimizer": returning.optimizer.state_dict()}, file)
+    returning.train(5)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    returning.model.load_state_dict(saved["model"])
+    returning.optimizer.load_state_dict(saved["optimizer"])
+    returning.num_steps = save_step
+    returning.train(3 * PERIOD_STEPS - save_step)
+    assert returning.steps_of("applied") == straight.steps_of("applied")
+    assert returning.steps_of("dropped") == []
+    assert_equal(returning.weights(), straight.weights())
+
+
 def test_the_inner_optimizer_can_load_what_was_saved_and_the_other_way_round() -> None:
     nowcasted, plain = Training(), Training(is_nowcasted=False)
     nowcasted.train(PERIOD_STEPS + 1)

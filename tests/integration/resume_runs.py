@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tiny_job import new_engine, start_process_group, train
+from tiny_job import await_uploads, new_engine, train
 
 import sidecast
 from sidecast.trainer.nowcast.attach import nowcaster_of
@@ -35,29 +34,36 @@ def attached(address: str, events: list[dict[str, Any]]) -> Any:
     return engine
 
 
-def main(address: str, folder: Path) -> None:
-    rank = start_process_group()
+def train_on(engine: Any, rank: int, first_step: int, num_steps: int) -> list[float]:
+    """Trains, but never past a snapshot that is still on its way: its loss would cost a window."""
+    losses = []
+    for loss in islice(train(engine, rank, first_step), num_steps):
+        losses.append(loss)
+        await_uploads(nowcaster_of(engine))
+    return losses
+
+
+def compare_with_a_resume(rank: int, address: str, folder: Path) -> None:
+    """Trains both runs."""
     events: dict[str, list[dict[str, Any]]] = {"straight": [], "restarted": []}
     losses: dict[str, list[float]] = {}
 
     engine = attached(address, events["straight"])
-    losses["straight"] = list(islice(train(engine, rank), NUM_STEPS))
+    losses["straight"] = train_on(engine, rank, 0, NUM_STEPS)
     nowcaster_of(engine).close()
 
     engine = attached(address, events["restarted"])
-    losses["restarted"] = list(islice(train(engine, rank), SAVE_STEP))
+    losses["restarted"] = train_on(engine, rank, 0, SAVE_STEP)
     engine.save_checkpoint(str(folder / "checkpoints"), tag="middle")
     nowcaster_of(engine).close()
 
     engine = attached(address, events["restarted"])
+    num_before = len(events["restarted"])
     engine.load_checkpoint(str(folder / "checkpoints"), tag="middle")
-    rest = train(engine, rank, first_step=SAVE_STEP)
-    losses["restarted"] += list(islice(rest, NUM_STEPS - SAVE_STEP))
+    while all(event["kind"] != "connected" for event in events["restarted"][num_before:]):
+        nowcaster_of(engine)._inbox.poll(1.0)
+    losses["restarted"] += train_on(engine, rank, SAVE_STEP, NUM_STEPS - SAVE_STEP)
     nowcaster_of(engine).close()
 
     if rank == 0:
-        (folder / "result.json").write_text(json.dumps({"losses": losses, "events": events}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[-2], Path(sys.argv[-1]))
+        (folder / "resume.json").write_text(json.dumps({"losses": losses, "events": events}))

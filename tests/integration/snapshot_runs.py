@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from snapshot_cases import CASES, SNAPSHOT_STEP
-from tiny_job import new_engine, start_process_group, train
+from tiny_job import new_engine, train
 
 import sidecast
 from sidecast.trainer.nowcast.attach import nowcaster_of
@@ -42,8 +41,8 @@ def is_known_to_all(is_known: bool) -> bool:
     return bool(flag)
 
 
-def main(address: str, folder: Path) -> None:
-    rank = start_process_group()
+def compare_snapshots(rank: int, address: str, folder: Path) -> None:
+    """Trains every case to its first snapshot, and until the service has it."""
     for seed, (name, (stage, dtype)) in enumerate(CASES.items()):
         section = {"endpoint": address, "require": True, "period_steps": 5 * SNAPSHOT_STEP}
         engine = sidecast.attach(new_engine(section, stage=stage, dtype=dtype, seed=seed))
@@ -68,7 +67,3 @@ def main(address: str, folder: Path) -> None:
             result = {"session": nowcaster.session_id, "parameters": names, "committed": committed}
             (folder / f"{name}.json").write_text(json.dumps(result))
         nowcaster.close()
-
-
-if __name__ == "__main__":
-    main(sys.argv[-2], Path(sys.argv[-1]))
