@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny_job import await_uploads, new_engine, start_process_group, train
+from tiny_job import new_engine, start_process_group, train
 
 import sidecast
 from sidecast.trainer.nowcast.attach import nowcaster_of
