@@ -23,7 +23,6 @@ import sidecast
 from sidecast.errors import ConfigError
 from sidecast.protos.shards import ShardSpec, total_elements
 from sidecast.trainer.nowcast.attach import nowcaster_of
-from sidecast.trainer.nowcast.courier_handle import NUM_SLOTS
 from sidecast.trainer.nowcast.events import NowcastEvent
 from sidecast.trainer.nowcast.partitions import partition_of
 from sidecast.trainer.nowcast.partitions.masters import MasterPartition
@@ -243,7 +242,8 @@ class TrainingRank:
         loss = (self.engine(inputs) - inputs.roll(1, dims=1)).square().mean()
         self.engine.backward(loss)
         self.engine.step()
-        while self._is_paced and len(self.nowcaster._courier._free_slots) < NUM_SLOTS:
+        courier = self.nowcaster._courier
+        while self._is_paced and len(courier._free_slots) < len(courier.slots):
             self.nowcaster._inbox.poll(1.0)
         return loss.item()
 

@@ -62,6 +62,7 @@ class FaultRun:
         # A rank whose memory is mapped sends nothing that could be altered.
         self._shares = True
         self._has_lost_memory = False
+        self._undo: Callable[[], None] | None = None
         (folder / "published").mkdir()
         self._is_well = True
         self._port = 0
@@ -106,6 +107,10 @@ class FaultRun:
 
     def close(self) -> None:
         """Ends everything."""
+        if self._undo is not None:
+            # A courier that is still stopped would not notice that its rank has ended.
+            with contextlib.suppress(ProcessLookupError):
+                self._undo()
         for link in self._links:
             with contextlib.suppress(OSError):
                 link.send(None)
@@ -128,7 +133,7 @@ class FaultRun:
         self._reasons: list[str] = []
         self._restart_at_step: int | None = None
         self._over_at_s = 0.0
-        self._undo: Callable[[], None] | None = None
+        self._undo = None
         shares = fault is None or fault.way != "bf16"
         lacks_memory = self._has_lost_memory and fault is not None and fault.way == "shared"
         if self._shares != shares or lacks_memory or (fault is not None and fault.begins_anew):

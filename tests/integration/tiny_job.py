@@ -11,7 +11,6 @@ import deepspeed
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sidecast.trainer.nowcast.courier_handle import NUM_SLOTS
 from sidecast.trainer.nowcast.hook import Nowcaster
 
 VOCABULARY = 31
@@ -68,5 +67,6 @@ def train(engine: Any, rank: int, first_step: int = 0) -> Iterator[float]:
 
 def await_uploads(nowcaster: Nowcaster) -> None:
     """Waits until the courier has sent what was staged: on a busy machine it would otherwise drop a snapshot."""
-    while len(nowcaster._courier._free_slots) < NUM_SLOTS:
+    courier: Any = nowcaster._courier
+    while len(courier._free_slots) < len(courier.slots):
         nowcaster._inbox.poll(1.0)
