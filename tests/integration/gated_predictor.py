@@ -7,11 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from sidecast.predictors.base import History
-from sidecast.predictors.linear import LinearPredictor
 
 
-class GatedPredictor(LinearPredictor):
-    """Predicts as its parent does, after it has told a test and been told to go on, each through a named pipe.
+class GatedPredictor:
+    """Repeats the window's change, after it has told a test and been told to go on, each through a named pipe.
 
     Args:
         begun: Opened for writing when a prediction begins; waits for a reader.
@@ -19,12 +18,13 @@ class GatedPredictor(LinearPredictor):
     """
 
     name = "gated"
+    context_len = None
+    max_horizon = 1
 
     def __init__(self, *, begun: str, go: str) -> None:
-        super().__init__()
         self._begun, self._go = Path(begun), Path(go)
 
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
         self._begun.write_text("begun")
         self._go.read_text()
-        super().predict(history, horizon_intervals, out)
+        out.copy_(history.states[-1] - history.states[0])

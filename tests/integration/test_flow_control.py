@@ -23,15 +23,7 @@ MAX_AHEAD = 9
 
 
 class Stall(grpc.aio.ServerInterceptor):
-    """Takes the first so many chunks of each upload, and then nothing for as long as the call lasts.
-
-    Attributes:
-        num_taken: Of all uploads.
-    """
-
-    def __init__(self, num_wanted: int) -> None:
-        self.num_taken = 0
-        self._num_wanted = num_wanted
+    """Takes nothing of any upload, for as long as the call lasts."""
 
     async def intercept_service(
         self,
@@ -43,19 +35,13 @@ class Stall(grpc.aio.ServerInterceptor):
             return handler
 
         async def stall(frames: AsyncIterator[ChunkFrame], context: Any) -> None:
-            for _ in range(self._num_wanted):
-                await anext(frames)
-                self.num_taken += 1
             await asyncio.Event().wait()
 
         return grpc.stream_unary_rpc_method_handler(stall, handler.request_deserializer, handler.response_serializer)
 
 
-@pytest.mark.parametrize("num_wanted", [0, 20])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_a_service_that_takes_nothing_more_soon_stops_the_courier(
-    tmp_path: Path, channels: int, num_wanted: int
-) -> None:
+def test_a_service_that_takes_nothing_soon_stops_the_courier(tmp_path: Path, channels: int) -> None:
     chunk = memoryview(bytes(CHUNK_BYTES))
     cut: list[int] = []
 
@@ -63,8 +49,7 @@ def test_a_service_that_takes_nothing_more_soon_stops_the_courier(
         cut.append(start)
         return chunk[:length]
 
-    stall = Stall(num_wanted)
-    with RunningService(tmp_path, interceptors=[stall]) as service:
+    with RunningService(tmp_path, interceptors=[Stall()]) as service:
         client = NowcastClient(
             ClientConfig(
                 endpoint=service.endpoint,
@@ -82,5 +67,4 @@ def test_a_service_that_takes_nothing_more_soon_stops_the_courier(
         with pytest.raises(UnavailableError, match="DEADLINE_EXCEEDED"):
             client.upload(upload)
         client.close()
-    num_ahead = len(cut) - stall.num_taken
-    assert 1 <= num_ahead <= channels * MAX_AHEAD
+    assert 1 <= len(cut) <= channels * MAX_AHEAD
