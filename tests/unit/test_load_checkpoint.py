@@ -20,7 +20,9 @@ def attachment_at(step: int, resumed: list[Any], shards: tuple[Any, ...] = ()) -
         map_partition=lambda: SimpleNamespace(upload_shards=shards, owned_shards=shards), applied_steps=lambda: step
     )
     hook: Any = SimpleNamespace(
-        shards=((), ()), is_on_probation=False, resume=lambda state, *_: resumed.append(state is not None)
+        shards=((), ()),
+        is_on_probation=False,
+        resume=lambda state, *_, is_kept: resumed.append(is_kept and state is not None),
     )
     courier: Any = SimpleNamespace(new_session=lambda session: resumed.append(session["run_id"]))
     return NowcastAttachment(trainee, hook, courier, Ranks(None))
