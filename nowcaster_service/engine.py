@@ -87,7 +87,7 @@ class PassWorker:
             sums = total.clone().to(self._sums_device)
             found = self._plan.passes[pass_index - 1].finish(sums, self._context)
             self._context = replace(self._context, found=found)
-        num_threads = self._plan.num_threads or self._num_threads
+        num_threads = self._plan.num_threads(self._num_threads)
         sums_here = run_pass(self._plan.passes[pass_index], self._plan.parts, self._context, num_threads)
         if sums_here is None:
             return None

@@ -62,8 +62,8 @@ class Session:
         # Snapshots up to this step have been committed, aborted or overtaken: none of them begins again.
         self._last_ended_step = -1
         self._nowcast: NowcastTask | None = None
-        # The prediction that the run has last reported on.
-        self._settled_version: int | None = None
+        # The newest prediction that the run has reported on.
+        self._settled_version = -1
         # The session of a resumed run that goes on with the nowcast that is being made here.
         self._heir: Session | None = None
         self._is_closed = False
@@ -327,8 +327,8 @@ class Session:
         self._notify(prediction)
 
     def settle(self, version: int) -> None:
-        """Takes note that the run has decided about a prediction: no resume brings it back."""
-        self._settled_version = version
+        """Takes note that the run has decided about a prediction: no resume brings it, or an earlier one, back."""
+        self._settled_version = max(self._settled_version, version)
 
     def fail(self, base_step: int, reason: str) -> None:
         """Counts a nowcast that was not made."""
@@ -369,7 +369,7 @@ class Session:
             return
 
         def is_kept(task: NowcastTask) -> bool:
-            return task.epoch == epoch and task.base_step <= step and task.version != earlier._settled_version
+            return task.epoch == epoch and task.base_step <= step and task.version > earlier._settled_version
 
         if earlier.prediction is not None and is_kept(earlier.prediction.task):
             self.prediction, earlier.prediction = earlier.prediction, None

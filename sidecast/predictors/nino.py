@@ -36,7 +36,8 @@ class NinoPredictor:
         device: Where to compute: ``cpu``, ``cuda`` or ``cuda:0`` and so on. The history may be elsewhere.
         precision: Of the products of hidden vectors: ``fp32``, or ``bf16`` for processors that have it; on CUDA also
             ``tf32``.
-        num_threads: Threads to work on with a CPU; all that are at hand if None.
+        num_threads: Threads to work on with a CPU; torch's number of intra-op threads if None. Engines of the service
+            use no more than they were given.
         backend: What to compute with, instead of what suits the device and precision.
 
     Source: NiNo (arXiv 2409.04434), section 4.
@@ -102,7 +103,7 @@ class NinoPredictor:
             )
         )
         parts = split_topology(graph.topology, backend.limits, device)
-        return PassPlan(parts, passes, backend.num_threads or self._num_threads)
+        return PassPlan(parts, passes, self._num_threads if backend.max_threads is None else backend.max_threads)
 
     def _check_kernels(self, topology: Topology) -> None:
         limit = self._config.max_kernel_elements
@@ -114,7 +115,8 @@ class NinoPredictor:
                 )
 
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
-        predict_in_passes(self, history, horizon_intervals, out, num_threads=torch.get_num_threads())
+        num_threads = torch.get_num_threads() if self._num_threads is None else self._num_threads
+        predict_in_passes(self, history, horizon_intervals, out, num_threads=num_threads)
 
 
 def create(

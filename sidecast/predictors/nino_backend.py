@@ -33,14 +33,14 @@ class NinoBackend:
         features: Reads the edges of parts there.
         kernels: Does the tiles.
         limits: Of the parts; None for those that suit a CPU.
-        num_threads: Parts to work on at the same time; None for as many as there are threads.
+        max_threads: Parts that may be worked on at the same time; None for as many as there are threads.
     """
 
     reader: StateReader
     features: FeatureReader
     kernels: Kernels
     limits: PartLimits | None = None
-    num_threads: int | None = None
+    max_threads: int | None = None
 
 
 def check_precision(device: str, precision: str) -> None:
@@ -86,5 +86,5 @@ def triton_backend(device: torch.device, precision: str, context_len: int) -> Ni
         features=TritonFeatures(context_len, reader),
         kernels=TritonKernels(precision, context_len),
         limits=GPU_LIMITS,
-        num_threads=1,
+        max_threads=1,
     )

@@ -6,11 +6,13 @@ associative, so that parts may be divided over threads or machines.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -113,12 +115,16 @@ class PassPlan(Generic[PartT]):
     Attributes:
         parts: All parts of the model.
         passes: All passes.
-        num_threads: Parts to work on at the same time; None for as many as there are threads at hand.
+        max_threads: Parts that may be worked on at the same time; None for as many as there are threads at hand.
     """
 
     parts: Sequence[PartT]
     passes: Sequence[BlockPass[PartT]]
-    num_threads: int | None = None
+    max_threads: int | None = None
+
+    def num_threads(self, num_at_hand: int) -> int:
+        """How many of the threads at hand to use."""
+        return num_at_hand if self.max_threads is None else min(num_at_hand, self.max_threads)
 
 
 @runtime_checkable
@@ -136,26 +142,29 @@ Argument = TypeVar("Argument")
 
 def ordered_map(
     function: Callable[[Argument], Result], arguments: Iterable[Argument], num_threads: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Maps on several threads, each with single-threaded operators; results come in the order of the arguments."""
     if num_threads == 1:
         yield from map(function, arguments)
         return
     intra_op_threads = torch.get_num_threads()
-    with ThreadPoolExecutor(num_threads, "sidecast-pass", initializer=lambda: torch.set_num_threads(1)) as pool:
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for argument in arguments:
-                waiting.append(pool.submit(function, argument))
-                if len(waiting) == _LOOKAHEAD * num_threads:
+    waiting: deque[Future[Result]] = deque()
+    try:
+        with ThreadPoolExecutor(num_threads, "sidecast-pass", initializer=lambda: torch.set_num_threads(1)) as pool:
+            try:
+                for argument in arguments:
+                    waiting.append(pool.submit(function, argument))
+                    if len(waiting) == _LOOKAHEAD * num_threads:
+                        yield waiting.popleft().result()
+                while waiting:
                     yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-            # The number is also the default for threads that start later, in the host's code too.
-            torch.set_num_threads(intra_op_threads)
+            finally:
+                for future in waiting:
+                    future.cancel()
+    finally:
+        # Once all of them have set theirs: the number is also the default for threads that start later, in the host's
+        # code too.
+        torch.set_num_threads(intra_op_threads)
 
 
 def run_pass(
@@ -165,11 +174,11 @@ def run_pass(
     sums = block_pass.zeros(context)
     # Torch keeps the mode for each thread.
     work = torch.inference_mode()(lambda part: block_pass.map(part, context))
-    contributions = ordered_map(work, parts, num_threads)
-    for part, contribution in zip(parts, contributions, strict=True):
-        if sums is not None and contribution is not None:
-            block_pass.add(part, contribution, sums)
-        context.workspace.trim()
+    with closing(ordered_map(work, parts, num_threads)) as contributions:
+        for part, contribution in zip(parts, contributions, strict=True):
+            if sums is not None and contribution is not None:
+                block_pass.add(part, contribution, sums)
+            context.workspace.trim()
     return sums
 
 
@@ -180,7 +189,7 @@ def run_plan(
     workspace = MemoryWorkspace() if workspace is None else workspace
     context = PartContext(history.manifest, history.states, {}, out, workspace)
     for block_pass in plan.passes:
-        sums = run_pass(block_pass, plan.parts, context, plan.num_threads or num_threads)
+        sums = run_pass(block_pass, plan.parts, context, plan.num_threads(num_threads))
         if sums is not None:
             context = replace(context, found=block_pass.finish(sums, context))
 
@@ -209,13 +218,40 @@ def predict_in_passes(
         run_plan(predictor.plan(history.manifest, horizon_intervals), history, out, num_threads, workspace)
 
 
-def divide_parts(parts: Sequence[PartT], num_workers: int) -> list[list[PartT]]:
+class Share(Sequence[PartT]):
+    """Some of the parts, in their order; made when they are asked for, if the parts are.
+
+    Args:
+        parts: All of them.
+        indices: Of those in this share.
+    """
+
+    def __init__(self, parts: Sequence[PartT], indices: Sequence[int]) -> None:
+        self._parts = parts
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> PartT: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Share[PartT]: ...
+
+    def __getitem__(self, index: int | slice) -> PartT | Share[PartT]:
+        if isinstance(index, slice):
+            return Share(self._parts, self._indices[index])
+        return self._parts[self._indices[index]]
+
+
+def divide_parts(parts: Sequence[PartT], num_workers: int) -> list[Share[PartT]]:
     """Divides parts among workers by cost, the largest first to the least loaded; each share keeps the parts' order."""
     loads = [0] * num_workers
-    shares: list[list[int]] = [[] for _ in range(num_workers)]
+    shares = [array("q") for _ in range(num_workers)]
     costs = [part.num_scalars for part in parts]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         worker = loads.index(min(loads))
         loads[worker] += costs[index]
         shares[worker].append(index)
-    return [[parts[index] for index in sorted(share)] for share in shares]
+    return [Share(parts, array("q", sorted(share))) for share in shares]

@@ -120,8 +120,8 @@ class WnnPredictor:
         network = copy.deepcopy(self._network).to(reader.device)
         changes = WnnChangePass(network, horizon_intervals, self._upd_scale, reader)
         passes: list[BlockPass[ElementRange]] = [ScalingPass(self.name, manifest, reader), changes]
-        num_threads = None if reader.device.type == "cpu" else 1
-        return PassPlan(split_tensors(manifest, PART_ELEMENTS), passes, num_threads)
+        max_threads = None if reader.device.type == "cpu" else 1
+        return PassPlan(split_tensors(manifest, PART_ELEMENTS), passes, max_threads)
 
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
         predict_in_passes(self, history, horizon_intervals, out)

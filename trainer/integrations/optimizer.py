@@ -179,13 +179,11 @@ class NowcastOptimizer(torch.optim.Optimizer):
 
         The inner optimizer can load it, too. It loads with ``torch.load(weights_only=True)``.
         """
-        hook = self.nowcaster
-        copy = hook.rollback_copy if hook.is_on_probation else None
         own = {
             "num_steps": self._num_steps,
-            "hook": hook.state_dict(),
+            "hook": self.nowcaster.state_dict(),
             "window": self._messenger.state_dict(),
-            "rollback": None if copy is None else copy.state_dict(),
+            "rollback": self.nowcaster.rollback_state(),
         }
         return {**self.optimizer.state_dict(), STATE_KEY: own}
 
@@ -204,6 +202,8 @@ class NowcastOptimizer(torch.optim.Optimizer):
         self._messenger.load_state_dict(None if own is None else own["window"])
         if own is not None and own["rollback"] is not None:
             hook.load_rollback_copy(own["rollback"])
+        elif hook.is_on_probation:
+            hook.end_probation()
 
 
 def _section(

@@ -50,6 +50,11 @@ class Application:
         self._base = torch.empty(total_elements(partition.owned_shards)) if config.merge == "replace" else None
         self._base_step: int | None = None
 
+    def resume(self, partition: Partition) -> None:
+        """Goes on with a partition that was mapped after a checkpoint was loaded; a base from before is let go."""
+        self.partition = partition
+        self._base_step = None
+
     def after_snapshot(self, step: int, *, is_base: bool) -> None:
         """Keeps what a later jump needs besides the prediction.
 

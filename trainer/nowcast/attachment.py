@@ -90,24 +90,18 @@ class NowcastAttachment:
         return self.hook.state_dict()
 
     def save_rollback_copy(self, checkpoint: Path) -> None:
+        path = rollback_path(checkpoint, self._ranks.rank)
         rollback = self.rollback_state()
         if rollback is None:
+            # Where checkpoints overwrite one another, there may be the copy of an earlier jump.
+            path.unlink(missing_ok=True)
             return
-        path = rollback_path(checkpoint, self._ranks.rank)
         partial = path.with_suffix(".partial")
         torch.save(rollback, partial)
         os.replace(partial, path)
 
     def rollback_state(self) -> dict[str, Any] | None:
-        copy = self.hook.rollback_copy
-        if copy is None or not self.hook.is_on_probation:
-            return None
-        try:
-            return copy.state_dict()
-        except SidecastError as error:
-            # The checkpoint is worth more than the copy.
-            log.error("a run that resumes from this checkpoint cannot undo the jump on probation: %s", error)
-            return None
+        return self.hook.rollback_state()
 
     def resume(
         self, state: Mapping[str, Any] | None, checkpoint: Path | None, rollback: Mapping[str, Any] | None = None

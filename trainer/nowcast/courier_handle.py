@@ -70,6 +70,8 @@ class CourierHandle:
             "prediction_descriptor": self.prediction.descriptor,
         }
         self._free_slots = list(range(len(self.slots)))
+        # Taken, and not yet handed over: no courier has them, whichever dies.
+        self._filling: set[int] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._last_status: int | None = None
@@ -99,7 +101,7 @@ class CourierHandle:
         self._channel = Channel(ours)
         self._channel.set_blocking(False)
         _channels.add(self._channel)
-        self._free_slots = list(range(len(self.slots)))
+        self._free_slots = [slot for slot in range(len(self.slots)) if slot not in self._filling]
         with contextlib.suppress(ChannelClosedError):
             # A prediction that the trainer still holds, or that is still to be recorded, outlives the courier that
             # fetched it, and so does every entry of the apply log that it has not confirmed.
@@ -110,7 +112,11 @@ class CourierHandle:
 
     def take_slot(self) -> int | None:
         """A staging slot that the courier does not need any more; None while it needs all."""
-        return self._free_slots.pop() if self._free_slots else None
+        if not self._free_slots:
+            return None
+        slot = self._free_slots.pop()
+        self._filling.add(slot)
+        return slot
 
     @property
     def session_id(self) -> str:
@@ -119,19 +125,22 @@ class CourierHandle:
 
     def return_slot(self, slot: int) -> None:
         """Gives back a slot that was not handed to the courier."""
+        self._filling.discard(slot)
         self._free_slots.append(slot)
 
     def post(self, message: Message, *, may_be_lost: bool = False) -> bool:
         """Tells the courier something without waiting; False if it could not be told."""
-        if self._channel is None:
-            return False
+        is_posted = False
         try:
-            is_posted = self._channel.post(message, may_be_lost=may_be_lost)
+            if self._channel is not None:
+                is_posted = self._channel.post(message, may_be_lost=may_be_lost)
         except ChannelClosedError:
             self._bury()
-            return False
-        if not is_posted and message["type"] == "snapshot":
-            self.return_slot(message["slot"])
+        if message["type"] == "snapshot":
+            if is_posted:
+                self._filling.discard(message["slot"])
+            else:
+                self.return_slot(message["slot"])
         return is_posted
 
     def release_prediction(self, record: Mapping[str, Any] | None) -> None:

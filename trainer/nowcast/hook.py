@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sidecast.errors import SidecastError
 from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.nowcast.acceptance import Verdict
@@ -132,11 +133,13 @@ class Nowcaster:
             return
         self._reporter.step = step
         started_s = time.perf_counter()
+        # One for everything that is waited for at this boundary.
+        deadline_s = time.monotonic() + self.config.sync_deadline_s
         self._collect()
         self._inbox.poll()
         if self._votes.is_open and step >= self._vote_step + self._schedule.vote_lag_steps:
             self._on_decision(self._votes.read())
-        is_staged = self._schedule.is_snapshot(step) and self._stage()
+        is_staged = self._schedule.is_snapshot(step) and self._stage(deadline_s)
         if self.config.mode == "sync" and self._schedule.is_base(step):
             staged_epoch = self.epoch
             if self._votes.is_open:
@@ -144,7 +147,7 @@ class Nowcaster:
             # Not for one that could not be applied: it would cost the deadline at every base step.
             if is_staged and self.epoch == staged_epoch and self._probation.allows_jumps and self._weight_scale() > 0:
                 self._collect()
-                self._inbox.await_prediction(self.config.sync_deadline_s)
+                self._inbox.await_prediction(deadline_s)
             self._launch_vote()
             self._on_decision(self._votes.read())
         if self._schedule.is_vote(step) and not self._votes.is_open:
@@ -155,13 +158,13 @@ class Nowcaster:
             self._reporter.post_stats(self._probation)
         self.totals.blocked_s += time.perf_counter() - started_s
 
-    def _stage(self) -> bool:
+    def _stage(self, deadline_s: float) -> bool:
         """Hands the courier a snapshot; False if it could not."""
         self._learning_rates.add(self._application.partition.learning_rates())
         self._application.after_snapshot(self.step, is_base=self._schedule.is_base(self.step))
         # Not for snapshots of which nothing can come any more.
         is_patient = self.config.mode == "sync" and not self._probation.is_suspended
-        slot = self._inbox.take_slot(self.config.sync_deadline_s if is_patient else 0.0)
+        slot = self._inbox.take_slot(deadline_s if is_patient else None)
         reason = self._stager.stage(self._application.partition, self.step, self.epoch, slot)
         self.totals.staging_s = self._stager.seconds
         if reason:
@@ -307,7 +310,7 @@ class Nowcaster:
         """
         if self._votes.is_open:
             self._votes.read()
-        self._application.partition = partition
+        self._application.resume(partition)
         self._reporter.step = step
         self._meter = LossMeter()
         held = self._inbox.held
@@ -337,10 +340,17 @@ class Nowcaster:
         """What this rank uploads and what it applies."""
         return self._application.partition.upload_shards, self._application.partition.owned_shards
 
-    @property
-    def rollback_copy(self) -> RollbackCopy | None:
-        """What the jump on probation would be undone from."""
-        return self._application.rollback_copy
+    def rollback_state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps for undoing the jump on probation; None if there is no such jump, or no such copy."""
+        copy = self._application.rollback_copy
+        if copy is None or not self.is_on_probation:
+            return None
+        try:
+            return copy.state_dict()
+        except SidecastError as error:
+            # The checkpoint is worth more than the copy.
+            log.error("a run that resumes from this checkpoint cannot undo the jump on probation: %s", error)
+            return None
 
     def load_rollback_copy(self, state: Mapping[str, Any]) -> None:
         """Takes the rollback copy of a checkpoint that was saved during probation."""

@@ -52,30 +52,38 @@ class Inbox:
             if reason:
                 self.reject(reason)
 
-    def take_slot(self, timeout_s: float) -> int | None:
+    def take_slot(self, deadline_s: float | None) -> int | None:
         """A staging slot to fill; waits for one only while the service is there.
 
         Args:
-            timeout_s: How long to wait at most; 0: not at all.
+            deadline_s: On the monotonic clock; None: not at all.
         """
-        # One that stands still costs the time once, and not at every snapshot.
-        deadline_s = time.monotonic() + (0.0 if self._is_overdue else timeout_s)
         slot = self._courier.take_slot()
+        if slot is not None:
+            self._is_overdue = False
+        if slot is not None or deadline_s is None or self._is_overdue:
+            # A courier that stands still costs the time once, and not at every snapshot.
+            return slot
         while slot is None and self._is_linked and (left_s := deadline_s - time.monotonic()) > 0:
             self.poll(left_s)
             slot = self._courier.take_slot()
-        self._is_overdue = slot is None and timeout_s > 0 and self._is_linked
+        self._is_overdue = slot is None and self._is_linked
         return slot
 
-    def await_prediction(self, timeout_s: float) -> None:
-        """Waits for a prediction, for word that there will be none, or for the deadline."""
-        deadline_s = time.monotonic() + timeout_s
+    def await_prediction(self, deadline_s: float) -> None:
+        """Waits for a prediction, for word that there will be none, or for the deadline on the monotonic clock."""
         totals = self._reporter.totals
         while self.held is None and self._is_linked and (left_s := deadline_s - time.monotonic()) > 0:
             num_lost = totals.num_failed + totals.num_dropped
             self.poll(left_s)
             if totals.num_failed + totals.num_dropped > num_lost:
                 return
+        if self.held is None and self._is_linked:
+            # Late, but is it the service, or a courier that stands still and has not even sent the snapshot?
+            slot = self._courier.take_slot()
+            self._is_overdue = slot is None
+            if slot is not None:
+                self._courier.return_slot(slot)
 
     def release(self, held: HeldPrediction, details: dict[str, float | int | str]) -> None:
         """Gives the buffer back after the prediction was applied.

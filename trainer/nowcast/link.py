@@ -153,7 +153,8 @@ class Link:
                 is_awaited = time.monotonic() - unopened[1] <= self._client.open_s
                 state, reason = (LinkState.CONNECTING, "") if is_awaited else (LinkState.AWAY, str(error))
             except (UnavailableError, CorruptError, OutdatedError, ResendError) as error:
-                reason, unopened = str(error), None
+                # A break alone says little: the attempt that follows will show whether the service is away.
+                reason, unopened = "" if state is LinkState.CONNECTING else str(error), None
             if reason and reported != reason and self._session is session:
                 reported = reason
                 self._tell({"type": "disconnected", "reason": reason})

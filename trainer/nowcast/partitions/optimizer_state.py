@@ -91,11 +91,15 @@ class OptimizerState:
         copy.save(tensors, values)
 
     def require_restorable(self, masters: Sequence[Tensor], copy: RollbackCopy) -> None:
-        """Refuses a copy that is empty or was captured from other tensors.
+        """Refuses a copy that is empty, was captured from other tensors or cannot be read.
 
         Raises:
-            RollbackError: It is.
+            RollbackError: It is such.
         """
+        self._require_captured_here(masters, copy)
+        copy.require_readable()
+
+    def _require_captured_here(self, masters: Sequence[Tensor], copy: RollbackCopy) -> None:
         tensors = copy.tensors()
         held = [(name, tensors[name].shape) for name in tensors if "." not in name]
         if held != [(f"{index}", master.shape) for index, master in enumerate(masters)]:
@@ -103,7 +107,7 @@ class OptimizerState:
 
     def restore(self, masters: Sequence[Tensor], copy: RollbackCopy) -> None:
         """Puts masters, state and loss scale back, in place wherever a tensor still exists."""
-        self.require_restorable(masters, copy)
+        self._require_captured_here(masters, copy)
         tensors, values = copy.tensors(), copy.values()
         for index, master in enumerate(masters):
             master.detach().copy_(tensors[f"{index}"])

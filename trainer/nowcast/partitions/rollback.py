@@ -101,13 +101,17 @@ class RollbackCopy:
         self._places, self._values = places, deepcopy(dict(values))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Views of the tensors held, valid until the next ``save``.
+        """Views of the tensors held, valid until the next ``save``."""
+        return {name: self._view(*place) for name, place in self._places.items()}
+
+    def require_readable(self) -> None:
+        """Makes sure that what is held can be read.
 
         Raises:
-            RollbackError: The pages cannot be had.
+            RollbackError: It cannot.
         """
-        self._require_pages(0, self.num_bytes, for_writing=False)
-        return {name: self._view(*place) for name, place in self._places.items()}
+        used = [offset + _num_bytes(dtype, shape) for offset, dtype, shape in self._places.values()]
+        self._require_pages(0, max(used, default=0), for_writing=False)
 
     def values(self) -> dict[str, Any]:
         """Copies of the values held."""
@@ -117,9 +121,9 @@ class RollbackCopy:
         """The memory itself and plain values, for a checkpoint that ``torch.load(weights_only=True)`` reads.
 
         Raises:
-            RollbackError: The pages cannot be had.
+            RollbackError: It cannot be read.
         """
-        self._require_pages(0, self.num_bytes, for_writing=False)
+        self.require_readable()
         places = {name: (offset, str(dtype), shape) for name, (offset, dtype, shape) in self._places.items()}
         return {"buffer": self._buffer, "places": places, "values": self.values()}
 
@@ -144,4 +148,8 @@ class RollbackCopy:
         """Raises RollbackError if a part of the buffer cannot be accessed; memory always can."""
 
     def _view(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        return self._buffer[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        return self._buffer[offset : offset + _num_bytes(dtype, shape)].view(dtype).view(shape)
+
+
+def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return prod(shape) * dtype.itemsize
