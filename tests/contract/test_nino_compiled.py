@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from nino_goldens import GoldenPrediction
+from torch import Tensor
 
 from sidecast.predictors import nino_compiled
 from sidecast.predictors.nino import NinoPredictor
-from sidecast.predictors.nino_compiled import CompiledKernels, compiled_tiles, cpu_kernels
+from sidecast.predictors.nino_compiled import CompiledKernels, compiled_tiles, cpu_kernels, multiplies_bf16
 from sidecast.predictors.nino_fusion import Affine
 from sidecast.predictors.nino_kernels import CpuKernels, Layer
 from sidecast.predictors.weights import load_weights
@@ -100,9 +101,68 @@ def test_a_broken_library_is_a_missing_one(monkeypatch: pytest.MonkeyPatch, tmp_
     assert compiled_tiles() is None
 
 
-def test_other_precisions_are_torchs() -> None:
-    assert isinstance(cpu_kernels(torch.bfloat16), CpuKernels)
+def rounded_hidden(features: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """Hidden vectors (T, S, D) of the last layer in fp32, from bf16 ones of the layers before and bf16 weights."""
+    inputs = features.permute(1, 2, 0)
+    for depth, layer in enumerate(layers):
+        weight = layer.weight if depth == 0 else layer.weight.bfloat16().float()
+        nodes = layer.target_TD[:, None] if layer.source_SD is None else layer.target_TD[:, None] + layer.source_SD
+        hidden = torch.nn.functional.silu(inputs @ weight + nodes)
+        inputs = hidden.bfloat16().float()
+    return hidden
+
+
+@pytest.mark.parametrize(("num_targets", "num_sources"), [(1, 4), (3, 6), (2, 97), (2, 199)])
+@pytest.mark.parametrize(
+    ("num_features", "num_layers", "dim", "num_elements"), [(5, 1, 64, 1), (5, 3, 128, 1), (45, 2, 64, 9)]
+)
+def test_bf16_products_round_nothing_but_their_operands(
+    num_targets: int, num_sources: int, num_features: int, num_layers: int, dim: int, num_elements: int
+) -> None:
+    if not multiplies_bf16():
+        pytest.skip("installed without a compiler, or no processor that multiplies bf16")
+    torch.manual_seed(0)
+    features = torch.randn(num_features, num_targets, num_sources)
+    layers = random_layers(num_features, num_targets, num_sources, num_layers, dim)
+    scale, gain = torch.randn(dim, dim) / dim**0.5, torch.randn(num_sources, dim)
+    output = Affine(torch.randn(dim, num_elements) / dim**0.5, torch.randn(num_elements))
+    hidden = rounded_hidden(features, layers)
+    gained = (hidden.bfloat16().float() @ scale.bfloat16().float() * gain).sum(1)
+    kernels = CompiledKernels(torch.bfloat16)
+    found = (*kernels.message_sums(features, layers, scale, gain), kernels.changes(features, layers, output))
+    expected = (hidden.sum(1), gained, hidden.bfloat16().float() @ output.weight + output.bias)
+    for ours, reference in zip(found, expected, strict=True):
+        # What is left is the approximate SiLU, and hidden values that it rounds to another neighbour.
+        assert (ours - reference).abs().mean() < 2e-3 * reference.abs().mean()
+        assert (ours - reference).abs().max() < 2e-2 * reference.abs().mean()
+
+
+def test_bf16_silu_at_its_ends() -> None:
+    if not multiplies_bf16():
+        pytest.skip("installed without a compiler, or no processor that multiplies bf16")
+    values = torch.tensor([-1e30, -1e4, -200.0, -87.0, -1e-3, 0.0, 1e-3, 87.0, 200.0, 1e30])
+    layer = Layer(torch.ones(1, 64), None, torch.zeros(1, 64))
+    output = Affine(torch.eye(64)[:, :1].contiguous(), torch.zeros(1))
+    found = CompiledKernels(torch.bfloat16).changes(values[None, None], [layer], output)
+    torch.testing.assert_close(found[0, :, 0], torch.nn.functional.silu(values), rtol=2**-8, atol=1e-33)
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_bf16_is_torchs_where_the_processor_does_not_multiply_it(
+    multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nino_compiled, "multiplies_bf16", lambda: multiplies)
+    assert isinstance(cpu_kernels(torch.bfloat16), CompiledKernels if multiplies else CpuKernels)
     assert isinstance(cpu_kernels(torch.float32), CompiledKernels)
+    assert isinstance(cpu_kernels(torch.float16), CpuKernels)
+
+
+def test_widths_that_the_bf16_loops_do_not_know_are_torchs() -> None:
+    torch.manual_seed(0)
+    features, layers = torch.randn(5, 2, 7), random_layers(5, 2, 7, 2, 32)
+    output = Affine(torch.randn(32, 1), torch.randn(1))
+    found = CompiledKernels(torch.bfloat16).changes(features, layers, output)
+    assert torch.equal(found, CpuKernels(torch.bfloat16).changes(features, layers, output))
 
 
 def test_bf16_is_close_on_a_published_model(nino_data: Path) -> None:
