@@ -143,11 +143,14 @@ def _serve_in_threads(servicer: Servicer, loop: asyncio.AbstractEventLoop) -> in
             received += len(frame.data)
         return pb.UploadReply(received_bytes=received)
 
-    def fetch(request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[Any]:
-        frames = servicer.fetch(request)
-        with contextlib.suppress(StopAsyncIteration):
-            while True:
-                yield asyncio.run_coroutine_threadsafe(anext(frames), loop).result()
+    def from_loop(method: Callable[[Any], Any]) -> Callable[[Any, Any], Iterator[Any]]:
+        def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            items = method(request)
+            with contextlib.suppress(StopAsyncIteration):
+                while True:
+                    yield asyncio.run_coroutine_threadsafe(anext(items), loop).result()
+
+        return stream
 
     def plain(message: Any) -> bytes:
         return bytes(message.SerializeToString())
@@ -159,7 +162,10 @@ def _serve_in_threads(servicer: Servicer, loop: asyncio.AbstractEventLoop) -> in
         "Commit": unary(on_loop(servicer.commit), pb.CommitRequest.FromString, plain),
         "Status": unary(on_loop(servicer.status), pb.StatusRequest.FromString, plain),
         "Upload": grpc.stream_unary_rpc_method_handler(upload, None, plain),
-        "Fetch": grpc.unary_stream_rpc_method_handler(fetch, pb.FetchRequest.FromString, encode_chunk),
+        "Fetch": grpc.unary_stream_rpc_method_handler(
+            from_loop(servicer.fetch), pb.FetchRequest.FromString, encode_chunk
+        ),
+        "Watch": grpc.unary_stream_rpc_method_handler(from_loop(servicer.watch), pb.WatchRequest.FromString, plain),
     }
     server = grpc.server(ThreadPoolExecutor(8), options=BULK_OPTIONS)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, methods),))
