@@ -133,6 +133,15 @@ def test_a_slot_that_was_handed_over_is_free_once_its_courier_is_replaced(traine
     assert trainer.take_all() == [0, 1]
 
 
+def test_a_slot_that_was_given_back_unfilled_stays_free_when_the_courier_is_replaced(trainer: Trainer) -> None:
+    trainer.start()
+    for slot in trainer.take_all():
+        trainer.return_slot(slot)
+    trainer.courier.kill()
+    assert trainer.hear() == ["died"]
+    assert trainer.take_all() == [0, 1]
+
+
 @pytest.mark.parametrize("obstacle", ["dead", "dead for good", "full", "none"])
 def test_a_snapshot_that_cannot_be_posted_gives_its_slot_back_once(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, obstacle: str

@@ -141,8 +141,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(save_step: int) -> None:
     assert_equal(second.weights(), straight.weights())
 
 
-def test_a_rollback_copy_that_cannot_be_read_costs_a_checkpoint_no_more_than_the_probation(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("access", ["save", "load"])
+def test_a_rollback_copy_whose_pages_are_gone_costs_a_checkpoint_no_more_than_the_probation(
+    access: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = Training(), Training()
     first.train(PERIOD_STEPS + 3)
@@ -150,14 +151,17 @@ def test_a_rollback_copy_that_cannot_be_read_costs_a_checkpoint_no_more_than_the
     def refuse(*_: Any, **__: Any) -> None:
         raise RollbackError("no pages")
 
-    monkeypatch.setattr(first.optimizer.nowcaster._application.rollback_copy, "_require_pages", refuse)
-    saved = deepcopy(first.optimizer.state_dict())
-    assert saved["sidecast"]["rollback"] is None
-    assert "cannot undo the jump on probation: no pages" in caplog.text
-    assert first.optimizer.nowcaster.is_on_probation
+    failing = first if access == "save" else second
     second.model.load_state_dict(first.model.state_dict())
-    second.optimizer.load_state_dict(saved)
+    with monkeypatch.context() as patch:
+        patch.setattr(failing.optimizer.nowcaster._application.rollback_copy, "_require_pages", refuse)
+        saved = deepcopy(first.optimizer.state_dict())
+        second.optimizer.load_state_dict(saved)
+    assert (saved["sidecast"]["rollback"] is None) == (access == "save")
+    assert ("cannot undo the jump on probation: no pages" in caplog.text) == (access == "save")
+    assert first.optimizer.nowcaster.is_on_probation
     assert not second.optimizer.nowcaster.is_on_probation
+    assert "the jump on probation cannot be undone: " in caplog.text
     second.num_steps = PERIOD_STEPS + 3
     second.train(1, spoil_from=PERIOD_STEPS + 4)
     assert second.events == []
