@@ -173,7 +173,7 @@ SENT = {"type": "sent", "slot": 0, "step": 0, "bytes": 8, "reason": ""}
 
 
 class BusyCourier(FakeCourier):
-    """Needs its slot until it has said that it has sent it; each wait for its words takes ``word_s``.
+    """Needs the slot that it is given until it has said that it has sent it; each wait for its words takes ``word_s``.
 
     Args:
         words: What it says, a wait each; it is silent after.
@@ -191,7 +191,13 @@ class BusyCourier(FakeCourier):
         return self.now_s
 
     def take_slot(self) -> int | None:
-        return 0 if self._is_free else None
+        slot = 0 if self._is_free else None
+        self._is_free = False
+        return slot
+
+    def return_slot(self, slot: int) -> None:
+        assert not self._is_free
+        self._is_free = True
 
     def receive(self, timeout_s: float = 0.0) -> Iterator[Mapping[str, Any]]:
         if timeout_s == 0:
@@ -201,13 +207,14 @@ class BusyCourier(FakeCourier):
         self.now_s += min(timeout_s, self._word_s)
         if self._words and timeout_s >= self._word_s:
             word = self._words.pop(0)
-            self._is_free = word["type"] == "sent"
+            self._is_free |= word["type"] == "sent"
             yield word
 
 
 def busy_hook(courier: BusyCourier, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Nowcaster:
-    for module, name in (("hook", "perf_counter"), ("inbox", "monotonic")):
-        monkeypatch.setattr(f"sidecast.trainer.nowcast.{module}.time", SimpleNamespace(**{name: courier.clock}))
+    clock = SimpleNamespace(perf_counter=courier.clock, monotonic=courier.clock)
+    for module in ("hook", "inbox"):
+        monkeypatch.setattr(f"sidecast.trainer.nowcast.{module}.time", clock)
     return hook_of(courier, FakePartition(), step=9, sync_deadline_s=10.0, **settings)
 
 
@@ -238,9 +245,39 @@ def test_a_courier_that_stands_still_costs_sync_mode_its_deadline_once(monkeypat
     # It has sent after all, and is waited for again.
     courier._words, courier._is_free = [SENT], True
     hook.after_step(30)
-    courier._is_free = False
     hook.after_step(50)
     assert (hook.totals.num_staged, hook.totals.num_dropped) == (2, 2)
+
+
+def test_a_base_step_waits_for_its_slot_and_its_prediction_until_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    courier = BusyCourier([SENT])
+    hook = busy_hook(courier, monkeypatch, mode="sync")
+    hook.after_step(20)
+    assert hook.totals.num_staged == 1
+    # The first for the slot, the others for the prediction.
+    assert courier.waited_s == [10.0, 6.0, 2.0]
+    assert hook.totals.blocked_s == 10.0
+
+
+def test_a_courier_that_stands_still_after_a_base_step_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    courier = BusyCourier([])
+    courier._is_free = True
+    hook = busy_hook(courier, monkeypatch, mode="sync")
+    hook.after_step(20)
+    assert (hook.totals.num_staged, hook.totals.blocked_s) == (1, 10.0)
+    hook.after_step(30)
+    hook.after_step(40)
+    assert (hook.totals.num_dropped, hook.totals.blocked_s) == (2, 10.0)
+
+
+def test_a_slow_service_is_waited_for_at_every_base_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    courier = BusyCourier([SENT])
+    courier._is_free = True
+    hook = busy_hook(courier, monkeypatch, mode="sync")
+    hook.after_step(20)
+    hook.after_step(40)
+    assert (hook.totals.num_staged, hook.totals.num_dropped) == (2, 0)
+    assert hook.totals.blocked_s == 20.0
 
 
 @pytest.mark.parametrize(
@@ -346,6 +383,22 @@ def test_without_its_base_a_prediction_replaces_nothing() -> None:
     assert ("rejected", "the base of step 20, which it would replace, is not held") in reasons
 
 
+@pytest.mark.parametrize(("is_resumed", "weight", "kind"), [(False, 2.0, "applied"), (True, 1.0, "rejected")])
+def test_a_base_from_before_a_checkpoint_was_loaded_is_not_replaced(is_resumed: bool, weight: float, kind: str) -> None:
+    courier, partition = FakeCourier(), FakePartition()
+    hook = hook_of(courier, partition, step=BASE_STEP - 1, merge="replace")
+    kinds: list[str] = []
+    hook.add_listener(lambda event: kinds.append(event.kind))
+    partition.weights = torch.ones(2)
+    hook.after_step(BASE_STEP)
+    if is_resumed:
+        hook.resume({**hook.state_dict(), "step": BASE_STEP}, partition, BASE_STEP, "run", is_kept=True)
+    courier.unread = [{**PREDICTION, "session_id": "now"}]
+    hook.after_step(JUMP_STEP)
+    assert partition.weights.tolist() == [weight, weight]
+    assert kind in kinds
+
+
 @pytest.mark.parametrize(("moments", "done"), [("keep", []), ("reset", ["reset"]), ("scale", [0.5])])
 def test_what_a_jump_does_to_the_moments(moments: str, done: list[Any]) -> None:
     partition = FakePartition()
@@ -359,5 +412,6 @@ def test_a_copy_that_turns_out_too_small_is_made_anew_at_the_next_snapshot() -> 
     copy = RollbackCopy.allocate(4)
     hook = Nowcaster(config, partition, FakeCourier(), OneVoter(), step=9, run_id="r", rollback_copy=copy)  # type: ignore[arg-type]
     hook.after_step(10)
-    assert hook.rollback_copy is not None
-    assert hook.rollback_copy.num_bytes == partition.rollback_bytes()
+    made_anew = hook._application.rollback_copy
+    assert made_anew is not None
+    assert made_anew.num_bytes == partition.rollback_bytes()

@@ -134,13 +134,18 @@ class Outgoing:
             self._told.append(message)
             self._has_told.notify_all()
 
-    def told(self, kind: str) -> Mapping[str, Any]:
-        """The next message of a kind; the ones before it are forgotten."""
+    def told_until(self, kind: str) -> list[Mapping[str, Any]]:
+        """What the trainer is told, up to the next message of a kind."""
+        told: list[Mapping[str, Any]] = []
         with self._has_told:
             assert self._has_told.wait_for(lambda: any(item["type"] == kind for item in self._told), WAIT_S), self._told
-            while (message := self._told.pop(0))["type"] != kind:
-                pass
-            return message
+            while not told or told[-1]["type"] != kind:
+                told.append(self._told.pop(0))
+        return told
+
+    def told(self, kind: str) -> Mapping[str, Any]:
+        """The next message of a kind; the ones before it are forgotten."""
+        return self.told_until(kind)[-1]
 
     def answer(self, answer: Exception | None = None) -> None:
         """Lets one attempt to connect end."""
@@ -190,6 +195,35 @@ def test_a_break_between_two_snapshots_loses_none(outgoing: Outgoing) -> None:
     outgoing.answer()
     assert outgoing.told("sent")["reason"] == ""
     assert outgoing.client.sent == [("s1", 10), ("s1", 20)]
+
+
+@pytest.mark.parametrize(
+    ("failures", "told"),
+    [
+        ([], [("connected", "")]),
+        (["no service"], [("disconnected", "no service"), ("connected", "")]),
+        (["no service", "no service"], [("disconnected", "no service"), ("connected", "")]),
+    ],
+)
+def test_only_a_break_that_outlasts_the_next_attempt_is_told_and_once(
+    outgoing: Outgoing, failures: list[str], told: list[tuple[str, str]]
+) -> None:
+    connect(outgoing)
+    outgoing.client.watched[0].cancel()
+    for reason in failures:
+        outgoing.answer(UnavailableError(reason))
+    outgoing.answer()
+    messages = outgoing.told_until("connected")
+    assert [(message["type"], message.get("reason", "")) for message in messages] == told
+
+
+def test_every_break_that_lasts_is_told(outgoing: Outgoing) -> None:
+    connect(outgoing)
+    for events in range(2):
+        outgoing.client.watched[events].cancel()
+        outgoing.answer(UnavailableError("no service"))
+        outgoing.answer()
+        assert [message["type"] for message in outgoing.told_until("connected")] == ["disconnected", "connected"]
 
 
 def test_the_first_snapshot_of_a_new_session_is_not_lost(outgoing: Outgoing) -> None:

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sidecast.errors import ConfigError
 from sidecast.trainer.nowcast.attach import wrap
 from sidecast.trainer.nowcast.attachment import NowcastAttachment
+from sidecast.trainer.nowcast.hook import rollback_path
 from sidecast.trainer.nowcast.ranks import Ranks
 
 
@@ -50,3 +52,17 @@ def test_a_run_is_continued_only_at_the_step_of_its_checkpoint(
 def test_a_checkpoint_that_changes_what_a_rank_holds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="changed this rank's partition"):
         attachment_at(500, [], shards=(object(),)).resume(None, tmp_path)
+
+
+def test_a_checkpoint_without_a_jump_on_probation_keeps_no_older_rollback_copy(tmp_path: Path) -> None:
+    attachment: Any = attachment_at(500, [])
+    copies = [{"buffer": torch.ones(2, dtype=torch.uint8)}, None, None]
+    attachment.hook.rollback_state = lambda: copies.pop(0)
+    others = rollback_path(tmp_path, 1)
+    others.touch()
+    attachment.save_rollback_copy(tmp_path)
+    assert torch.load(rollback_path(tmp_path, 0), weights_only=True)["buffer"].tolist() == [1, 1]
+    for _ in range(2):
+        attachment.save_rollback_copy(tmp_path)
+        # Other ranks' copies are theirs to remove.
+        assert list(tmp_path.iterdir()) == [others]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,7 +129,7 @@ def test_a_copy_on_disk_takes_its_room_at_once_and_leaves_nothing_behind(tmp_pat
     assert copy.tensors()["a"].equal(torch.arange(100.0))
 
 
-@pytest.mark.parametrize("access", ["save", "tensors", "state_dict", "load_state_dict"])
+@pytest.mark.parametrize("access", ["save", "require_readable", "state_dict", "load_state_dict"])
 def test_pages_that_the_disk_does_not_give_are_an_error_and_no_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, access: str
 ) -> None:
@@ -143,6 +144,20 @@ def test_pages_that_the_disk_does_not_give_are_an_error_and_no_signal(
         arguments = {"save": ({"a": torch.ones(100)}, {}), "load_state_dict": (state,)}.get(access, ())
         with pytest.raises(RollbackError, match="the disk does not give the rollback copy's pages"):
             getattr(copy, access)(*arguments)
+
+
+def test_only_a_checkpoint_needs_the_pages_that_hold_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partition: Any = SimpleNamespace(rollback_bytes=lambda: 4 * mmap.PAGESIZE)
+    with tempfile.TemporaryFile(dir=tmp_path) as file:
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: contextlib.nullcontext(file))
+        copy = reserve_rollback_copy(NowcasterConfig(rollback="disk", rollback_dir=str(tmp_path)), partition)
+        assert copy is not None
+        copy.save({"a": torch.arange(100.0)}, {})
+        file.truncate(mmap.PAGESIZE)
+        copy.require_readable()
+        # It is written whole.
+        with pytest.raises(RollbackError, match="the disk does not give the rollback copy's pages"):
+            copy.state_dict()
 
 
 def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from sidecast.errors import ConfigError
 from sidecast.predictors.base import History
 from sidecast.predictors.linear import LinearPredictor
 from sidecast.trainer.integrations.optimizer import NowcastOptimizer
+from sidecast.trainer.nowcast.partitions.rollback import RollbackError
 
 PERIOD_STEPS = 20
 CONTEXT_LEN = 4
@@ -138,6 +139,34 @@ def test_a_resumed_run_equals_the_uninterrupted_one(save_step: int) -> None:
     assert straight.steps_of("applied") == first.steps_of("applied") + second.steps_of("applied")
     torch.testing.assert_close(straight.losses[save_step:], second.losses, rtol=0, atol=0, equal_nan=True)
     assert_equal(second.weights(), straight.weights())
+
+
+@pytest.mark.parametrize("access", ["save", "load"])
+def test_a_rollback_copy_whose_pages_are_gone_costs_a_checkpoint_no_more_than_the_probation(
+    access: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = Training(), Training()
+    first.train(PERIOD_STEPS + 3)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RollbackError("no pages")
+
+    failing = first if access == "save" else second
+    second.model.load_state_dict(first.model.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(failing.optimizer.nowcaster._application.rollback_copy, "_require_pages", refuse)
+        saved = deepcopy(first.optimizer.state_dict())
+        second.optimizer.load_state_dict(saved)
+    assert (saved["sidecast"]["rollback"] is None) == (access == "save")
+    assert ("cannot undo the jump on probation: no pages" in caplog.text) == (access == "save")
+    assert first.optimizer.nowcaster.is_on_probation
+    assert not second.optimizer.nowcaster.is_on_probation
+    assert "the jump on probation cannot be undone: " in caplog.text
+    second.num_steps = PERIOD_STEPS + 3
+    second.train(1, spoil_from=PERIOD_STEPS + 4)
+    assert second.events == []
+    second.train(PERIOD_STEPS - 4)
+    assert second.steps_of("applied") == [2 * PERIOD_STEPS]
 
 
 def test_a_run_that_goes_back_to_its_checkpoint_equals_the_uninterrupted_one() -> None:

@@ -130,6 +130,55 @@ def test_an_empty_copy_or_one_of_other_tensors_restores_nothing() -> None:
     assert parameter.detach().equal(before)
 
 
+class FailingCopy(RollbackCopy):
+    """Memory whose pages can be had until a test says otherwise.
+
+    Attributes:
+        asked: First byte and number of bytes of the pages that were asked for.
+    """
+
+    is_gone = False
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        super().__init__(buffer)
+        self.asked: list[tuple[int, int]] = []
+
+    def _require_pages(self, offset: int, num_bytes: int, *, for_writing: bool) -> None:
+        self.asked.append((offset, num_bytes))
+        if self.is_gone:
+            raise RollbackError("no pages")
+
+
+def test_pages_are_asked_for_before_a_rollback_and_not_during_it() -> None:
+    optimizer, parameter = stepped_adam()
+    state = OptimizerState([optimizer], None)
+    copy = FailingCopy.allocate(state.num_bytes([parameter]))
+    assert isinstance(copy, FailingCopy)
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        state.capture([parameter], copy)
+    step(optimizer, parameter)
+    with torch.no_grad():
+        after = parameter.detach().clone()
+        state.require_restorable([parameter], copy)
+        copy.is_gone = True
+        # One rank refuses before all agree, or none does.
+        with pytest.raises(RollbackError, match="no pages"):
+            state.require_restorable([parameter], copy)
+        assert parameter.detach().equal(after)
+        state.restore([parameter], copy)
+    assert parameter.detach().equal(before)
+
+
+def test_a_rollback_needs_the_pages_up_to_the_last_place_held() -> None:
+    copy = FailingCopy.allocate(1 << 16)
+    assert isinstance(copy, FailingCopy)
+    copy.save({"a": torch.ones(4), "b": torch.ones(3)}, {})
+    copy.asked.clear()
+    copy.require_readable()
+    assert copy.asked == [(0, 64 + 12)]
+
+
 @pytest.mark.parametrize(
     ("make", "momentum"),
     [

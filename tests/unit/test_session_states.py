@@ -13,7 +13,7 @@ import pytest
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.errors import CorruptChunkError, MissingReferenceError, SaturatedError, WrongStateError
 from sidecast.nowcaster_service.history import HistoryStore
-from sidecast.nowcaster_service.session_events import Event, FailureEvent, NowcastTask, SnapshotEvent
+from sidecast.nowcaster_service.session_events import Event, FailureEvent, NowcastTask, Prediction, SnapshotEvent
 from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.sessions import Session
 from sidecast.protos import nowcast_pb2 as pb
@@ -246,3 +246,38 @@ def test_a_snapshot_without_room_is_refused_and_begins_again(run: Run, store: Hi
             run.send(vector(1), 0, 10)
     run.send_all(vector(1), 10)
     assert run.session.history_steps == [10]
+
+
+# --- what a resume brings back
+
+
+def predict(run: Run, step: int) -> None:
+    """Publishes a prediction whose base is at a step."""
+    run.send_all(vector(step - 10), step - 10)
+    task = run.send_all(vector(step), step)
+    assert task is not None
+    run.session.finish(task, Prediction(task, digest=0, relative_norm=0.1, nowcast_s=0.1))
+
+
+@pytest.mark.parametrize("num_published", [1, 2])
+@pytest.mark.parametrize("settled", [(2, 1), (1, 2)])
+def test_a_report_on_an_earlier_prediction_brings_no_later_one_back(
+    store: HistoryStore, num_published: int, settled: tuple[int, ...]
+) -> None:
+    before, after = Run(store), Run(store)
+    for version in range(1, num_published + 1):
+        predict(before, 20 * version)
+    # The second is rejected while the first is on probation, and then the first is accepted.
+    for version in settled:
+        before.session.settle(version)
+    after.session.adopt(before.session, 45, 0)
+    assert after.session.prediction is None
+
+
+def test_a_resume_brings_back_what_no_report_was_about(store: HistoryStore) -> None:
+    before, after = Run(store), Run(store)
+    before.session.settle(1)
+    predict(before, 40)
+    after.session.adopt(before.session, 45, 0)
+    assert after.session.prediction is not None
+    assert after.session.prediction.task.version == 2

@@ -16,11 +16,13 @@ from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import Predictor
 from sidecast.predictors.registry import create_predictor
+from sidecast.trainer.nowcast.attachment import load_rollback_copy
 from sidecast.trainer.nowcast.config import NowcasterConfig, parse_section
 from sidecast.trainer.nowcast.hook import Nowcaster
 from sidecast.trainer.nowcast.in_process import InProcessNowcaster
 from sidecast.trainer.nowcast.partitions import RemappingPartition
 from sidecast.trainer.nowcast.partitions.plain import plain_partition
+from sidecast.trainer.nowcast.ranks import Ranks
 from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.nowcast.trainee import model_config_of
 from sidecast.trainer.nowcast.vote import SoloVotes
@@ -200,10 +202,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         partition = RemappingPartition(lambda: plain_partition(self._model, self.optimizer))
         hook.resume(state, partition, self._num_steps, hook.run_id)
         self._messenger.load_state_dict(None if own is None else own["window"])
-        if own is not None and own["rollback"] is not None:
-            hook.load_rollback_copy(own["rollback"])
-        elif hook.is_on_probation:
-            hook.end_probation()
+        load_rollback_copy(hook, None, None if own is None else own["rollback"], Ranks(None))
 
 
 def _section(

@@ -180,6 +180,10 @@ class CourierHandle:
             if timeout_s > 0:
                 channel.wait_readable(timeout_s)
             for message in channel.receive():
+                if self._channel is not channel:
+                    # Whoever took the last one has answered, and found the courier dead. Its successor was told all
+                    # that was not confirmed, and does not know what the dead one brought or sent.
+                    break
                 if message["type"] == "noted":
                     self._unconfirmed.popleft()
                     continue
@@ -195,7 +199,7 @@ class CourierHandle:
             # Unless a post in between has noticed first: the one that is there now is then another.
             if self._channel is channel:
                 self._bury()
-            yield from self._take_obituaries()
+        yield from self._take_obituaries()
 
     def _take_obituaries(self) -> Iterator[Message]:
         while self._obituaries:

@@ -123,7 +123,8 @@ class RollbackCopy:
         Raises:
             RollbackError: It cannot be read.
         """
-        self.require_readable()
+        # A checkpoint takes the buffer whole, with what is unused.
+        self._require_pages(0, self.num_bytes, for_writing=False)
         places = {name: (offset, str(dtype), shape) for name, (offset, dtype, shape) in self._places.items()}
         return {"buffer": self._buffer, "places": places, "values": self.values()}
 
