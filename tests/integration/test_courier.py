@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from courier_harness import hello, session, start_courier, until
+from courier_harness import WAIT_S, hello, session, start_courier, until
 from service_harness import CHUNK_BYTES, MANIFEST, RunningService, chunks, open_request, state
 
+from sidecast.nowcaster_service.sessions import Session
 from sidecast.protos.bf16 import from_bf16, round_to_bf16
+from sidecast.protos.codec import ChunkFrame
 from sidecast.trainer.nowcast.channel import Message
 from sidecast.trainer.nowcast.client import ClientConfig, NowcastClient, UnavailableError
 from sidecast.trainer.nowcast.courier_handle import END_TIMEOUT_S, CourierHandle
@@ -233,10 +235,15 @@ def test_a_service_on_this_host_maps_the_buffers_and_no_bytes_travel(service: Ru
 
 
 class Relay:
-    """A TCP relay to a service that cuts both ways once so many bytes have gone up, and serves again after."""
+    """A TCP relay to a service that cuts both ways once so many bytes have gone up, and serves again after.
 
-    def __init__(self, port: int, cut_after_bytes: int) -> None:
+    Not before the service has taken something in: with the connection it would lose what it has not read.
+    """
+
+    def __init__(self, port: int, cut_after_bytes: int, has_arrived: threading.Event) -> None:
         self._target = port
+        self._has_arrived = has_arrived
+        self._lock = threading.Lock()
         self._left = cut_after_bytes
         self.num_cuts = 0
         self.bytes_up = 0
@@ -261,12 +268,18 @@ class Relay:
                 if is_up:
                     self.bytes_up += len(data)
                     self._left -= len(data)
-                    if self._left < 0 and self.num_cuts == 0:
-                        self.num_cuts += 1
-                        self.cut()
+                    if self._left < 0 and self._has_arrived.wait(WAIT_S):
+                        self._cut_once()
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def _cut_once(self) -> None:
+        # Streams on several connections come here together.
+        with self._lock:
+            if self.num_cuts == 0:
+                self.num_cuts += 1
+                self.cut()
 
     def cut(self) -> None:
         for pair in self._pairs:
@@ -280,8 +293,17 @@ class Relay:
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-def test_an_upload_that_was_cut_off_goes_on_where_it_was(service: RunningService, channels: int) -> None:
-    relay = Relay(service.port, 130_000)
+def test_an_upload_that_was_cut_off_goes_on_where_it_was(
+    service: RunningService, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_arrived, receive = threading.Event(), Session.receive
+
+    def receiving(session: Session, frame: ChunkFrame) -> None:
+        receive(session, frame)
+        has_arrived.set()
+
+    monkeypatch.setattr(Session, "receive", receiving)
+    relay = Relay(service.port, 130_000, has_arrived)
     greeting = hello(f"127.0.0.1:{relay.port}", MANIFEST, ALL, first=session("s1"), channels=channels)
     courier = start_courier(greeting)
     try:

@@ -70,7 +70,7 @@ class NowcasterConfig:
     """How far ahead nowcasts look."""
     mode: Literal["async", "sync"] = "async"
     """``sync`` waits for the prediction at its base step, as the paper does, and at each snapshot step until the
-    snapshot before has been sent; neither while the service is away."""
+    snapshot before has been sent; neither while the service is away, nor over a break of the connection."""
     sync_deadline_s: float = 60.0
     """``sync`` mode: go on without the prediction, or without the snapshot, after this long."""
     vote_interval_steps: int | None = None

@@ -153,8 +153,9 @@ class Link:
                 is_awaited = time.monotonic() - unopened[1] <= self._client.open_s
                 state, reason = (LinkState.CONNECTING, "") if is_awaited else (LinkState.AWAY, str(error))
             except (UnavailableError, CorruptError, OutdatedError, ResendError) as error:
-                # A break alone says little: the attempt that follows will show whether the service is away.
-                reason, unopened = "" if state is LinkState.CONNECTING else str(error), None
+                # A break is told at once, although the next attempt may succeed: a service that was restarted has
+                # forgotten what a sync run waits for.
+                reason, unopened = str(error), None
             if reason and reported != reason and self._session is session:
                 reported = reason
                 self._tell({"type": "disconnected", "reason": reason})
