@@ -89,6 +89,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--scratch", type=Path, metavar="DIR", help="folder for temporary files as large as the checkpoints' weights"
     )
     parser.add_argument("--force", action="store_true", help="overwrite files in the output folder")
+    parser.set_defaults(run=run)
     return parser
 
 
