@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import delays
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -22,6 +23,16 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".cache" / "torch
 if not Path("/dev/nvidiactl").exists():
     # Without a GPU, Triton kernels run in its interpreter. Triton reads this when it is first imported, by whomever.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def delayed_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Applies the settings of ``delays`` to all processes that tests start."""
+    folder = delays.prepare(tmp_path_factory.mktemp("delays"), os.environ)
+    with pytest.MonkeyPatch.context() as patch:
+        if folder:
+            patch.setenv("PYTHONPATH", delays.folder_first(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

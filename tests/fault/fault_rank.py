@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from faults import CONTEXT_LEN, INTERVAL_STEPS, PERIOD_STEPS, Fault, Phase
+from pacing import Pacer
 from torch import Tensor, nn
 
 import sidecast
@@ -45,7 +46,6 @@ class Passage:
         healing_step: From where on all was to be well again; None if it never was.
         losses_are_finite: All of them.
         slowest_step_s: The longest time from one step to the next.
-        usual_step_s: The median.
         applied: The jumps: version, digest, step, base_step, checksum of what was added, and state_error: how
             far the states that the service predicted from were from this rank's at their steps, at most.
         reasons: What was told of things that went wrong.
@@ -58,7 +58,6 @@ class Passage:
     healing_step: int | None = None
     losses_are_finite: bool = True
     slowest_step_s: float = 0.0
-    usual_step_s: float = 0.0
     applied: list[dict[str, Any]] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     weights: int = 0
@@ -83,9 +82,6 @@ class TrainingRank:
         self.rank = rank
         self._published = folder / "published"
         self._states: dict[int, Tensor] = {}
-        # A change waits for the fate of its base, which these steps would outrun: ranks would then drop different
-        # snapshots, and it would take them long to have a whole one again.
-        self._is_paced = transfers.get("wire_dtype") == "bf16_delta"
         self._link = link
         self._progress = progress
         self._fault: Fault | None = None
@@ -108,6 +104,7 @@ class TrainingRank:
         self.nowcaster = nowcaster_of(self.engine)
         assert self.nowcaster is not None
         self.nowcaster.add_listener(self._on_event)
+        self._pacer = Pacer.of_group(self.nowcaster)
         self._watch_votes()
         self._watch_jumps()
 
@@ -221,6 +218,8 @@ class TrainingRank:
             started_s = time.perf_counter()
             passage.losses_are_finite &= math.isfinite(self._step())
             step_seconds.append(time.perf_counter() - started_s)
+            if passage.healing_step is not None or fault is None or not fault.is_outrun:
+                self._pacer.wait()
             step = self._progress[self.rank] = self.engine.global_steps
             if passage.healing_step is None:
                 may_heal[0] = int(self._link.poll() and self._link.recv() == "heal") or int(may_heal[0] > 0)
@@ -232,7 +231,6 @@ class TrainingRank:
                 break
         passage.last_step = self.engine.global_steps
         passage.slowest_step_s = max(step_seconds)
-        passage.usual_step_s = sorted(step_seconds)[len(step_seconds) // 2]
         passage.weights, passage.masters_are_published = self._state()
         return passage
 
@@ -242,9 +240,6 @@ class TrainingRank:
         loss = (self.engine(inputs) - inputs.roll(1, dims=1)).square().mean()
         self.engine.backward(loss)
         self.engine.step()
-        courier = self.nowcaster._courier
-        while self._is_paced and len(courier._free_slots) < len(courier.slots):
-            self.nowcaster._inbox.poll(1.0)
         return loss.item()
 
     def _state(self) -> tuple[int, bool]:

@@ -27,7 +27,10 @@ from sidecast.protos.shards import ShardSpec
 # So many steps are made without a service before it is started again.
 OUTAGE_STEPS = 12
 STOP_S = 30.0
-PASSAGE_TIMEOUT_S = 120.0
+# Reached only when something hangs: a fault that can no longer fire, or be noticed, is told at once.
+PASSAGE_TIMEOUT_S = 240.0
+# Every call is made in every window.
+MAX_WINDOWS_BEFORE_FIRE = 3
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 20.0
 POLL_INTERVAL_S = 0.02
@@ -55,6 +58,9 @@ class FaultRun:
     Args:
         folder: For everything.
         transfers: How snapshots and predictions travel: settings of the hook.
+
+    Attributes:
+        is_well: Whether it has come through everything so far; set by whoever has checked the last outcome.
     """
 
     def __init__(self, folder: Path, **transfers: str) -> None:
@@ -64,7 +70,7 @@ class FaultRun:
         self._has_lost_memory = False
         self._undo: Callable[[], None] | None = None
         (folder / "published").mkdir()
-        self._is_well = True
+        self.is_well = False
         self._port = 0
         # Forks of one process that has imported everything: a service that is killed twenty times is back at once.
         self._context = multiprocessing.get_context("forkserver")
@@ -115,7 +121,7 @@ class FaultRun:
             with contextlib.suppress(OSError):
                 link.send(None)
         for process in self._ranks:
-            process.join(END_TIMEOUT_S if self._is_well else 0)
+            process.join(END_TIMEOUT_S if self.is_well else 0)
             process.kill()
         self._kill_service()
 
@@ -127,9 +133,10 @@ class FaultRun:
         Args:
             fault: None: nothing goes wrong.
         """
-        assert self._is_well, "an earlier fault has ended the run"
-        self._is_well = False
+        self.is_well = False
         self._num_fired = 0
+        self._fired_at_step = 0
+        self._applied_base_steps: set[int] = set()
         self._reasons: list[str] = []
         self._restart_at_step: int | None = None
         self._over_at_s = 0.0
@@ -157,7 +164,6 @@ class FaultRun:
                 is_over = True
                 for link in self._links:
                     link.send("heal")
-        self._is_well = True
         return Outcome(self._num_fired, tuple(passages[rank] for rank in range(WORLD_SIZE)))
 
     def _hear(self, source: Connection, fault: Fault | None, passages: dict[int, Passage]) -> None:
@@ -165,12 +171,16 @@ class FaultRun:
         if source is self._service_link or message[0] == "fired":
             assert fault is not None
             self._num_fired += 1
+            self._fired_at_step = max(self._progress)
             if fault.what in STRIKES:
                 self._strike(fault)
                 with contextlib.suppress(OSError):
                     source.send("go")
         elif message[0] == "event":
             self._reasons.append(f"{message[1]}: {message[3].get('reason', '')}")
+            if message[1] == "applied" and fault is not None:
+                self._applied_base_steps.add(message[3]["base_step"])
+                self._require_hope(fault)
         else:
             passages[self._links.index(source)] = message[1]
 
@@ -191,6 +201,19 @@ class FaultRun:
             self._undo()
             self._undo = None
         return True
+
+    def _require_hope(self, fault: Fault) -> None:
+        """Fails once later nowcasts have come through that the fault should have met, or been noticed before."""
+        latest = max(self._applied_base_steps)
+        if self._num_fired == 0:
+            hopeless = len(self._applied_base_steps) > MAX_WINDOWS_BEFORE_FIRE
+        else:
+            # The reasons of the other rank may be heard a little later than this one's jump.
+            hopeless = latest > self._fired_at_step + PERIOD_STEPS
+        if hopeless and self._num_fired < fault.times:
+            raise AssertionError(f"{fault} has fired {self._num_fired} of {fault.times} times, and can no more")
+        if hopeless and not self._is_noticed(fault):
+            raise AssertionError(f"{fault} was not noticed: {fault.seen!r} is not in {self._reasons}")
 
     def _is_noticed(self, fault: Fault) -> bool:
         is_told = fault.seen == "" or any(fault.seen in reason for reason in self._reasons)

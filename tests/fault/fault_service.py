@@ -33,8 +33,6 @@ from sidecast.predictors.base import Predictor
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, decode_chunk
 
-# For all attempts at one transfer, and the time that goes by between them.
-MAX_FIRES_S = 10.0
 # What happens to an upload or a fetch as it passes, once for each; all else strikes at some point of it.
 ALTERATIONS = {*CHUNK_ALTERATIONS, "change the memory", "lose the memory"}
 
@@ -51,7 +49,6 @@ class FaultPoints:
         self._link = link
         self._lock = threading.Lock()
         self._may_go_on = threading.Event()
-        self._is_whole = threading.Event()
         self.arm(fault)
 
     def arm(self, fault: Fault | None) -> None:
@@ -59,7 +56,6 @@ class FaultPoints:
         self._fault = fault
         self._num_left = 0 if fault is None else fault.times
         self._may_go_on.clear()
-        self._is_whole.set()
 
     def let_go(self) -> None:
         """Lets the call that is held go on."""
@@ -84,10 +80,6 @@ class FaultPoints:
         """Counts it."""
         with self._lock:
             self._num_left -= 1
-            if self._num_left:
-                self._is_whole.clear()
-            else:
-                self._is_whole.set()
         self._link.send("fired")
 
     async def reach(
@@ -97,10 +89,6 @@ class FaultPoints:
         if self.take(call, phase, rank, step, way) is not None:
             self.fire()
             await asyncio.to_thread(self._may_go_on.wait)
-
-    async def await_all_fires(self) -> None:
-        """Waits while a fault has fired, but not as often as it is to: its attempts are to be at one prediction."""
-        await asyncio.to_thread(self._is_whole.wait, MAX_FIRES_S)
 
     def reach_in_thread(self, call: Call, phase: Phase) -> None:
         """The same off the event loop."""
@@ -335,7 +323,6 @@ class FaultEngines:
             states = b"".join(path.read_bytes() for path in request.state_paths)
             (self._published / f"{answer.digest:016x}-states.f32").write_bytes(states)
         await self._points.reach("Predict", "after")
-        await self._points.await_all_fires()
         return answer
 
 

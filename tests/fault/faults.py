@@ -54,6 +54,11 @@ class Fault:
         return self.call in ("Open", "Share") or self.what == "fill the disk"
 
     @property
+    def is_outrun(self) -> bool:
+        """Whether steps must go on while it lasts: what is asked is what training does meanwhile."""
+        return self.what in ("stop", "delay")
+
+    @property
     def ends_sharing(self) -> bool:
         """Whether memory is shared no more afterwards, until a service is started that does not know the session."""
         return self.call == "Share" or self.what == "lose the memory"

@@ -8,39 +8,79 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fault_run import FaultRun, Outcome
+from fault_run import STOP_S, FaultRun, Outcome
 from faults import Call, Fault, Phase
 
 HERE = Path(__file__).resolve().parent
 
 
+class Runs:
+    """One run that goes from fault to fault, and another one after a fault that it did not come through.
+
+    Args:
+        folder: For all of them.
+        transfers: How snapshots and predictions travel: settings of the hook.
+    """
+
+    def __init__(self, folder: Path, **transfers: str) -> None:
+        self._folder = folder
+        self._transfers = transfers
+        self._num_runs = 0
+        self._run: FaultRun | None = None
+
+    def current(self) -> FaultRun:
+        """A run that is well."""
+        if self._run is None or not self._run.is_well:
+            self.close()
+            folder = self._folder / f"run{self._num_runs}"
+            folder.mkdir()
+            self._num_runs += 1
+            self._run = FaultRun(folder, **self._transfers)
+            unharmed(self._run, self._run.pass_through(None))
+        return self._run
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.close()
+
+
 @contextmanager
-def running(folder: Path, **transfers: str) -> Iterator[FaultRun]:
+def runs_in(folder: Path, **transfers: str) -> Iterator[Runs]:
     with pytest.MonkeyPatch.context() as patch:
         # Of the process that all others are forked from, when it starts.
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
+        paths = [os.environ.get("PYTHONPATH", ""), str(HERE), str(HERE.parent)]
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("DS_ACCELERATOR", "cpu")
-        run = FaultRun(folder, **transfers)
+        runs = Runs(folder, **transfers)
         try:
-            unharmed(run, run.pass_through(None))
-            yield run
+            yield runs
         finally:
-            run.close()
+            runs.close()
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultRun]:
+def plain_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """States travel whole, as bytes."""
-    with running(tmp_path_factory.mktemp("faults"), shared_memory="off") as run:
-        yield run
+    with runs_in(tmp_path_factory.mktemp("faults"), shared_memory="off") as runs:
+        yield runs
 
 
 @pytest.fixture(scope="module")
-def short_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultRun]:
+def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Memory is shared, and where it is not, changes travel in bf16."""
-    with running(tmp_path_factory.mktemp("short"), shared_memory="auto", wire_dtype="bf16_delta") as run:
-        yield run
+    with runs_in(tmp_path_factory.mktemp("short"), shared_memory="auto", wire_dtype="bf16_delta") as runs:
+        yield runs
+
+
+@pytest.fixture
+def run(plain_runs: Runs) -> FaultRun:
+    return plain_runs.current()
+
+
+@pytest.fixture
+def short_run(short_runs: Runs) -> FaultRun:
+    return short_runs.current()
 
 
 def unharmed(run: FaultRun, outcome: Outcome, state_error: float = 0.0) -> None:
@@ -64,6 +104,7 @@ def unharmed(run: FaultRun, outcome: Outcome, state_error: float = 0.0) -> None:
     assert first.weights == second.weights
     for name in ("step", "version", "digest", "base_step", "weight"):
         assert [jump[name] for jump in first.applied] == [jump[name] for jump in second.applied]
+    run.is_well = True
 
 
 def killed_services() -> Iterator[Fault]:
@@ -232,4 +273,5 @@ def test_a_service_and_a_courier_that_stand_still_for_30_s_do_not_hold_up_traini
     fault = Fault(what="stop", call="Upload", rank=1, victims=(0,), seen="dropped")
     outcome = pass_through(run, fault)
     for passage in outcome.passages:
-        assert passage.slowest_step_s < max(1.0, 20 * passage.usual_step_s)
+        # Far more than a step takes on any machine, far less than both stand still.
+        assert passage.slowest_step_s < STOP_S / 3

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-from tiny_job import await_uploads, new_engine, start_process_group, train
+from tiny_job import new_engine, pacer_of, start_process_group, train
 
 import sidecast
 from sidecast.trainer.nowcast.attach import nowcaster_of
@@ -60,10 +60,11 @@ def main(endpoint: str, folder: Path, mode: str) -> None:
         engine.load_checkpoint(str(folder / "checkpoints"))
     elif rank == 1:
         kill_during_a_vote(folder)
+    pacer = pacer_of(engine)
     first_step = engine.global_steps
     num_saved = 0
     for step, _ in enumerate(train(engine, rank, first_step), first_step + 1):
-        await_uploads(nowcaster)
+        pacer.wait()
         if jumps and mode == "resumed":
             break
         if jumps and num_saved == 0:

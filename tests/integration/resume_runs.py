@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tiny_job import await_uploads, new_engine, train
+from tiny_job import new_engine, pacer_of, train
 
 import sidecast
 from sidecast.trainer.nowcast.attach import nowcaster_of
@@ -36,10 +36,11 @@ def attached(address: str, events: list[dict[str, Any]]) -> Any:
 
 def train_on(engine: Any, rank: int, first_step: int, num_steps: int) -> list[float]:
     """Trains, but never past a snapshot that is still on its way: its loss would cost a window."""
+    pacer = pacer_of(engine)
     losses = []
     for loss in islice(train(engine, rank, first_step), num_steps):
         losses.append(loss)
-        await_uploads(nowcaster_of(engine))
+        pacer.wait()
     return losses
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+# Workers are scripts of their own, and share what the tests above them have.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pacing import Pacer
+
+from sidecast.trainer.nowcast.attach import nowcaster_of
 from sidecast.trainer.nowcast.hook import Nowcaster
 
 VOCABULARY = 31
@@ -65,8 +73,8 @@ def train(engine: Any, rank: int, first_step: int = 0) -> Iterator[float]:
         yield loss.item()
 
 
-def await_uploads(nowcaster: Nowcaster) -> None:
-    """Waits until the courier has sent what was staged: on a busy machine it would otherwise drop a snapshot."""
-    courier: Any = nowcaster._courier
-    while len(courier._free_slots) < len(courier.slots):
-        nowcaster._inbox.poll(1.0)
+def pacer_of(engine: Any) -> Pacer:
+    """Holds an attached engine's steps back until what they have set going has ended on all ranks."""
+    nowcaster = nowcaster_of(engine)
+    assert isinstance(nowcaster, Nowcaster)
+    return Pacer.of_group(nowcaster)

@@ -87,6 +87,10 @@ class FakeCourier:
         unread, self.unread = self.unread, []
         yield from unread
 
+    @property
+    def has_free_slot(self) -> bool:
+        return True
+
     def take_slot(self) -> int | None:
         return 0
 
@@ -169,7 +173,7 @@ def test_sync_mode_does_not_wait_for_a_service_that_is_known_to_be_gone(said_the
     assert len(courier.waited_s) == num_waits
 
 
-SENT = {"type": "sent", "slot": 0, "step": 0, "bytes": 8, "reason": ""}
+SENT = {"type": "sent", "slot": 0, "step": 0, "seconds": 0.5, "bytes": 8, "reason": ""}
 
 
 class BusyCourier(FakeCourier):
@@ -189,6 +193,10 @@ class BusyCourier(FakeCourier):
 
     def clock(self) -> float:
         return self.now_s
+
+    @property
+    def has_free_slot(self) -> bool:
+        return self._is_free
 
     def take_slot(self) -> int | None:
         slot = 0 if self._is_free else None
@@ -239,13 +247,14 @@ def test_a_courier_that_stands_still_costs_sync_mode_its_deadline_once(monkeypat
     courier = BusyCourier([])
     hook = busy_hook(courier, monkeypatch, mode="sync")
     hook.after_step(10)
-    hook.after_step(20)
+    # Of the next window: the rest of the first one is of no use.
+    hook.after_step(30)
     assert hook.totals.num_dropped == 2
     assert hook.totals.blocked_s == 10.0
     # It has sent after all, and is waited for again.
     courier._words, courier._is_free = [SENT], True
-    hook.after_step(30)
     hook.after_step(50)
+    hook.after_step(70)
     assert (hook.totals.num_staged, hook.totals.num_dropped) == (2, 2)
 
 
@@ -266,7 +275,8 @@ def test_a_courier_that_stands_still_after_a_base_step_is_not_waited_for_again(m
     hook.after_step(20)
     assert (hook.totals.num_staged, hook.totals.blocked_s) == (1, 10.0)
     hook.after_step(30)
-    hook.after_step(40)
+    # The base of another window.
+    hook.after_step(60)
     assert (hook.totals.num_dropped, hook.totals.blocked_s) == (2, 10.0)
 
 

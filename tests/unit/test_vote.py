@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sidecast.trainer.nowcast.vote import NO_VERSION, Ballot, decide
+from sidecast.trainer.nowcast.vote import NO_STEP, NO_VERSION, Ballot, decide
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_nobody_saw_a_loss() -> None:
 
 @pytest.mark.parametrize("loss", [0.0, -1.5, 1e300, math.inf])
 def test_a_ballot_survives_its_row_of_integers(loss: float) -> None:
-    ballot = Ballot(3, 2**63 - 1, 5, loss, 9, 0.1)
+    ballot = Ballot(3, 2**63 - 1, 5, loss, 9, 0.1, has_room=False, lost_step=2**40)
     assert Ballot.decode(ballot.encode()) == ballot
 
 
@@ -40,3 +40,10 @@ def test_nan_is_told() -> None:
 
 def test_the_least_of_what_ranks_leave_of_a_jump_counts() -> None:
     assert decide([Ballot(1, 7, 1), Ballot(1, 7, 1, weight_scale=0.25)]).weight_scale == 0.25
+
+
+def test_one_rank_without_room_is_enough_and_the_newest_loss_counts() -> None:
+    decision = decide([Ballot(), Ballot(has_room=False, lost_step=30), Ballot(lost_step=20)])
+    assert (decision.have_room, decision.lost_step) == (False, 30)
+    decision = decide([Ballot(), Ballot()])
+    assert (decision.have_room, decision.lost_step) == (True, NO_STEP)

@@ -110,6 +110,11 @@ class CourierHandle:
             for message in self._unconfirmed:
                 self._channel.post(message)
 
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether the courier does without one of the staging slots."""
+        return bool(self._free_slots)
+
     def take_slot(self) -> int | None:
         """A staging slot that the courier does not need any more; None while it needs all."""
         if not self._free_slots:

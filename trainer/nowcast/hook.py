@@ -33,7 +33,8 @@ from sidecast.trainer.nowcast.reporting import Reporter
 from sidecast.trainer.nowcast.schedule import Schedule, jump_weight
 from sidecast.trainer.nowcast.staging import Stager, side_stream
 from sidecast.trainer.nowcast.totals import Totals
-from sidecast.trainer.nowcast.vote import Ballot, Decision, Votes
+from sidecast.trainer.nowcast.vote import NO_VERSION, Ballot, Decision, Votes
+from sidecast.trainer.nowcast.windows import WindowLosses
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,10 @@ class Nowcaster:
         self._schedule = Schedule.of(config)
         self._reporter = Reporter(courier, step)
         self._stager = Stager(courier, side_stream(partition.device))
-        self._inbox = Inbox(courier, self._reporter, config.resolved_max_staleness_steps, is_linked=is_linked)
+        self._windows = WindowLosses(config.period_steps)
+        self._inbox = Inbox(
+            courier, self._reporter, self._windows, config.resolved_max_staleness_steps, is_linked=is_linked
+        )
         self._application = Application(config, partition, votes, rollback_copy)
         self._probation = Probation(config)
         self._learning_rates = LearningRateWindow(config.context_len)
@@ -164,11 +168,18 @@ class Nowcaster:
         self._application.after_snapshot(self.step, is_base=self._schedule.is_base(self.step))
         # Not for snapshots of which nothing can come any more.
         is_patient = self.config.mode == "sync" and not self._probation.is_suspended
-        slot = self._inbox.take_slot(deadline_s if is_patient else None)
-        reason = self._stager.stage(self._application.partition, self.step, self.epoch, slot)
-        self.totals.staging_s = self._stager.seconds
+        self._windows.pass_snapshot(time.monotonic())
+        reason = self._windows.admit(self.step, is_patient=is_patient)
+        if not reason:
+            slot = self._inbox.take_slot(deadline_s if is_patient else None)
+            if slot is None:
+                self._windows.outrun()
+            reason = self._stager.stage(self._application.partition, self.step, self.epoch, slot)
+            self.totals.staging_s = self._stager.seconds
+        if self._schedule.is_base(self.step) and (warning := self._windows.end_window()):
+            log.warning("%s", warning)
         if reason:
-            self._reporter.drop(reason)
+            self._drop(self.step, reason)
             return False
         self.totals.num_staged += 1
         self._reporter.emit("staged")
@@ -176,7 +187,11 @@ class Nowcaster:
 
     def _collect(self) -> None:
         if reason := self._stager.collect():
-            self._reporter.drop(reason)
+            self._drop(self._stager.step, reason)
+
+    def _drop(self, snapshot_step: int, reason: str) -> None:
+        self._windows.lose(snapshot_step)
+        self._reporter.drop(snapshot_step, reason)
 
     # --- votes
 
@@ -186,12 +201,22 @@ class Nowcaster:
         if self._inbox.held is not None and weight_scale == 0.0:
             self._inbox.reject("the learning rate decays")
         held = self._inbox.held if self._probation.allows_jumps else None
-        if held is None or self._application.why_stale():
-            ballot = Ballot(loss_sum=loss_sum, num_losses=num_losses)
-        else:
-            ballot = Ballot(held.version, held.digest, held.epoch, loss_sum, num_losses, weight_scale)
+        can_jump = held is not None and not self._application.why_stale()
+        version, digest, epoch = (held.version, held.digest, held.epoch) if held and can_jump else (NO_VERSION, 0, 0)
         self._vote_step = self.step
-        self._votes.launch(ballot)
+        self._windows.has_room = self._courier.has_free_slot
+        self._votes.launch(
+            Ballot(
+                version,
+                digest,
+                epoch,
+                loss_sum,
+                num_losses,
+                weight_scale if can_jump else 1.0,
+                has_room=self._windows.has_room,
+                lost_step=self._windows.newest_step,
+            )
+        )
 
     def _weight_scale(self) -> float:
         """What the learning rate leaves of a jump."""
@@ -201,6 +226,7 @@ class Nowcaster:
         return remaining if self.config.during_decay == "scale" else float(remaining == 1.0)
 
     def _on_decision(self, decision: Decision) -> None:
+        self._windows.agree(decision)
         if decision.mean_loss is not None:
             self._probation.add(self._vote_step, decision.mean_loss)
         self._judge(decision.mean_loss)
@@ -311,6 +337,7 @@ class Nowcaster:
         if self._votes.is_open:
             self._votes.read()
         self._application.resume(partition)
+        self._windows.forget()
         self._reporter.step = step
         self._meter = LossMeter()
         held = self._inbox.held

@@ -84,6 +84,10 @@ class InProcessNowcaster:
         self._thread = ThreadPoolExecutor(1, "sidecast-nowcast") if config.mode == "async" else None
         self._running: Future[Message] | None = None
 
+    @property
+    def has_free_slot(self) -> bool:
+        return bool(self._free_slots) or (self._due is not None and self._running is None)
+
     def take_slot(self) -> int | None:
         if self._due is not None and self._running is None:
             # The hook did not wait for it: jumps are suspended, or one is on probation.

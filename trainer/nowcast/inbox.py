@@ -10,6 +10,7 @@ from sidecast.trainer.nowcast.messenger import Messenger
 from sidecast.trainer.nowcast.prediction import HeldPrediction
 from sidecast.trainer.nowcast.reporting import Reporter
 from sidecast.trainer.nowcast.staging import as_tensor
+from sidecast.trainer.nowcast.windows import WindowLosses
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ class Inbox:
     Args:
         courier: Who speaks.
         reporter: Is told what it said.
+        windows: Is told of lost snapshots.
         max_staleness_steps: A prediction whose base is older is let go.
         is_linked: Whether the service is there, as far as is known.
 
@@ -29,12 +31,19 @@ class Inbox:
     """
 
     def __init__(
-        self, courier: Messenger, reporter: Reporter, max_staleness_steps: int, *, is_linked: bool = True
+        self,
+        courier: Messenger,
+        reporter: Reporter,
+        windows: WindowLosses,
+        max_staleness_steps: int,
+        *,
+        is_linked: bool = True,
     ) -> None:
         self.held: HeldPrediction | None = None
         self.delta = as_tensor(courier.prediction)
         self._courier = courier
         self._reporter = reporter
+        self._windows = windows
         self._max_staleness_steps = max_staleness_steps
         self._is_linked = is_linked
         self._is_overdue = False
@@ -114,18 +123,23 @@ class Inbox:
         self.held = None
         self.delta = self.delta.new_empty(0)
 
+    def _drop(self, message: Message) -> None:
+        self._windows.lose(message["step"])
+        self._reporter.drop(message["step"], message["reason"])
+
     def _on_message(self, message: Message) -> None:
         reporter, totals = self._reporter, self._reporter.totals
         match message["type"]:
             case "sent" if message["reason"]:
-                reporter.drop(message["reason"])
+                self._drop(message)
             case "sent":
                 totals.bytes_uploaded += message["bytes"]
+                self._windows.sent(message["seconds"])
             case "committed":
                 totals.num_committed += 1
                 reporter.emit("committed", snapshot_step=message["step"])
             case "dropped":
-                reporter.drop(message["reason"])
+                self._drop(message)
             case "prediction" if message["session_id"] != self._courier.session_id:
                 # It was on its way when a checkpoint was loaded: if it is still of use, it comes again.
                 self._courier.release_prediction(None)

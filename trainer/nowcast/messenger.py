@@ -31,6 +31,10 @@ class Messenger(Protocol):
     def session_id(self) -> str:
         """The session that its predictions belong to."""
 
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether ``take_slot`` would give one."""
+
     def take_slot(self) -> int | None:
         """A staging slot to fill; None if all are needed."""
 

@@ -41,10 +41,10 @@ class Reporter:
             for callback in self.listeners:
                 callback(event)
 
-    def drop(self, reason: str) -> None:
+    def drop(self, snapshot_step: int, reason: str) -> None:
         """Counts a lost snapshot and tells the listeners."""
         self.totals.num_dropped += 1
-        self.emit("dropped", reason=reason)
+        self.emit("dropped", snapshot_step=snapshot_step, reason=reason)
 
     def report(self, outcome: str, version: int, *, weight: float = 0.0, reason: str = "") -> None:
         """Tells the service what became of a prediction."""

@@ -41,10 +41,12 @@ class Stager:
 
     Attributes:
         seconds: That training was held up by copying, since the beginning.
+        step: Of the snapshot that was begun last.
     """
 
     def __init__(self, courier: Messenger, stream: torch.cuda.Stream | None = None) -> None:
         self.seconds = 0.0
+        self.step = 0
         self._courier = courier
         self._stream = stream
         self._slots = [as_tensor(slot) for slot in courier.slots]
@@ -66,6 +68,7 @@ class Stager:
         """
         if slot is None:
             return "the courier has not sent the snapshots before"
+        self.step = step
         started_s = time.perf_counter()
         try:
             partition.read(self._slots[slot], self._stream)

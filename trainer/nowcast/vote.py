@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 NO_VERSION = -1
-_FIELDS = 6
+NO_STEP = -1
+_FIELDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Ballot:
         loss_sum: Sum of its micro-batch losses since its last ballot.
         num_losses: How many those are.
         weight_scale: What it would leave of the jump's weight, 0 to 1.
+        has_room: Whether it has a slot free for the next snapshot.
+        lost_step: Of the newest snapshot that it knows to be lost; NO_STEP for none.
     """
 
     version: int = NO_VERSION
@@ -39,15 +42,18 @@ class Ballot:
     loss_sum: float = 0.0
     num_losses: int = 0
     weight_scale: float = 1.0
+    has_room: bool = True
+    lost_step: int = NO_STEP
 
     def encode(self) -> list[int]:
         loss_bits, scale_bits = struct.unpack("<qq", struct.pack("<dd", self.loss_sum, self.weight_scale))
-        return [self.version, self.digest, self.epoch, loss_bits, self.num_losses, scale_bits]
+        agreement = [self.version, self.digest, self.epoch]
+        return [*agreement, loss_bits, self.num_losses, scale_bits, int(self.has_room), self.lost_step]
 
     @classmethod
     def decode(cls, row: Sequence[int]) -> Ballot:
         loss_sum, weight_scale = struct.unpack("<dd", struct.pack("<qq", row[3], row[5]))
-        return cls(row[0], row[1], row[2], loss_sum, row[4], weight_scale)
+        return cls(row[0], row[1], row[2], loss_sum, row[4], weight_scale, bool(row[6]), row[7])
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,8 @@ class Decision:
         mean_loss: Over all micro-batches of all ranks; None if nobody saw any.
         num_losses: How many those were.
         weight_scale: The least that any rank would leave of the jump's weight.
+        have_room: Whether every rank has a slot free for the next snapshot.
+        lost_step: Of the newest snapshot that any rank knows to be lost; NO_STEP for none.
     """
 
     version: int
@@ -69,6 +77,8 @@ class Decision:
     mean_loss: float | None
     num_losses: int
     weight_scale: float
+    have_room: bool
+    lost_step: int
 
 
 def decide(ballots: Sequence[Ballot]) -> Decision:
@@ -85,6 +95,8 @@ def decide(ballots: Sequence[Ballot]) -> Decision:
         mean_loss=sum(item.loss_sum for item in ballots) / num_losses if num_losses else None,
         num_losses=num_losses,
         weight_scale=min(item.weight_scale for item in ballots),
+        have_room=all(item.has_room for item in ballots),
+        lost_step=max(item.lost_step for item in ballots),
     )
 
 
