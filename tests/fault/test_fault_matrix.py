@@ -28,20 +28,25 @@ class Runs:
         self._num_runs = 0
         self._run: FaultRun | None = None
 
-    def current(self) -> FaultRun:
-        """A run that is well."""
-        if self._run is None or not self._run.is_well:
-            self.close()
+    def lend(self) -> Iterator[FaultRun]:
+        """A run that is well, for one test; it is ended if it is not well afterwards."""
+        if self._run is None:
             folder = self._folder / f"run{self._num_runs}"
             folder.mkdir()
             self._num_runs += 1
             self._run = FaultRun(folder, **self._transfers)
-            unharmed(self._run, self._run.pass_through(None))
-        return self._run
+        try:
+            if not self._run.is_well:
+                unharmed(self._run, self._run.pass_through(None))
+            yield self._run
+        finally:
+            if not self._run.is_well:
+                self.close()
 
     def close(self) -> None:
         if self._run is not None:
             self._run.close()
+            self._run = None
 
 
 @contextmanager
@@ -74,13 +79,13 @@ def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 
 @pytest.fixture
-def run(plain_runs: Runs) -> FaultRun:
-    return plain_runs.current()
+def run(plain_runs: Runs) -> Iterator[FaultRun]:
+    yield from plain_runs.lend()
 
 
 @pytest.fixture
-def short_run(short_runs: Runs) -> FaultRun:
-    return short_runs.current()
+def short_run(short_runs: Runs) -> Iterator[FaultRun]:
+    yield from short_runs.lend()
 
 
 def unharmed(run: FaultRun, outcome: Outcome, state_error: float = 0.0) -> None:
