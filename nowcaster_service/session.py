@@ -18,7 +18,6 @@ from sidecast.nowcaster_service.errors import (
     SaturatedError,
     WrongStateError,
 )
-from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.session_events import (
     Event,
     FailureEvent,
@@ -29,6 +28,7 @@ from sidecast.nowcaster_service.session_events import (
 )
 from sidecast.nowcaster_service.session_settings import MAX_RECEIVING, SessionSettings
 from sidecast.nowcaster_service.snapshots import Part, Snapshot, SnapshotState
+from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, buffer_digest
 from sidecast.protos.shards import ShardSpec, coverage_error

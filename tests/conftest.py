@@ -19,6 +19,9 @@ NINO_DATA = Path(os.environ.get("SIDECAST_NINO_DATA", REPOSITORY.parent / "share
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".cache" / "torch_extensions"))
 
+# Programs that tests start import what the tests share, as the tests do.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+
 if not Path("/dev/nvidiactl").exists():
     # Without a GPU, Triton kernels run in its interpreter. Triton reads this when it is first imported, by whomever.
     os.environ.setdefault("TRITON_INTERPRET", "1")

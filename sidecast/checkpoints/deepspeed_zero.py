@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.checkpoints.checkpoint import (
+from sidecast.checkpoints.checkpoint import (
     TRAINABLE_DTYPES,
     Checkpoint,
     CheckpointFormat,
     StoredTensor,
     read_json_object,
 )
-from sidecast.nowcaster_service.checkpoints.inert_pickle import StandIn, load_inert
-from sidecast.nowcaster_service.checkpoints.replicated_masters import replicated_tensors
+from sidecast.checkpoints.inert_pickle import StandIn, load_inert
+from sidecast.checkpoints.replicated_masters import replicated_tensors
+from sidecast.errors import ConfigError
 
 _MODEL_FILES = "*_model_states.pt"
 _OPTIMIZER_FILES = "*_optim_states.pt"

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.checkpoints.checkpoint import (
+from sidecast.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointFormat,
     StoredTensor,
     read_json_object,
     step_of_name,
 )
-from sidecast.nowcaster_service.checkpoints.safetensors_file import read_metadata, stored_tensors
+from sidecast.checkpoints.safetensors_file import read_metadata, stored_tensors
+from sidecast.errors import ConfigError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sidecast.checkpoints import deepspeed_zero, huggingface
+from sidecast.checkpoints.checkpoint import Checkpoint
+from sidecast.checkpoints.safetensors_file import open_safetensors
 from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.checkpoints import deepspeed_zero, huggingface
-from sidecast.nowcaster_service.checkpoints.checkpoint import Checkpoint
-from sidecast.nowcaster_service.checkpoints.safetensors_file import open_safetensors
 
 _LATEST_FILE = "latest"
 

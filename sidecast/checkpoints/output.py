@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidecast.checkpoints.checkpoint import TRAINABLE_DTYPES, Checkpoint, CheckpointFormat
+from sidecast.checkpoints.huggingface import CONFIG_FILE, WEIGHTS_FILE
+from sidecast.checkpoints.safetensors_file import write_safetensors
 from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.checkpoints.checkpoint import TRAINABLE_DTYPES, Checkpoint, CheckpointFormat
-from sidecast.nowcaster_service.checkpoints.huggingface import CONFIG_FILE, WEIGHTS_FILE
-from sidecast.nowcaster_service.checkpoints.safetensors_file import write_safetensors
 
 
 def check_output(out: Path, inputs: list[Path], force: bool) -> None:

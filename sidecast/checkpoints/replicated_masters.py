@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidecast.checkpoints.checkpoint import StoredTensor, looks_trainable
 from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.checkpoints.checkpoint import StoredTensor, looks_trainable
 
 # Enough to tell parameters apart without reading a large model twice.
 _NUM_COMPARED_ELEMENTS = 4096

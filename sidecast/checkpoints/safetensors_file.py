@@ -14,8 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.checkpoints.checkpoint import (
+from sidecast.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointFormat,
     StoredTensor,
@@ -23,6 +22,7 @@ from sidecast.nowcaster_service.checkpoints.checkpoint import (
     read_json_object,
     step_of_name,
 )
+from sidecast.errors import ConfigError
 
 _DTYPE_NAMES = {
     torch.bool: "BOOL",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from sidecast.checkpoints.checkpoint import Checkpoint
 from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.checkpoints.checkpoint import Checkpoint
 
 
 def check_series(checkpoints: Sequence[Checkpoint]) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidecast.checkpoints.checkpoint import Checkpoint
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest, ParameterSpec
-from sidecast.nowcaster_service.checkpoints.checkpoint import Checkpoint
 from sidecast.predictors.base import History
 
 _GIB = 2**30

@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 
 from sidecast.errors import SidecastError
 
-COMMANDS = ("serve", "status", "predict", "graph")
+# By name: the two that belong to the service are loaded only where they are asked for.
+COMMANDS = {
+    "serve": "sidecast.nowcaster_service.commands.serve",
+    "status": "sidecast.nowcaster_service.commands.status",
+    "predict": "sidecast.commands.predict",
+    "graph": "sidecast.commands.graph",
+}
 
 
-def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+def build_parser(commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
     """The parser with its subcommands.
 
     Args:
@@ -28,7 +34,7 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sidecast {version('sidecast')}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name in commands:
-        importlib.import_module(f"sidecast.nowcaster_service.commands.{name}").add_parser(subparsers)
+        importlib.import_module(COMMANDS[name]).add_parser(subparsers)
     return parser
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sidecast.errors import ConfigError
 from sidecast.graphs import Topology, build_topology, graph_builders
-from sidecast.graphs.picture_html import picture_html
-from sidecast.graphs.picture_png import picture_png
+from sidecast.graphs.pictures.html import picture_html
+from sidecast.graphs.pictures.png import picture_png
+from sidecast.graphs.pictures.weight_colours import ReadTensor
 from sidecast.graphs.registry import LAYOUTS
-from sidecast.graphs.weight_colours import ReadTensor
 from sidecast.manifest import ModelManifest
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
+from sidecast.checkpoints.checkpoint import Checkpoint, read_json_object
+from sidecast.checkpoints.opening import open_checkpoint
+from sidecast.checkpoints.output import check_output, write_nowcast
+from sidecast.checkpoints.series import check_series
+from sidecast.checkpoints.staging import StagedHistory, manifest_of, stage_history
 from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.checkpoints.checkpoint import Checkpoint, read_json_object
-from sidecast.nowcaster_service.checkpoints.history import StagedHistory, manifest_of, stage_history
-from sidecast.nowcaster_service.checkpoints.opening import open_checkpoint
-from sidecast.nowcaster_service.checkpoints.output import check_output, write_nowcast
-from sidecast.nowcaster_service.checkpoints.series import check_series
-from sidecast.nowcaster_service.file_workspace import predict_with_files
 from sidecast.predictors.base import Predictor
+from sidecast.predictors.file_workspace import predict_with_files
 from sidecast.predictors.registry import create_predictor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

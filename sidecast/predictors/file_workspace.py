@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sidecast.nowcaster_service.errors import SaturatedError
+from sidecast.errors import NoRoomError
 from sidecast.predictors.base import History, Predictor
 from sidecast.predictors.passes import PassPredictor, predict_in_passes
 from sidecast.predictors.workspace import MemoryWorkspace
@@ -41,7 +41,7 @@ class FileWorkspace:
         """See ``Workspace.zeros``.
 
         Raises:
-            SaturatedError: The disk has no room for it.
+            NoRoomError: The disk has no room for it.
         """
         num_bytes = num_nodes * dim * torch.float32.itemsize
         if num_bytes < self._min_file_bytes:
@@ -52,7 +52,7 @@ class FileWorkspace:
                 os.posix_fallocate(file.fileno(), 0, num_bytes)
                 mapped = mmap.mmap(file.fileno(), num_bytes)
         except OSError as error:
-            raise SaturatedError(
+            raise NoRoomError(
                 f"no room in {self._folder} for {num_bytes} bytes of node sums: {error.strerror}"
             ) from error
         self._maps.add(mapped)
@@ -71,7 +71,7 @@ def predict_with_files(
 
     Raises:
         ConfigError: The predictor cannot work on this history, model or horizon.
-        SaturatedError: The folder's disk is full.
+        NoRoomError: The folder's disk is full.
     """
     if isinstance(predictor, PassPredictor):
         workspace, num_threads = FileWorkspace(folder), torch.get_num_threads()

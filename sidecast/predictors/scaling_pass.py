@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import non_finite
-from sidecast.predictors.block_parts import BlockPart
+from sidecast.predictors.nino.block_parts import BlockPart
 from sidecast.predictors.passes import Found, Part, PartContext
 from sidecast.predictors.state_reader import StateReader
 from sidecast.scaling import Moments, Scale, moment_sums

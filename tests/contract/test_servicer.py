@@ -10,7 +10,12 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from service_harness import (
+
+from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service.nowcasting import NowcastAnswer
+from sidecast.nowcaster_service.vector_store import MAX_SPARES
+from sidecast.protos import nowcast_pb2 as pb
+from tests.support.service_harness import (
     MANIFEST,
     WAIT_S,
     RunningService,
@@ -21,11 +26,6 @@ from service_harness import (
     rank_bytes,
     state,
 )
-
-from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service.history import MAX_SPARES
-from sidecast.nowcaster_service.nowcasting import NowcastAnswer
-from sidecast.protos import nowcast_pb2 as pb
 
 INVALID, WRONG_STATE, UNKNOWN = (
     grpc.StatusCode.INVALID_ARGUMENT,

@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 def running(folder: Path, **transfers: str) -> Iterator[FaultRun]:
     with pytest.MonkeyPatch.context() as patch:
         # Of the process that all others are forked from, when it starts.
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]]))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("DS_ACCELERATOR", "cpu")
         run = FaultRun(folder, **transfers)

@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from courier_harness import WAIT_S, hello, session, start_courier, until
-from service_harness import CHUNK_BYTES, MANIFEST, RunningService, chunks, open_request, state
 
-from sidecast.nowcaster_service.sessions import Session
+from sidecast.nowcaster_service.session import Session
 from sidecast.protos.bf16 import from_bf16, round_to_bf16
 from sidecast.protos.codec import ChunkFrame
-from sidecast.trainer.nowcast.channel import Message
-from sidecast.trainer.nowcast.client import ClientConfig, NowcastClient, UnavailableError
-from sidecast.trainer.nowcast.courier_handle import END_TIMEOUT_S, CourierHandle
-from sidecast.trainer.nowcast.record import read_delta, read_log
+from sidecast.trainer.courier.client import ClientConfig, NowcastClient, UnavailableError
+from sidecast.trainer.hook.courier_handle import END_TIMEOUT_S, CourierHandle
+from sidecast.trainer.pipe.apply_log import read_delta, read_log
+from sidecast.trainer.pipe.channel import Message
+from tests.support.courier_harness import WAIT_S, hello, session, start_courier, until
+from tests.support.service_harness import CHUNK_BYTES, MANIFEST, RunningService, chunks, open_request, state
 
 ALL = [(0, 0, 15), (1, 0, 40_000)]
 
@@ -377,7 +377,7 @@ def test_a_death_is_told_although_it_was_a_post_that_noticed_it(courier: Courier
 def test_only_deaths_without_a_prediction_in_between_end_nowcasting(
     courier: CourierHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sidecast.trainer.nowcast.courier_handle.MAX_DEATHS_IN_A_ROW", 1)
+    monkeypatch.setattr("sidecast.trainer.hook.courier_handle.MAX_DEATHS_IN_A_ROW", 1)
     kill(courier)
     until(courier, "connected")
     predicted(courier)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sidecast.manifest import ModelManifest
-from sidecast.trainer.nowcast.channel import Message
-from sidecast.trainer.nowcast.courier_handle import CourierHandle
+from sidecast.trainer.hook.courier_handle import CourierHandle
+from sidecast.trainer.pipe.channel import Message
 
 WAIT_S = 30.0
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from golden_models import GOLDEN_NAMES, GoldenCase
 from torch import Tensor
 
 from sidecast.graphs import build_topology
 from sidecast.predictors.base import History, Predictor
-from sidecast.predictors.graph_cache import GraphCache, NeuralGraph
+from sidecast.predictors.nino.graph_cache import GraphCache, NeuralGraph
 from sidecast.scaling import tensor_scale
+from tests.support.golden_models import GOLDEN_NAMES, GoldenCase
 
 __all__ = ["GOLDEN_NAMES", "GoldenPrediction"]
 

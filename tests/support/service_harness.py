@@ -16,11 +16,11 @@ from prometheus_client import CollectorRegistry
 
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.config import ServiceConfig
-from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorAnswer, PredictorRequest
 from sidecast.nowcaster_service.server import create_server
 from sidecast.nowcaster_service.servicer import Servicer
+from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
 from sidecast.protos.bf16 import round_in_place

@@ -31,7 +31,7 @@ class ServiceProcess:
 
     def start(self, port: int = 0) -> None:
         """Starts it and waits until it says where it listens."""
-        command = [sys.executable, "-m", "sidecast.nowcaster_service.cli", "serve", "--port", f"{port}"]
+        command = [sys.executable, "-m", "sidecast.commands", "serve", "--port", f"{port}"]
         command += ["--history-dir", str(self.history), *self._arguments]
         with (self._folder / "service.log").open("a") as log:
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from sidecast.predictors import nino_triton, triton_features, triton_tiles
+from sidecast.predictors.nino import triton_features, triton_kernels, triton_tiles
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SIZES = {"num_targets", "num_sources", "target_stride", "source_stride", "kernel_stride", "plane_stride"}
@@ -29,9 +29,9 @@ def ptx(kernel: object, constants: dict[str, object], bf16: set[str], options: d
 
 
 def main(folder: Path) -> None:
-    for precision in nino_triton.PRECISIONS:
-        shape = nino_triton.TritonKernels(precision, 5).shape
-        constants: dict[str, object] = nino_triton.precision_constants(precision) | {
+    for precision in triton_kernels.PRECISIONS:
+        shape = triton_kernels.TritonKernels(precision, 5).shape
+        constants: dict[str, object] = triton_kernels.precision_constants(precision) | {
             "X": 5,
             "X_PADDED": 16,
             "C": 5,

@@ -7,7 +7,7 @@ import torch
 
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.bf16 import from_bf16, round_in_place, round_to_bf16
-from sidecast.trainer.nowcast.reconstruction import Reconstruction
+from sidecast.trainer.courier.reconstruction import Reconstruction
 
 NUM_ELEMENTS = 300_001
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.nowcast.buffers import SharedBuffer, map_inherited
-from sidecast.trainer.nowcast.channel import MAX_UNSENT_BYTES, Channel, ChannelClosedError
-from sidecast.trainer.nowcast.staging import as_tensor
+from sidecast.trainer.hook.staging import as_tensor
+from sidecast.trainer.pipe.buffers import SharedBuffer, map_inherited
+from sidecast.trainer.pipe.channel import MAX_UNSENT_BYTES, Channel, ChannelClosedError
 
 Pair = tuple[Channel, socket.socket]
 

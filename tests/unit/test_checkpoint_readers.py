@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sidecast.checkpoints.inert_pickle import load_inert
+from sidecast.checkpoints.opening import open_checkpoint
+from sidecast.checkpoints.safetensors_file import write_safetensors
 from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.checkpoints.inert_pickle import load_inert
-from sidecast.nowcaster_service.checkpoints.opening import open_checkpoint
-from sidecast.nowcaster_service.checkpoints.safetensors_file import write_safetensors
 
 
 class Exploit:

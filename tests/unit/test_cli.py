@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sidecast.nowcaster_service.cli import COMMANDS, build_parser, main
+from sidecast.commands.__main__ import COMMANDS, build_parser, main
 
 ARGUMENTS = {
     "serve": [],
@@ -21,7 +21,7 @@ ARGUMENTS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_can_be_run(command: str) -> None:
     arguments = build_parser().parse_args([command, *ARGUMENTS[command]])
-    assert arguments.run.__module__ == f"sidecast.nowcaster_service.commands.{command}"
+    assert arguments.run.__module__ == COMMANDS[command]
 
 
 def test_a_nowcast_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

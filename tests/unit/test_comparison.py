@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 
-from sidecast.trainer.comparison import RunCurves, first_crossing, first_difference, nowcast_cost, smoothed, verdict
+from sidecast.trainer.report.comparison import (
+    RunCurves,
+    first_crossing,
+    first_difference,
+    nowcast_cost,
+    smoothed,
+    verdict,
+)
 
 
 def curves(validation: list[float], train: list[float] = (1.0,), **summary: Any) -> RunCurves:  # type: ignore[assignment]

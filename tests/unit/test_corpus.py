@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.config import DataConfig
-from sidecast.trainer.corpus import load_corpus
+from sidecast.trainer.job.config import DataConfig
+from sidecast.trainer.job.corpus import load_corpus
 
 
 def test_a_text_file_is_split_at_its_end(tmp_path: Path) -> None:

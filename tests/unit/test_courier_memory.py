@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.nowcast.channel import Channel
-from sidecast.trainer.nowcast.courier_handle import CourierHandle
+from sidecast.trainer.hook.courier_handle import CourierHandle
+from sidecast.trainer.pipe.channel import Channel
 
 
 def held_buffers() -> list[str]:
@@ -154,7 +154,7 @@ def test_a_snapshot_that_cannot_be_posted_gives_its_slot_back_once(
     elif obstacle != "none":
         trainer.courier.kill()
     if obstacle == "dead for good":
-        monkeypatch.setattr("sidecast.trainer.nowcast.courier_handle.MAX_DEATHS_IN_A_ROW", 0)
+        monkeypatch.setattr("sidecast.trainer.hook.courier_handle.MAX_DEATHS_IN_A_ROW", 0)
     assert not trainer.post(snapshot(slot))
     assert trainer.is_alive == (obstacle in ("dead", "full"))
     assert trainer.take_all() == [0, 1]

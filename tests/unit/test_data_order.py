@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from sidecast.trainer.corpus import Corpus
-from sidecast.trainer.data import DataOrder
+from sidecast.trainer.job.corpus import Corpus
+from sidecast.trainer.job.data import DataOrder
 
 CORPUS = Corpus(torch.arange(200, dtype=torch.uint8), torch.arange(50, dtype=torch.uint8), vocab_size=256)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.demo import _empty
+from sidecast.trainer.demo.__main__ import _empty
 
 
 def test_an_earlier_demo_is_deleted_and_a_new_folder_made(tmp_path: Path) -> None:

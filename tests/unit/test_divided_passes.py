@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service.engine import PassWorker, Task, total_of
+from sidecast.nowcaster_service.engine_pool import PassWorker, Task, total_of
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
 from sidecast.predictors import passes, tensor_parts, wnn
 from sidecast.predictors.base import History

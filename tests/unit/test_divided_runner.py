@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.engine import DividedRunner
+from sidecast.nowcaster_service.engine_pool import DividedRunner
 from sidecast.predictors.passes import PassPredictor
 
 

@@ -10,8 +10,8 @@ from typing import NoReturn
 import pytest
 import torch
 
-from sidecast.nowcaster_service.errors import SaturatedError
-from sidecast.nowcaster_service.file_workspace import FileWorkspace
+from sidecast.errors import NoRoomError
+from sidecast.predictors.file_workspace import FileWorkspace
 
 
 def resident_bytes(folder: Path) -> int:
@@ -64,5 +64,5 @@ def test_a_full_disk_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     workspace = FileWorkspace(tmp_path, min_file_bytes=0)
-    with pytest.raises(SaturatedError, match=r"no room in .* for 512 bytes of node sums: No space left on device"):
+    with pytest.raises(NoRoomError, match=r"no room in .* for 512 bytes of node sums: No space left on device"):
         workspace.zeros(1, 128)

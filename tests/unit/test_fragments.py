@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sidecast.protos.shards import ShardSpec, coverage_error, total_elements
-from sidecast.trainer.nowcast.partitions.fragments import Fragment, Run, even_share, runs_of
+from sidecast.trainer.partitions.fragments import Fragment, Run, even_share, runs_of
 
 
 def fragment(parameter: int, start: int, stop: int, master: int, offset: int) -> Fragment:

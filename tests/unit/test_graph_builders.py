@@ -6,8 +6,6 @@ import re
 
 import pytest
 import torch
-from graph_automorphisms import SmallGraph
-from symmetric_models import SMALL_MODELS, ResidualNet
 from torch import nn
 
 from sidecast.errors import ConfigError
@@ -23,6 +21,8 @@ from sidecast.graphs import (
 )
 from sidecast.graphs.export import edge_features, from_edges
 from sidecast.manifest import ModelManifest
+from tests.support.graph_automorphisms import SmallGraph
+from tests.support.symmetric_models import SMALL_MODELS, ResidualNet
 
 
 def with_changes(

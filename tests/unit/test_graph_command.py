@@ -12,14 +12,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from safetensors.torch import save_file
-from symmetric_models import SMALL_MODELS
 
+from sidecast.commands import graph
 from sidecast.errors import ConfigError
 from sidecast.graphs import build_topology
-from sidecast.graphs.picture import MAP_PX, arrange
-from sidecast.graphs.picture_html import picture_html
-from sidecast.graphs.weight_colours import weight_raster
-from sidecast.nowcaster_service.commands import graph
+from sidecast.graphs.pictures.html import picture_html
+from sidecast.graphs.pictures.picture import MAP_PX, arrange
+from sidecast.graphs.pictures.weight_colours import weight_raster
+from tests.support.symmetric_models import SMALL_MODELS
 
 
 def run(*argv: object) -> int:

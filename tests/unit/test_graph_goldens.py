@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dense_laplacian import dense_eigenpairs
-from golden_models import GOLDEN_NAMES, GoldenCase
 
 from sidecast.graphs import build_topology, laplacian_encoding, to_edges, to_pyg
+from tests.support.dense_laplacian import dense_eigenpairs
+from tests.support.golden_models import GOLDEN_NAMES, GoldenCase
 
 # The published iterative solver skipped the second vector of the degenerate pair that begins at the seventh.
 SKIPPED_BY_PUBLISHED_SOLVER = {"llama_gqa_untied": 7, "qwen3_gqa_tied": 7}

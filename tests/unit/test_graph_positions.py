@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from dense_laplacian import dense_eigenpairs
 from scipy.sparse import csr_array
-from symmetric_models import SMALL_MODELS
 
 from sidecast.graphs import build_topology, eigen, laplacian_encoding, positional
 from sidecast.graphs.partition import atoms, coarsest, merge
 from sidecast.manifest import ModelManifest
+from tests.support.dense_laplacian import dense_eigenpairs
+from tests.support.symmetric_models import SMALL_MODELS
 
 LARGE = {
     "model_type": "llama",

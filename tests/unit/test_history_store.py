@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sidecast.nowcaster_service.errors import SaturatedError
-from sidecast.nowcaster_service.history import FP32_BYTES, MAX_SPARES, HistoryStore
+from sidecast.nowcaster_service.vector_store import FP32_BYTES, MAX_SPARES, HistoryStore
 
 NUM_ELEMENTS = 1000
 VECTOR_BYTES = NUM_ELEMENTS * FP32_BYTES

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.nowcast.buffers import SharedBuffer
-from sidecast.trainer.nowcast.config import NowcasterConfig
-from sidecast.trainer.nowcast.hook import Nowcaster
-from sidecast.trainer.nowcast.partitions import RollbackCopy
-from sidecast.trainer.nowcast.vote import Ballot, Decision, decide
+from sidecast.trainer.hook.boundary import Nowcaster
+from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.hook.vote import Ballot, Decision, decide
+from sidecast.trainer.partitions import RollbackCopy
+from sidecast.trainer.pipe.buffers import SharedBuffer
 
 PREDICTION = {
     "type": "prediction",
@@ -213,8 +213,8 @@ class BusyCourier(FakeCourier):
 
 def busy_hook(courier: BusyCourier, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Nowcaster:
     clock = SimpleNamespace(perf_counter=courier.clock, monotonic=courier.clock)
-    for module in ("hook", "inbox"):
-        monkeypatch.setattr(f"sidecast.trainer.nowcast.{module}.time", clock)
+    for module in ("boundary", "inbox"):
+        monkeypatch.setattr(f"sidecast.trainer.hook.{module}.time", clock)
     return hook_of(courier, FakePartition(), step=9, sync_deadline_s=10.0, **settings)
 
 

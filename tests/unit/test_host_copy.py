@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidecast.trainer.nowcast.partitions.host_copy import copy_to_host
+from sidecast.trainer.partitions.host_copy import copy_to_host
 
 
 @pytest.mark.parametrize(

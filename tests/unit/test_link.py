@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from sidecast.protos import nowcast_pb2 as pb
-from sidecast.trainer.nowcast.client import RefusedError, ReopenError, UnavailableError
-from sidecast.trainer.nowcast.fates import SnapshotFates
-from sidecast.trainer.nowcast.link import Link
-from sidecast.trainer.nowcast.metrics import CourierMetrics
-from sidecast.trainer.nowcast.uploader import Uploader
+from sidecast.trainer.courier.client import RefusedError, ReopenError, UnavailableError
+from sidecast.trainer.courier.link import Link
+from sidecast.trainer.courier.metrics import CourierMetrics
+from sidecast.trainer.courier.snapshot_outcomes import SnapshotFates
+from sidecast.trainer.courier.uploader import Uploader
 
 WAIT_S = 20.0
 NUM_BYTES = 64

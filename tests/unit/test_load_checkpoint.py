@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.nowcast.attach import wrap
-from sidecast.trainer.nowcast.attachment import NowcastAttachment
-from sidecast.trainer.nowcast.hook import rollback_path
-from sidecast.trainer.nowcast.ranks import Ranks
+from sidecast.trainer.hook.attachment import NowcastAttachment
+from sidecast.trainer.hook.boundary import rollback_path
+from sidecast.trainer.hook.ranks import Ranks
+from sidecast.trainer.integrations.deepspeed import wrap
 
 
 def attachment_at(step: int, resumed: list[Any], shards: tuple[Any, ...] = ()) -> NowcastAttachment:

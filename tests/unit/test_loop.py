@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from sidecast.trainer import loop as loop_module
-from sidecast.trainer.config import TrainingConfig
-from sidecast.trainer.loop import TrainingLoop
+from sidecast.trainer.job import loop as loop_module
+from sidecast.trainer.job.config import TrainingConfig
+from sidecast.trainer.job.loop import TrainingLoop
 
 STEP_S, VALIDATION_S = 1.0, 100.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sidecast.trainer.nowcast.losses import LossMeter
+from sidecast.trainer.hook.losses import LossMeter
 
 
 def test_sums_scalars_and_tensors_and_starts_anew() -> None:

@@ -14,11 +14,11 @@ import torch
 
 from sidecast.errors import ConfigError
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.nowcast.config import NowcasterConfig
-from sidecast.trainer.nowcast.host_memory import available_bytes
-from sidecast.trainer.nowcast.memory_budget import GIB, RankMemory, needs_of, require_room
-from sidecast.trainer.nowcast.partitions.rollback import RollbackError
-from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy
+from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.hook.host_memory import available_bytes
+from sidecast.trainer.hook.memory_budget import GIB, RankMemory, needs_of, require_room
+from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
+from sidecast.trainer.partitions.rollback import RollbackError
 
 PARTITION: Any = SimpleNamespace(
     upload_shards=(ShardSpec(0, 0, 25),), owned_shards=(ShardSpec(0, 0, 100),), rollback_bytes=lambda: 1200

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.config import ModelConfig
-from sidecast.trainer.models import build_model
+from sidecast.trainer.job.config import ModelConfig
+from sidecast.trainer.job.models import build_model
 
 SMALL = ModelConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 

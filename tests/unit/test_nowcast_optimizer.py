@@ -16,7 +16,7 @@ from sidecast.errors import ConfigError
 from sidecast.predictors.base import History
 from sidecast.predictors.linear import LinearPredictor
 from sidecast.trainer.integrations.optimizer import NowcastOptimizer
-from sidecast.trainer.nowcast.partitions.rollback import RollbackError
+from sidecast.trainer.partitions.rollback import RollbackError
 
 PERIOD_STEPS = 20
 CONTEXT_LEN = 4

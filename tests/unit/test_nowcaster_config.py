@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.nowcast.config import NowcasterConfig, parse_section
-from sidecast.trainer.nowcast.schedule import Schedule
+from sidecast.trainer.hook.config import NowcasterConfig, parse_section
+from sidecast.trainer.hook.schedule import Schedule
 
 
 def test_defaults() -> None:

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sidecast.checkpoints.opening import open_checkpoint
+from sidecast.checkpoints.staging import manifest_of, stage_history
+from sidecast.commands import predict
 from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.checkpoints.history import manifest_of, stage_history
-from sidecast.nowcaster_service.checkpoints.opening import open_checkpoint
-from sidecast.nowcaster_service.commands import predict
 
 
 def states(offset: float) -> dict[str, Tensor]:

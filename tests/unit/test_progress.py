@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from sidecast.trainer.progress import ProgressBar, describe
+from sidecast.trainer.job.progress import ProgressBar, describe
 
 
 def test_a_bar_shows_loss_speed_and_rate_and_starts_where_the_run_does() -> None:

@@ -11,9 +11,9 @@ import torch
 
 from sidecast.errors import ConfigError
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.nowcast.partitions import RollbackCopy
-from sidecast.trainer.nowcast.record import Recorder, log_path, read_delta, read_log
-from sidecast.trainer.nowcast.replay import Replayer
+from sidecast.trainer.hook.replay import Replayer
+from sidecast.trainer.partitions import RollbackCopy
+from sidecast.trainer.pipe.apply_log import Recorder, log_path, read_delta, read_log
 
 DELTA = memoryview(torch.tensor([1.0, 2.0]).numpy().tobytes())
 

@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import pytest
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.charts import Curve, svg_chart, ticks
-from sidecast.trainer.report import write_report
-from sidecast.trainer.run_log import RunLog
+from sidecast.trainer.job.run_log import RunLog
+from sidecast.trainer.report.__main__ import write_report
+from sidecast.trainer.report.charts import Curve, svg_chart, ticks
 
 DETAILS = {
     "version": 1,

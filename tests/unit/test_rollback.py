@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sidecast.trainer.nowcast.partitions.optimizer_state import OptimizerState
-from sidecast.trainer.nowcast.partitions.rollback import RollbackCopy, RollbackError, packed_bytes
+from sidecast.trainer.partitions.optimizer_state import OptimizerState
+from sidecast.trainer.partitions.rollback import RollbackCopy, RollbackError, packed_bytes
 
 
 def stepped_adam() -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:

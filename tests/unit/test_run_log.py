@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sidecast.trainer.run_log import METRICS_NAME, RunLog, read_records
+from sidecast.trainer.job.run_log import METRICS_NAME, RunLog, read_records
 
 
 def steps(path: Path) -> list[int]:

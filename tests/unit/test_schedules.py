@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.schedules import ScheduleConfig, lr_ratio
+from sidecast.trainer.job.schedules import ScheduleConfig, lr_ratio
 
 
 def test_warm_up_rises_to_the_peak_and_never_starts_at_zero() -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service_harness import service_config
 
+from sidecast.commands.__main__ import build_parser, main
 from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.cli import build_parser, main
 from sidecast.nowcaster_service.commands import serve
 from sidecast.nowcaster_service.commands.status import render
 from sidecast.nowcaster_service.config import is_loopback
 from sidecast.protos import nowcast_pb2 as pb
+from tests.support.service_harness import service_config
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import pytest
 
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.errors import CorruptChunkError, MissingReferenceError, SaturatedError, WrongStateError
-from sidecast.nowcaster_service.history import HistoryStore
+from sidecast.nowcaster_service.session import Session
 from sidecast.nowcaster_service.session_events import Event, FailureEvent, NowcastTask, Prediction, SnapshotEvent
 from sidecast.nowcaster_service.session_settings import SessionSettings
-from sidecast.nowcaster_service.sessions import Session
+from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.bf16 import from_bf16, round_to_bf16
 from sidecast.protos.codec import ChunkFrame, buffer_digest

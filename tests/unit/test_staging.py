@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from sidecast.trainer.nowcast.buffers import SharedBuffer
-from sidecast.trainer.nowcast.partitions import StalePartitionError
-from sidecast.trainer.nowcast.staging import Stager
+from sidecast.trainer.hook.staging import Stager
+from sidecast.trainer.partitions import StalePartitionError
+from sidecast.trainer.pipe.buffers import SharedBuffer
 
 
 class FakeCourier:
@@ -76,7 +76,7 @@ def test_from_host_memory_it_is_handed_over_at_once() -> None:
 
 
 def test_from_a_device_it_is_handed_over_once_the_copy_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sidecast.trainer.nowcast.staging._pin", lambda slot: False)
+    monkeypatch.setattr("sidecast.trainer.hook.staging._pin", lambda slot: False)
     courier, partition, stream = FakeCourier(), FakePartition(), FakeStream()
     stager = stager_of(courier, stream)
     assert stage(stager, partition) == ""
@@ -89,7 +89,7 @@ def test_from_a_device_it_is_handed_over_once_the_copy_is_over(monkeypatch: pyte
 
 
 def test_what_was_staged_last_is_handed_over_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sidecast.trainer.nowcast.staging._pin", lambda slot: False)
+    monkeypatch.setattr("sidecast.trainer.hook.staging._pin", lambda slot: False)
     courier = FakeCourier()
     stager = stager_of(courier, FakeStream())
     stage(stager, FakePartition())

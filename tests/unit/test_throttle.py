@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sidecast.trainer.nowcast.throttle import BURST_S, Throttle
+from sidecast.trainer.courier.throttle import BURST_S, Throttle
 
 
 class Time:

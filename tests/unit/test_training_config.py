@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.config import load_config
+from sidecast.trainer.job.config import load_config
 
 
 @pytest.mark.parametrize("name", ["default", "demo"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import buffer_digest, split_chunks
-from sidecast.trainer.nowcast.download import Download
-from sidecast.trainer.nowcast.upload import Upload
+from sidecast.trainer.courier.fetch import Download
+from sidecast.trainer.courier.upload import Upload
 
 DATA = memoryview(bytes(range(250)))
 

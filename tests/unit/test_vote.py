@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sidecast.trainer.nowcast.vote import NO_VERSION, Ballot, decide
+from sidecast.trainer.hook.vote import NO_VERSION, Ballot, decide
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from sidecast.errors import ConfigError
-from sidecast.predictors.nino_config import NinoConfig
-from sidecast.predictors.weights import NinoWeights, load_weights, save_weights
+from sidecast.predictors.nino.config import NinoConfig
+from sidecast.predictors.nino.weights import NinoWeights, load_weights, save_weights
 
 SMALL = NinoConfig(hidden_dim=6, max_horizon=7, max_kernel_elements=4, lpe_dim=3, num_layers=2)
 SMALL_MLP = NinoConfig(gnn=False, hidden_dim=6, max_horizon=7, num_mlp_layers=3)

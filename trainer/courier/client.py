@@ -17,10 +17,10 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, decode_chunk, encode_chunk
 from sidecast.protos.shards import ShardSpec
 from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
-from sidecast.trainer.nowcast.download import Download, Part
-from sidecast.trainer.nowcast.handover import hand_over
-from sidecast.trainer.nowcast.throttle import Throttle
-from sidecast.trainer.nowcast.upload import Upload
+from sidecast.trainer.courier.fetch import Download, Part
+from sidecast.trainer.courier.handover import hand_over
+from sidecast.trainer.courier.throttle import Throttle
+from sidecast.trainer.courier.upload import Upload
 
 KEEPALIVE_MS = 20_000
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.nowcast.channel import Message
-from sidecast.trainer.nowcast.client import (
+from sidecast.trainer.courier.client import (
     CorruptError,
     EventStream,
     NowcastClient,
@@ -22,6 +21,7 @@ from sidecast.trainer.nowcast.client import (
     ResendError,
     UnavailableError,
 )
+from sidecast.trainer.pipe.channel import Message
 
 log = logging.getLogger(__name__)
 

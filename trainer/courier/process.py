@@ -1,7 +1,7 @@
 """The courier: one plain process per rank that does all networking, without torch and outside the trainer's GIL.
 
 It is told everything over a channel, moves bytes between shared buffers and the service, and ends when the
-channel does. Started as ``python -m sidecast.trainer.nowcast.courier DESCRIPTOR``.
+channel does. Started as ``python -m sidecast.trainer.courier DESCRIPTOR``.
 
 Threads: the main one reads the channel; the link, the uploader and the fetcher have one each.
 """
@@ -20,16 +20,16 @@ from typing import Any
 
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.nowcast.buffers import map_inherited
-from sidecast.trainer.nowcast.channel import Channel, ChannelClosedError, Message
-from sidecast.trainer.nowcast.client import ClientConfig, NowcastClient, open_request
-from sidecast.trainer.nowcast.fates import SnapshotFates
-from sidecast.trainer.nowcast.fetcher import Fetcher
-from sidecast.trainer.nowcast.link import Link
-from sidecast.trainer.nowcast.metrics import CourierMetrics
-from sidecast.trainer.nowcast.reconstruction import Reconstruction
-from sidecast.trainer.nowcast.record import Recorder
-from sidecast.trainer.nowcast.uploader import Uploader
+from sidecast.trainer.courier.client import ClientConfig, NowcastClient, open_request
+from sidecast.trainer.courier.fetcher import Fetcher
+from sidecast.trainer.courier.link import Link
+from sidecast.trainer.courier.metrics import CourierMetrics
+from sidecast.trainer.courier.reconstruction import Reconstruction
+from sidecast.trainer.courier.snapshot_outcomes import SnapshotFates
+from sidecast.trainer.courier.uploader import Uploader
+from sidecast.trainer.pipe.apply_log import Recorder
+from sidecast.trainer.pipe.buffers import map_inherited
+from sidecast.trainer.pipe.channel import Channel, ChannelClosedError, Message
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +216,3 @@ def main(descriptor: int) -> None:
     channel = Channel(socket.socket(fileno=descriptor))
     hello = next(channel.receive())
     Courier(channel, hello).run()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -15,11 +15,11 @@ from types import FrameType
 from typing import Any
 
 from sidecast.errors import ConfigError, SidecastError
-from sidecast.trainer.children import Child, ChildFailedError, Children
-from sidecast.trainer.config import load_config
-from sidecast.trainer.progress import ProgressBar
-from sidecast.trainer.report import write_report
-from sidecast.trainer.run_log import METRICS_NAME, Record, read_records
+from sidecast.trainer.demo.children import Child, ChildFailedError, Children
+from sidecast.trainer.job.config import load_config
+from sidecast.trainer.job.progress import ProgressBar
+from sidecast.trainer.job.run_log import METRICS_NAME, Record, read_records
+from sidecast.trainer.report.__main__ import write_report
 
 POLL_INTERVAL_S = 0.25
 SERVICE_START_TIMEOUT_S = 180.0
@@ -145,7 +145,7 @@ def _start_service(
     children: Children, out: Path, arguments: argparse.Namespace, environment: Mapping[str, str]
 ) -> tuple[Child, str]:
     port_file = out / "service.address"
-    command = [sys.executable, "-m", "sidecast.nowcaster_service.cli", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "sidecast.commands", "serve", "--port", "0"]
     command += ["--port-file", str(port_file)]
     if arguments.weights is not None:
         command += ["--weights", arguments.weights]

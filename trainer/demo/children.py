@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from sidecast.errors import SidecastError
-from sidecast.trainer.process_groups import end_group
+from sidecast.trainer.demo.process_groups import end_group
 
 REFUSAL = re.compile(r"sidecast: (?:error: )?(.+)")
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
@@ -66,7 +66,7 @@ class Children:
 
     def __enter__(self) -> Children:
         self._guardian = subprocess.Popen(
-            [sys.executable, "-m", "sidecast.trainer.guardian"],
+            [sys.executable, "-m", "sidecast.trainer.demo.guardian"],
             stdin=subprocess.PIPE,
             text=True,
             start_new_session=True,

@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import TextIO
 
-from sidecast.trainer.process_groups import end_group
+from sidecast.trainer.demo.process_groups import end_group
 
 
 def main(orders: TextIO = sys.stdin) -> int:

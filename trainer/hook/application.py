@@ -16,11 +16,11 @@ from torch import Tensor
 
 from sidecast.errors import SidecastError
 from sidecast.protos.shards import total_elements
-from sidecast.trainer.nowcast.config import NowcasterConfig
-from sidecast.trainer.nowcast.merging import merge
-from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy
-from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy
-from sidecast.trainer.nowcast.vote import Votes
+from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.hook.jump import merge
+from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
+from sidecast.trainer.hook.vote import Votes
+from sidecast.trainer.partitions import Partition, RollbackCopy
 
 log = logging.getLogger(__name__)
 

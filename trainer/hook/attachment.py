@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from sidecast.errors import ConfigError, SidecastError
-from sidecast.trainer.nowcast.courier_handle import CourierHandle
-from sidecast.trainer.nowcast.hook import Nowcaster, rollback_path
-from sidecast.trainer.nowcast.partitions import RemappingPartition
-from sidecast.trainer.nowcast.ranks import Ranks
-from sidecast.trainer.nowcast.replay import Replayer
-from sidecast.trainer.nowcast.trainee import Trainee
+from sidecast.trainer.hook.boundary import Nowcaster, rollback_path
+from sidecast.trainer.hook.courier_handle import CourierHandle
+from sidecast.trainer.hook.ranks import Ranks
+from sidecast.trainer.hook.replay import Replayer
+from sidecast.trainer.hook.training_run import Trainee
+from sidecast.trainer.partitions import RemappingPartition
 
 log = logging.getLogger(__name__)
 

@@ -18,22 +18,22 @@ from torch import Tensor
 from sidecast.errors import SidecastError
 from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.nowcast.acceptance import Verdict
-from sidecast.trainer.nowcast.application import Application
-from sidecast.trainer.nowcast.config import NowcasterConfig
-from sidecast.trainer.nowcast.decay import LearningRateWindow
-from sidecast.trainer.nowcast.events import NowcastEvent
-from sidecast.trainer.nowcast.inbox import Inbox
-from sidecast.trainer.nowcast.losses import LossMeter
-from sidecast.trainer.nowcast.messenger import Messenger
-from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy
-from sidecast.trainer.nowcast.prediction import HeldPrediction
-from sidecast.trainer.nowcast.probation import Probation
-from sidecast.trainer.nowcast.reporting import Reporter
-from sidecast.trainer.nowcast.schedule import Schedule, jump_weight
-from sidecast.trainer.nowcast.staging import Stager, side_stream
-from sidecast.trainer.nowcast.totals import Totals
-from sidecast.trainer.nowcast.vote import Ballot, Decision, Votes
+from sidecast.trainer.hook.acceptance import Verdict
+from sidecast.trainer.hook.application import Application
+from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.hook.decay import LearningRateWindow
+from sidecast.trainer.hook.events import NowcastEvent
+from sidecast.trainer.hook.inbox import Inbox
+from sidecast.trainer.hook.losses import LossMeter
+from sidecast.trainer.hook.messenger import Messenger
+from sidecast.trainer.hook.probation import Probation
+from sidecast.trainer.hook.reporting import Reporter
+from sidecast.trainer.hook.schedule import Schedule, jump_weight
+from sidecast.trainer.hook.staging import Stager, side_stream
+from sidecast.trainer.hook.totals import Totals
+from sidecast.trainer.hook.vote import Ballot, Decision, Votes
+from sidecast.trainer.partitions import Partition, RollbackCopy
+from sidecast.trainer.pipe.prediction import HeldPrediction
 
 log = logging.getLogger(__name__)
 

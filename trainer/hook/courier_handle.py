@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sidecast.trainer.nowcast.buffers import SharedBuffer
-from sidecast.trainer.nowcast.channel import Channel, ChannelClosedError, Message
-from sidecast.trainer.nowcast.config import courier_environment
+from sidecast.trainer.hook.config import courier_environment
+from sidecast.trainer.pipe.buffers import SharedBuffer
+from sidecast.trainer.pipe.channel import Channel, ChannelClosedError, Message
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class CourierHandle:
         ours, theirs = socket.socketpair()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sidecast.trainer.nowcast.courier", str(theirs.fileno())],
+                [sys.executable, "-m", "sidecast.trainer.courier", str(theirs.fileno())],
                 pass_fds=[theirs.fileno(), self.prediction.descriptor, *(slot.descriptor for slot in self.slots)],
                 stdin=subprocess.DEVNULL,
                 env=courier_environment(),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 
-from sidecast.trainer.nowcast.channel import Message
-from sidecast.trainer.nowcast.messenger import Messenger
-from sidecast.trainer.nowcast.prediction import HeldPrediction
-from sidecast.trainer.nowcast.reporting import Reporter
-from sidecast.trainer.nowcast.staging import as_tensor
+from sidecast.trainer.hook.messenger import Messenger
+from sidecast.trainer.hook.reporting import Reporter
+from sidecast.trainer.hook.staging import as_tensor
+from sidecast.trainer.pipe.channel import Message
+from sidecast.trainer.pipe.prediction import HeldPrediction
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sidecast.trainer.nowcast.partitions import Partition
+from sidecast.trainer.partitions import Partition
 
 
 def merge(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from sidecast.errors import ConfigError
 from sidecast.protos.shards import total_elements
-from sidecast.trainer.nowcast.config import NowcasterConfig
-from sidecast.trainer.nowcast.host_memory import available_bytes, host_name
-from sidecast.trainer.nowcast.partitions import Partition
-from sidecast.trainer.nowcast.rollback_memory import keeps_rollback_copy
+from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.hook.host_memory import available_bytes, host_name
+from sidecast.trainer.hook.rollback_memory import keeps_rollback_copy
+from sidecast.trainer.partitions import Partition
 
 FP32_BYTES = 4
 GIB = 1 << 30

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from sidecast.trainer.nowcast.buffers import SharedBuffer
-from sidecast.trainer.nowcast.channel import Message
+from sidecast.trainer.pipe.buffers import SharedBuffer
+from sidecast.trainer.pipe.channel import Message
 
 
 class Messenger(Protocol):

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sidecast.trainer.nowcast.acceptance import LossPoint, LossTrend, Verdict
-from sidecast.trainer.nowcast.config import NowcasterConfig
+from sidecast.trainer.hook.acceptance import LossPoint, LossTrend, Verdict
+from sidecast.trainer.hook.config import NowcasterConfig
 
 
 @dataclass(frozen=True)

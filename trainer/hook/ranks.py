@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sidecast.errors import ConfigError, SidecastError
-from sidecast.trainer.nowcast.vote import SoloVotes, VoteBox, Votes
+from sidecast.trainer.hook.vote import SoloVotes, VoteBox, Votes
 
 
 class Ranks:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.nowcast.events import NowcastEvent
-from sidecast.trainer.nowcast.merging import merge
-from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy
-from sidecast.trainer.nowcast.record import read_delta, read_log
+from sidecast.trainer.hook.events import NowcastEvent
+from sidecast.trainer.hook.jump import merge
+from sidecast.trainer.partitions import Partition, RollbackCopy
+from sidecast.trainer.pipe.apply_log import read_delta, read_log
 
 
 class Replayer:

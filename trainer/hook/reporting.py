@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from sidecast.trainer.nowcast.events import EventKind, NowcastEvent
-from sidecast.trainer.nowcast.messenger import Messenger
-from sidecast.trainer.nowcast.probation import Probation
-from sidecast.trainer.nowcast.totals import Totals
+from sidecast.trainer.hook.events import EventKind, NowcastEvent
+from sidecast.trainer.hook.messenger import Messenger
+from sidecast.trainer.hook.probation import Probation
+from sidecast.trainer.hook.totals import Totals
 
 
 class Reporter:

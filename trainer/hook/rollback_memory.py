@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.nowcast.config import NowcasterConfig
-from sidecast.trainer.nowcast.partitions import Partition, RollbackCopy
-from sidecast.trainer.nowcast.partitions.rollback import RollbackError
+from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.partitions import Partition, RollbackCopy
+from sidecast.trainer.partitions.rollback import RollbackError
 
 # Of Linux 5.14 and later; Python's mmap does not name them yet.
 _MADV_POPULATE_READ = 22

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sidecast.trainer.nowcast.config import NowcasterConfig
+from sidecast.trainer.hook.config import NowcasterConfig
 
 
 @dataclass(frozen=True)

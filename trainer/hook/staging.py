@@ -12,10 +12,10 @@ import time
 import torch
 from torch import Tensor
 
-from sidecast.trainer.nowcast.buffers import SharedBuffer
-from sidecast.trainer.nowcast.channel import Message
-from sidecast.trainer.nowcast.messenger import Messenger
-from sidecast.trainer.nowcast.partitions import Partition, StalePartitionError
+from sidecast.trainer.hook.messenger import Messenger
+from sidecast.trainer.partitions import Partition, StalePartitionError
+from sidecast.trainer.pipe.buffers import SharedBuffer
+from sidecast.trainer.pipe.channel import Message
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,16 @@ from typing import Any
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.nowcast.attachment import Attachment, NowcastAttachment, ReplayAttachment, new_session
-from sidecast.trainer.nowcast.config import NowcasterConfig, parse_section
-from sidecast.trainer.nowcast.courier_handle import CourierHandle
-from sidecast.trainer.nowcast.hook import Nowcaster, dump_config
-from sidecast.trainer.nowcast.memory_budget import rank_memory, require_room
-from sidecast.trainer.nowcast.partitions import Partition, RemappingPartition
-from sidecast.trainer.nowcast.ranks import Ranks
-from sidecast.trainer.nowcast.replay import Replayer
-from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy
-from sidecast.trainer.nowcast.trainee import Trainee
+from sidecast.trainer.hook.attachment import Attachment, NowcastAttachment, ReplayAttachment, new_session
+from sidecast.trainer.hook.boundary import Nowcaster, dump_config
+from sidecast.trainer.hook.config import NowcasterConfig, parse_section
+from sidecast.trainer.hook.courier_handle import CourierHandle
+from sidecast.trainer.hook.memory_budget import rank_memory, require_room
+from sidecast.trainer.hook.ranks import Ranks
+from sidecast.trainer.hook.replay import Replayer
+from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
+from sidecast.trainer.hook.training_run import Trainee
+from sidecast.trainer.partitions import Partition, RemappingPartition
 
 FP32_BYTES = 4
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sidecast.trainer.nowcast.partitions import Partition
+from sidecast.trainer.partitions import Partition
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.nowcast.attachment import Attachment
-from sidecast.trainer.nowcast.hook import Nowcaster
-from sidecast.trainer.nowcast.partitions import partition_of
-from sidecast.trainer.nowcast.partitions.engine_facts import applied_steps, nowcaster_section, zero_stage
-from sidecast.trainer.nowcast.replay import Replayer
-from sidecast.trainer.nowcast.start import is_disabled, start
-from sidecast.trainer.nowcast.trainee import Trainee, model_config_of
+from sidecast.trainer.hook.attachment import Attachment
+from sidecast.trainer.hook.boundary import Nowcaster
+from sidecast.trainer.hook.replay import Replayer
+from sidecast.trainer.hook.start import is_disabled, start
+from sidecast.trainer.hook.training_run import Trainee, model_config_of
+from sidecast.trainer.partitions import partition_of
+from sidecast.trainer.partitions.engine_facts import applied_steps, nowcaster_section, zero_stage
 
 CLIENT_STATE_KEY = "sidecast"
 

@@ -24,9 +24,9 @@ from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import History, ModelPredictor, Predictor
 from sidecast.predictors.jump_norm import jump_norm
 from sidecast.predictors.passes import PassPredictor
-from sidecast.trainer.nowcast.buffers import SharedBuffer
-from sidecast.trainer.nowcast.channel import Message
-from sidecast.trainer.nowcast.config import NowcasterConfig
+from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.pipe.buffers import SharedBuffer
+from sidecast.trainer.pipe.channel import Message
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.schedules import ScheduleConfig, lr_ratio
+from sidecast.trainer.job.schedules import ScheduleConfig, lr_ratio
 
 OWN_SECTIONS = ("training", "nowcaster")
 # The engine would build a second scheduler from it and drop it silently, because the job passes its own.

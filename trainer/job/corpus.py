@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.config import DataConfig
+from sidecast.trainer.job.config import DataConfig
 
 BYTE_VOCAB_SIZE = 256
 HUB_PREFIX = "hf:"

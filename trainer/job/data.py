@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidecast.trainer.corpus import Corpus
+from sidecast.trainer.job.corpus import Corpus
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sidecast.trainer import checkpoints
-from sidecast.trainer.config import TrainingConfig
-from sidecast.trainer.data import Batch, DataOrder
-from sidecast.trainer.run_log import Record, Sink
+from sidecast.trainer.job import checkpoints
+from sidecast.trainer.job.config import TrainingConfig
+from sidecast.trainer.job.data import Batch, DataOrder
+from sidecast.trainer.job.run_log import Record, Sink
 
 
 class TrainingLoop:

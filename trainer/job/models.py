@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.config import ModelConfig
+from sidecast.trainer.job.config import ModelConfig
 
 CONFIG_NAME = "config.json"
 

@@ -6,7 +6,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from sidecast.trainer.run_log import Record
+from sidecast.trainer.job.run_log import Record
 
 # On a terminal a bar is redrawn in place; in a log file every redraw is one more line to scroll past.
 REDRAW_INTERVAL_S = 0.2

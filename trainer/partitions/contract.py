@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.nowcast.partitions.rollback import RollbackCopy
+from sidecast.trainer.partitions.rollback import RollbackCopy
 
 MergeMode = Literal["add", "replace"]
 

@@ -10,15 +10,15 @@ from torch import distributed as dist
 from torch import nn
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.nowcast.partitions.contract import Partition
-from sidecast.trainer.nowcast.partitions.layout import Layout
-from sidecast.trainer.nowcast.partitions.masters import MasterPartition
-from sidecast.trainer.nowcast.partitions.optimizer_state import OptimizerState
-from sidecast.trainer.nowcast.partitions.replicated import ReplicatedLayout
-from sidecast.trainer.nowcast.partitions.sharded import ShardedLayout
-from sidecast.trainer.nowcast.partitions.support import require_supported, require_whole_world
-from sidecast.trainer.nowcast.partitions.trainable import TrainableParameters, trainable_parameters
-from sidecast.trainer.nowcast.partitions.windowed import WindowedLayout
+from sidecast.trainer.partitions.contract import Partition
+from sidecast.trainer.partitions.layout import Layout
+from sidecast.trainer.partitions.layouts.replicated import ReplicatedLayout
+from sidecast.trainer.partitions.layouts.sharded import ShardedLayout
+from sidecast.trainer.partitions.layouts.windowed import WindowedLayout
+from sidecast.trainer.partitions.masters import MasterPartition
+from sidecast.trainer.partitions.optimizer_state import OptimizerState
+from sidecast.trainer.partitions.support import require_supported, require_whole_world
+from sidecast.trainer.partitions.trainable import TrainableParameters, trainable_parameters
 
 
 def partition_of(engine: Any) -> Partition:

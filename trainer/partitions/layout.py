@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sidecast.trainer.nowcast.partitions.fragments import Fragment
+from sidecast.trainer.partitions.fragments import Fragment
 
 
 class Layout(Protocol):

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec, total_elements
-from sidecast.trainer.nowcast.partitions.contract import MergeMode
-from sidecast.trainer.nowcast.partitions.fragments import Run, runs_of
-from sidecast.trainer.nowcast.partitions.host_copy import copy_to_host
-from sidecast.trainer.nowcast.partitions.layout import Layout
-from sidecast.trainer.nowcast.partitions.optimizer_state import OptimizerState
-from sidecast.trainer.nowcast.partitions.rollback import RollbackCopy
-from sidecast.trainer.nowcast.partitions.staleness import StalePartitionError
-from sidecast.trainer.nowcast.partitions.trainable import TrainableParameters
+from sidecast.trainer.partitions.contract import MergeMode
+from sidecast.trainer.partitions.fragments import Run, runs_of
+from sidecast.trainer.partitions.host_copy import copy_to_host
+from sidecast.trainer.partitions.layout import Layout
+from sidecast.trainer.partitions.optimizer_state import OptimizerState
+from sidecast.trainer.partitions.rollback import RollbackCopy
+from sidecast.trainer.partitions.staleness import StalePartitionError
+from sidecast.trainer.partitions.trainable import TrainableParameters
 
 # Large enough to hide the cost of a call, small enough to stay in a core's cache.
 _SCRATCH_ELEMENTS = 1 << 18

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from sidecast.trainer.nowcast.partitions.rollback import RollbackCopy, RollbackError, packed_bytes
+from sidecast.trainer.partitions.rollback import RollbackCopy, RollbackError, packed_bytes
 
 # What Adam keeps; assumed before the first step, when there is no state to measure yet.
 _ASSUMED_MOMENTS = 2

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.nowcast.partitions.contract import Partition
-from sidecast.trainer.nowcast.partitions.masters import MasterPartition
-from sidecast.trainer.nowcast.partitions.optimizer_state import OptimizerState
-from sidecast.trainer.nowcast.partitions.replicated import ReplicatedLayout
-from sidecast.trainer.nowcast.partitions.trainable import TrainableParameters, trainable_parameters
+from sidecast.trainer.partitions.contract import Partition
+from sidecast.trainer.partitions.layouts.replicated import ReplicatedLayout
+from sidecast.trainer.partitions.masters import MasterPartition
+from sidecast.trainer.partitions.optimizer_state import OptimizerState
+from sidecast.trainer.partitions.trainable import TrainableParameters, trainable_parameters
 
 # By name, so that nothing of torch.distributed is imported for a script that does not use it.
 _SHARDING_MODULES = ("FullyShardedDataParallel",)

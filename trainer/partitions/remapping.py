@@ -10,9 +10,9 @@ from torch import Tensor
 from sidecast.errors import ConfigError
 from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.nowcast.partitions.contract import MergeMode, Partition
-from sidecast.trainer.nowcast.partitions.rollback import RollbackCopy
-from sidecast.trainer.nowcast.partitions.staleness import StalePartitionError
+from sidecast.trainer.partitions.contract import MergeMode, Partition
+from sidecast.trainer.partitions.rollback import RollbackCopy
+from sidecast.trainer.partitions.staleness import StalePartitionError
 
 
 class RemappingPartition:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sidecast.errors import SidecastError
-from sidecast.trainer.nowcast.partitions.host_copy import copy_to_host
+from sidecast.trainer.partitions.host_copy import copy_to_host
 
 # A multiple of every element size, so that each tensor can be viewed in place; also a cache line.
 _ALIGNMENT_BYTES = 64

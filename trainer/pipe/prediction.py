@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from sidecast.trainer.nowcast.channel import Message
+from sidecast.trainer.pipe.channel import Message
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 from string import Template
 
 from sidecast.errors import ConfigError, SidecastError
-from sidecast.trainer.charts import Curve, svg_chart, write_png
-from sidecast.trainer.comparison import RunCurves, first_difference, nowcast_cost, smoothed, verdict
-from sidecast.trainer.run_log import METRICS_NAME, read_records
+from sidecast.trainer.job.run_log import METRICS_NAME, read_records
+from sidecast.trainer.report.charts import Curve, svg_chart, write_png
+from sidecast.trainer.report.comparison import RunCurves, first_difference, nowcast_cost, smoothed, verdict
 
 Row = tuple[str, str]
 SMOOTHING_SHARE = 0.02

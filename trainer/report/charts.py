@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from sidecast.trainer.comparison import Point
+from sidecast.trainer.report.comparison import Point
 
 WIDTH, HEIGHT = 920, 400
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 16, 44

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sidecast.trainer.run_log import Record
+from sidecast.trainer.job.run_log import Record
 
 Point = tuple[float, float]
 

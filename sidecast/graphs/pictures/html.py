@@ -10,9 +10,9 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from sidecast.graphs.picture import EDGE_COLOURS, MAP_PX, Band, Patch, Picture, Ribbon, arrange, short_name
+from sidecast.graphs.pictures.picture import EDGE_COLOURS, MAP_PX, Band, Patch, Picture, Ribbon, arrange, short_name
+from sidecast.graphs.pictures.weight_colours import ReadTensor, weight_raster
 from sidecast.graphs.topology import Topology
-from sidecast.graphs.weight_colours import ReadTensor, weight_raster
 
 _BAND_WIDTH = 12.0
 _STYLE = """

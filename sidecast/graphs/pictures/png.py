@@ -6,9 +6,9 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from sidecast.errors import ConfigError
-from sidecast.graphs.picture import EDGE_COLOURS, MAP_PX, Picture, arrange, short_name
+from sidecast.graphs.pictures.picture import EDGE_COLOURS, MAP_PX, Picture, arrange, short_name
+from sidecast.graphs.pictures.weight_colours import ReadTensor, weight_raster
 from sidecast.graphs.topology import Topology
-from sidecast.graphs.weight_colours import ReadTensor, weight_raster
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from sidecast.errors import ConfigError
-from sidecast.predictors.block_parts import PartLimits
 from sidecast.predictors.device import check_device, open_device
-from sidecast.predictors.nino_compiled import cpu_kernels
-from sidecast.predictors.nino_kernels import Kernels
+from sidecast.predictors.nino.block_parts import PartLimits
+from sidecast.predictors.nino.compiled import cpu_kernels
+from sidecast.predictors.nino.kernels import Kernels
 from sidecast.predictors.scaling_pass import FeatureReader, ScaledReader
 from sidecast.predictors.state_reader import StateReader
 
@@ -76,8 +76,8 @@ def triton_backend(device: torch.device, precision: str, context_len: int) -> Ni
         ConfigError: Triton is not installed.
     """
     try:
-        from sidecast.predictors.nino_triton import TritonKernels
-        from sidecast.predictors.triton_features import TritonFeatures
+        from sidecast.predictors.nino.triton_features import TritonFeatures
+        from sidecast.predictors.nino.triton_kernels import TritonKernels
     except ImportError as error:
         raise ConfigError(f"device is {str(device)!r}, which needs Triton: {error}") from error
     reader = StateReader(device)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidecast.predictors.nino_fusion import Affine
-from sidecast.predictors.nino_kernels import CpuKernels, Kernels, Layer
+from sidecast.predictors.nino.fusion import Affine
+from sidecast.predictors.nino.kernels import CpuKernels, Kernels, Layer
 
 logger = logging.getLogger(__name__)
 

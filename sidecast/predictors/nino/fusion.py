@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sidecast.predictors.nino_config import NinoConfig
-from sidecast.predictors.weights import NinoWeights
+from sidecast.predictors.nino.config import NinoConfig
+from sidecast.predictors.nino.weights import NinoWeights
 
 
 @dataclass(frozen=True)

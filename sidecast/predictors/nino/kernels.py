@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from sidecast.predictors.nino_fusion import Affine
+from sidecast.predictors.nino.fusion import Affine
 
 TILE_EDGES = 2_048
 """Two hidden vectors of each edge of a tile take 2 MiB in fp32; smaller tiles lose more to starting operators, and to

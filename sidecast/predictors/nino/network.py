@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 from torch_geometric.nn import MessagePassing
 
-from sidecast.predictors.nino_config import NinoConfig
-from sidecast.predictors.weights import NinoWeights
+from sidecast.predictors.nino.config import NinoConfig
+from sidecast.predictors.nino.weights import NinoWeights
 
 
 class Mlp(nn.Module):

@@ -13,10 +13,10 @@ from torch import Tensor
 from sidecast.graphs.export import EdgeList, edge_features, from_edges, to_edges
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import History, Predictor, check_history, fp32_states
-from sidecast.predictors.graph_cache import GraphCache, NeuralGraph
-from sidecast.predictors.nino_network import WnnPlusNetwork, load_network
+from sidecast.predictors.nino.graph_cache import GraphCache, NeuralGraph
+from sidecast.predictors.nino.network import WnnPlusNetwork, load_network
+from sidecast.predictors.nino.weights import NinoWeights, load_weights
 from sidecast.predictors.step_length import StepLength, check_step_length, step_length
-from sidecast.predictors.weights import NinoWeights, load_weights
 from sidecast.scaling import Scale, tensor_scale
 
 

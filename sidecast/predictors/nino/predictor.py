@@ -11,15 +11,15 @@ from sidecast.errors import ConfigError
 from sidecast.graphs.topology import Topology
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import History
-from sidecast.predictors.block_parts import BlockPart, in_degrees, split_topology
-from sidecast.predictors.graph_cache import GraphCache
-from sidecast.predictors.nino_backend import NinoBackend, check_precision, open_backend
-from sidecast.predictors.nino_fusion import fuse, fuse_mlp
-from sidecast.predictors.nino_passes import ChangePass, ConvolutionPass, FirstConvolutionPass
+from sidecast.predictors.nino.backend import NinoBackend, check_precision, open_backend
+from sidecast.predictors.nino.block_parts import BlockPart, in_degrees, split_topology
+from sidecast.predictors.nino.fusion import fuse, fuse_mlp
+from sidecast.predictors.nino.graph_cache import GraphCache
+from sidecast.predictors.nino.passes import ChangePass, ConvolutionPass, FirstConvolutionPass
+from sidecast.predictors.nino.weights import NinoWeights, load_weights
 from sidecast.predictors.passes import BlockPass, PassPlan, predict_in_passes
 from sidecast.predictors.scaling_pass import ScalingPass
 from sidecast.predictors.step_length import StepLength, check_step_length
-from sidecast.predictors.weights import NinoWeights, load_weights
 
 
 class NinoPredictor:

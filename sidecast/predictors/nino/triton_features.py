@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sidecast.predictors.block_parts import BlockPart
+from sidecast.predictors.nino.block_parts import BlockPart
 from sidecast.predictors.passes import PartContext
 from sidecast.predictors.scaling_pass import found_scale
 from sidecast.predictors.state_reader import StateReader

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sidecast.errors import ConfigError
-from sidecast.predictors.nino_fusion import Affine
-from sidecast.predictors.nino_kernels import Layer
-from sidecast.predictors.triton_tiles import changes_kernel, message_sums_kernel
+from sidecast.predictors.nino.fusion import Affine
+from sidecast.predictors.nino.kernels import Layer
+from sidecast.predictors.nino.triton_tiles import changes_kernel, message_sums_kernel
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 _MIN_DOT = 16

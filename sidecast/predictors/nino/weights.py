@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sidecast.errors import ConfigError
-from sidecast.predictors.nino_config import NinoConfig
+from sidecast.predictors.nino.config import NinoConfig
 
 _METADATA_KEY = "sidecast.nino"
 _PUBLISHED_CONTEXT_LEN = 5

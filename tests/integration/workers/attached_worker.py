@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from resume_runs import compare_with_a_resume
-from snapshot_runs import compare_snapshots
-from tiny_job import start_process_group
+from tests.integration.workers.resume_runs import compare_with_a_resume
+from tests.integration.workers.snapshot_runs import compare_snapshots
+from tests.integration.workers.tiny_job import start_process_group
 
 
 def main(address: str, folder: Path) -> None:

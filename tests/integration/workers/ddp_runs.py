@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 
 def huggingface(folder: Path, endpoint: str) -> dict[str, Any]:
     """A run without nowcasting, one straight through with it, and one that is resumed."""
-    from huggingface_runs import straight_and_resumed, train
+    from tests.integration.workers.huggingface_runs import straight_and_resumed, train
 
     plain = train(folder / "plain", None)
     straight, resumed = straight_and_resumed(folder, endpoint, None)
@@ -27,7 +25,7 @@ def huggingface(folder: Path, endpoint: str) -> dict[str, Any]:
 
 def lightning(folder: Path, endpoint: str) -> dict[str, Any]:
     """The same with Lightning."""
-    from test_lightning import SAVE_STEP, section, train
+    from tests.integration.workers.lightning_runs import SAVE_STEP, section, train
 
     def told(run: tuple[Any, Any, Any]) -> dict[str, Any]:
         losses, events, weights = run

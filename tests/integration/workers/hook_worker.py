@@ -16,23 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
-
-from courier_harness import PacedCourier, hello, session, start_courier, until  # noqa: E402
-
-from sidecast.errors import ConfigError  # noqa: E402
-from sidecast.manifest import ModelManifest, ParameterSpec  # noqa: E402
-from sidecast.protos.shards import ShardSpec  # noqa: E402
-from sidecast.trainer.nowcast.attachment import load_rollback_copy  # noqa: E402
-from sidecast.trainer.nowcast.config import NowcasterConfig  # noqa: E402
-from sidecast.trainer.nowcast.hook import Nowcaster, rollback_path  # noqa: E402
-from sidecast.trainer.nowcast.partitions import RollbackCopy, StalePartitionError  # noqa: E402
-from sidecast.trainer.nowcast.partitions.rollback import packed_bytes  # noqa: E402
-from sidecast.trainer.nowcast.ranks import Ranks  # noqa: E402
-from sidecast.trainer.nowcast.replay import Replayer  # noqa: E402
-from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy  # noqa: E402
-from sidecast.trainer.nowcast.vote import NO_VERSION, Ballot, VoteBox  # noqa: E402
+from sidecast.errors import ConfigError
+from sidecast.manifest import ModelManifest, ParameterSpec
+from sidecast.protos.shards import ShardSpec
+from sidecast.trainer.hook.attachment import load_rollback_copy
+from sidecast.trainer.hook.boundary import Nowcaster, rollback_path
+from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.hook.ranks import Ranks
+from sidecast.trainer.hook.replay import Replayer
+from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
+from sidecast.trainer.hook.vote import NO_VERSION, Ballot, VoteBox
+from sidecast.trainer.partitions import RollbackCopy, StalePartitionError
+from sidecast.trainer.partitions.rollback import packed_bytes
+from tests.support.courier_harness import PacedCourier, hello, session, start_courier, until
 
 NUM_ELEMENTS = 10
 MANIFEST = ModelManifest.from_shapes([("w", (NUM_ELEMENTS,))], {"model_type": "toy"})

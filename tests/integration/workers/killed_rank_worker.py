@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-from tiny_job import await_uploads, new_engine, start_process_group, train
 
 import sidecast
-from sidecast.trainer.nowcast.attach import nowcaster_of
-from sidecast.trainer.nowcast.vote import NO_VERSION, Ballot, VoteBox
+from sidecast.trainer.hook.vote import NO_VERSION, Ballot, VoteBox
+from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from tests.integration.workers.tiny_job import await_uploads, new_engine, start_process_group, train
 
 PERIOD_STEPS = 20
 CONTEXT_LEN = 2

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny_job import new_engine, start_process_group, train
 
 import sidecast
-from sidecast.trainer.nowcast.attach import nowcaster_of
-from sidecast.trainer.nowcast.events import NowcastEvent
-from sidecast.trainer.nowcast.hook import Nowcaster
-from sidecast.trainer.nowcast.replay import Replayer
+from sidecast.trainer.hook.boundary import Nowcaster
+from sidecast.trainer.hook.events import NowcastEvent
+from sidecast.trainer.hook.replay import Replayer
+from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from tests.integration.workers.tiny_job import new_engine, start_process_group, train
 
 PERIOD_STEPS = 50
 MAX_STEPS = 60_000

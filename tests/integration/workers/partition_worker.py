@@ -20,21 +20,21 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from partition_cases import ATTACHED_CASES, ATTACHED_WORLD_SIZE, CASES_OF_WORLD_SIZE, Case
 from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sidecast
 from sidecast.protos.shards import ShardSpec, coverage_error, total_elements
-from sidecast.trainer.nowcast.attach import nowcaster_of
-from sidecast.trainer.nowcast.partitions import (
+from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from sidecast.trainer.partitions import (
     Partition,
     RemappingPartition,
     RollbackCopy,
     StalePartitionError,
     partition_of,
 )
+from tests.integration.workers.partition_cases import ATTACHED_CASES, ATTACHED_WORLD_SIZE, CASES_OF_WORLD_SIZE, Case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # With these and the sizes below, neither two nor three ranks divide a parameter or a group of them evenly.

@@ -7,10 +7,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tiny_job import await_uploads, new_engine, train
-
 import sidecast
-from sidecast.trainer.nowcast.attach import nowcaster_of
+from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from tests.integration.workers.tiny_job import await_uploads, new_engine, train
 
 PERIOD_STEPS = 50
 # The jump of step 50 is judged at step 75; the window that ends at step 100 has two of its five states.

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from snapshot_cases import CASES, SNAPSHOT_STEP
-from tiny_job import new_engine, train
 
 import sidecast
-from sidecast.trainer.nowcast.attach import nowcaster_of
+from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from tests.integration.workers.snapshot_cases import CASES, SNAPSHOT_STEP
+from tests.integration.workers.tiny_job import new_engine, train
 
 
 def reference(engine: Any, stage: int, dtype: str, folder: Path) -> dict[str, torch.Tensor]:

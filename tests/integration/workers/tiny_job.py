@@ -11,7 +11,7 @@ import deepspeed
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sidecast.trainer.nowcast.hook import Nowcaster
+from sidecast.trainer.hook.boundary import Nowcaster
 
 VOCABULARY = 31
 SEQUENCE = 16

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import sidecast
-from sidecast.trainer.nowcast.attach import nowcaster_of
+from sidecast.trainer.integrations.deepspeed import nowcaster_of
 
 
 def main(folder: Path, num_steps: int, section: dict[str, object]) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.nowcast.partitions.fragments import Fragment, even_share
-from sidecast.trainer.nowcast.partitions.trainable import TrainableParameters
+from sidecast.trainer.partitions.fragments import Fragment, even_share
+from sidecast.trainer.partitions.trainable import TrainableParameters
 
 
 class ReplicatedLayout:

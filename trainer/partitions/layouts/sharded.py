@@ -10,9 +10,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.nowcast.partitions.fragments import Fragment
-from sidecast.trainer.nowcast.partitions.staleness import require_loaded
-from sidecast.trainer.nowcast.partitions.trainable import TrainableParameters
+from sidecast.trainer.partitions.fragments import Fragment
+from sidecast.trainer.partitions.staleness import require_loaded
+from sidecast.trainer.partitions.trainable import TrainableParameters
 
 
 class ShardedLayout:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.nowcast.partitions.fragments import Fragment
-from sidecast.trainer.nowcast.partitions.staleness import StalePartitionError, require_loaded
-from sidecast.trainer.nowcast.partitions.trainable import TrainableParameters
+from sidecast.trainer.partitions.fragments import Fragment
+from sidecast.trainer.partitions.staleness import StalePartitionError, require_loaded
+from sidecast.trainer.partitions.trainable import TrainableParameters
 
 
 class WindowedLayout:

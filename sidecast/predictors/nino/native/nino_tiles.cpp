@@ -29,7 +29,7 @@ constexpr int TILE = 16 * ROWS;   // edges: two tiles of 128-wide vectors and th
 
 }  // namespace
 
-// One hidden layer; the mirror of Layer in nino_kernels.py.
+// One hidden layer; the mirror of Layer in kernels.py.
 struct SidecastLayer {
     const float *weight;     // packed, (X, D) in the first layer, (D, D) in later ones
     const float *source_SD;  // or null

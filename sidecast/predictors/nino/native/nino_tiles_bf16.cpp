@@ -16,7 +16,7 @@
 #define FOR_THIS_PROCESSOR __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define INLINE static inline __attribute__((always_inline)) FOR_THIS_PROCESSOR
 
-// One hidden layer; the mirror of _CompiledLayer in nino_compiled.py.
+// One hidden layer; the mirror of _CompiledLayer in compiled.py.
 struct SidecastBf16Layer {
     const void *weight;      // fp32 (X, D) in the first layer, packed bf16 (D, D) in later ones
     const float *source_SD;  // or null
