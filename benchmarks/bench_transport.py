@@ -45,7 +45,7 @@ from sidecast.protos.shards import ShardSpec
 from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
 from sidecast.trainer.courier.client import ClientConfig, NowcastClient, open_request
 from sidecast.trainer.courier.upload import Upload
-from sidecast.trainer.hook.config import courier_environment
+from sidecast.trainer.hook.courier_handle import courier_environment
 from sidecast.trainer.pipe.buffers import SharedBuffer
 
 MIB = 1 << 20

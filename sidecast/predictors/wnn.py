@@ -17,12 +17,12 @@ from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest, ParameterSpec
 from sidecast.predictors.base import History
 from sidecast.predictors.device import check_device, open_device
-from sidecast.predictors.nino.weights import load_tensors
 from sidecast.predictors.passes import BlockPass, PartContext, PassPlan, WritingPass, predict_in_passes
 from sidecast.predictors.scaling_pass import ScalingPass, found_scale
 from sidecast.predictors.state_reader import StateReader
 from sidecast.predictors.step_length import StepLength, check_step_length, step_length
 from sidecast.predictors.tensor_parts import ElementRange, split_tensors
+from sidecast.predictors.weights import load_tensors
 
 OPERATIONS = ("conv", "linear", "bias")
 PART_ELEMENTS = 1 << 16

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import sidecast
 from sidecast.errors import ConfigError
 from sidecast.protos.shards import ShardSpec, total_elements
-from sidecast.trainer.hook.events import NowcastEvent
+from sidecast.trainer.hook.reporting import NowcastEvent
 from sidecast.trainer.hook.vote import NO_VERSION, Ballot, Decision, VoteBox
 from sidecast.trainer.integrations.deepspeed import nowcaster_of
 from sidecast.trainer.partitions import partition_of

@@ -16,10 +16,11 @@ import pytest
 from sidecast.nowcaster_service.session import Session
 from sidecast.protos.bf16 import from_bf16, round_to_bf16
 from sidecast.protos.codec import ChunkFrame
-from sidecast.trainer.courier.client import ClientConfig, NowcastClient, UnavailableError
+from sidecast.trainer.courier.client import ClientConfig, NowcastClient
+from sidecast.trainer.courier.refusals import UnavailableError
 from sidecast.trainer.hook.courier_handle import END_TIMEOUT_S, CourierHandle
 from sidecast.trainer.pipe.apply_log import read_delta, read_log
-from sidecast.trainer.pipe.channel import Message
+from sidecast.trainer.pipe.messages import Message
 from tests.support.courier_harness import WAIT_S, hello, session, start_courier, until
 from tests.support.service_harness import CHUNK_BYTES, MANIFEST, RunningService, chunks, open_request, state
 

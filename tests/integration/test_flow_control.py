@@ -12,7 +12,8 @@ import pytest
 
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame
-from sidecast.trainer.courier.client import ClientConfig, NowcastClient, UnavailableError
+from sidecast.trainer.courier.client import ClientConfig, NowcastClient
+from sidecast.trainer.courier.refusals import UnavailableError
 from sidecast.trainer.courier.upload import Upload
 from tests.support.service_harness import RunningService
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sidecast.manifest import ModelManifest
 from sidecast.trainer.hook.courier_handle import CourierHandle
-from sidecast.trainer.pipe.channel import Message
+from sidecast.trainer.pipe.messages import Message
 
 WAIT_S = 30.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sidecast.trainer.hook.decay import LearningRateWindow
+from sidecast.trainer.hook.jump import LearningRateWindow
 
 
 def window_of(*rates: tuple[float, ...]) -> LearningRateWindow:

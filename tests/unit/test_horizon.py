@@ -7,7 +7,7 @@ import pytest
 from sidecast.errors import ConfigError
 from sidecast.horizon import horizon_at, horizon_schedule, resolve_horizons
 from sidecast.trainer.hook.config import NowcasterConfig
-from sidecast.trainer.hook.schedule import jump_weight
+from sidecast.trainer.hook.jump import jump_weight
 
 
 def test_ten_nowcasts_as_published() -> None:

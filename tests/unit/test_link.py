@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from sidecast.protos import nowcast_pb2 as pb
-from sidecast.trainer.courier.client import RefusedError, ReopenError, UnavailableError
 from sidecast.trainer.courier.link import Link
 from sidecast.trainer.courier.metrics import CourierMetrics
+from sidecast.trainer.courier.refusals import RefusedError, ReopenError, UnavailableError
 from sidecast.trainer.courier.snapshot_outcomes import SnapshotFates
 from sidecast.trainer.courier.uploader import Uploader
 

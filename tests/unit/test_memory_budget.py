@@ -15,8 +15,7 @@ import torch
 from sidecast.errors import ConfigError
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.hook.config import NowcasterConfig
-from sidecast.trainer.hook.host_memory import available_bytes
-from sidecast.trainer.hook.memory_budget import GIB, RankMemory, needs_of, require_room
+from sidecast.trainer.hook.memory_budget import GIB, RankMemory, available_bytes, needs_of, require_room
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.partitions.rollback import RollbackError
 

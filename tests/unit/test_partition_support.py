@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.partitions.support import require_supported
+from sidecast.trainer.partitions.deepspeed import require_supported
 
 
 def engine(zero: dict[str, Any] | None = None, **attributes: Any) -> Any:

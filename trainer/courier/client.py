@@ -12,57 +12,17 @@ from zlib import crc32
 import grpc
 from google.protobuf.message import Message
 
-from sidecast.errors import SidecastError
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, decode_chunk, encode_chunk
 from sidecast.protos.shards import ShardSpec
 from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
 from sidecast.trainer.courier.fetch import Download, Part
 from sidecast.trainer.courier.handover import hand_over
+from sidecast.trainer.courier.refusals import CorruptError, UnavailableError, translated
 from sidecast.trainer.courier.throttle import Throttle
 from sidecast.trainer.courier.upload import Upload
 
 KEEPALIVE_MS = 20_000
-
-
-class RefusedError(SidecastError):
-    """The service understood and will not; asking again is of no use."""
-
-
-class UnavailableError(SidecastError):
-    """The service did not answer, not in time, or has no room; it may later."""
-
-
-class ReopenError(SidecastError):
-    """The service does not know the session: it was restarted."""
-
-
-class OutdatedError(SidecastError):
-    """The call does not fit the session's state: a stale epoch, an aborted snapshot, a replaced prediction."""
-
-
-class ResendError(SidecastError):
-    """The service lacks what the call refers to, shared memory or an earlier snapshot: send the bytes themselves."""
-
-
-class CorruptError(SidecastError):
-    """Bytes were damaged on the way; they can be sent again."""
-
-
-_ERRORS: dict[grpc.StatusCode, type[SidecastError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: RefusedError,
-    grpc.StatusCode.UNAUTHENTICATED: RefusedError,
-    grpc.StatusCode.UNIMPLEMENTED: RefusedError,
-    grpc.StatusCode.NOT_FOUND: ReopenError,
-    grpc.StatusCode.FAILED_PRECONDITION: OutdatedError,
-    grpc.StatusCode.DATA_LOSS: CorruptError,
-    grpc.StatusCode.ABORTED: ResendError,
-}
-
-
-def _translated(error: grpc.RpcError) -> SidecastError:
-    code = error.code()
-    return _ERRORS.get(code, UnavailableError)(f"{error.details()} ({code.name})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +54,7 @@ class EventStream:
         try:
             yield from self._call
         except grpc.RpcError as error:
-            raise _translated(error) from error
+            raise translated(error) from error
 
     def cancel(self) -> None:
         self._call.cancel()
@@ -204,7 +164,7 @@ class NowcastClient:
             for call in calls:
                 call.result()
         except grpc.RpcError as error:
-            raise _translated(error) from error
+            raise translated(error) from error
         finally:
             for call in calls:
                 call.cancel()
@@ -293,7 +253,7 @@ class NowcastClient:
                     self._throttle.pass_bytes(len(data))
                 part.position = end
         except grpc.RpcError as error:
-            raise _translated(error) from error
+            raise translated(error) from error
         finally:
             # After a bad chunk the service would go on offering the rest, and keep the prediction for it.
             call.cancel()
@@ -330,7 +290,7 @@ class NowcastClient:
         try:
             return call(request, timeout=timeout_s, metadata=self._metadata, wait_for_ready=wait_for_ready)
         except grpc.RpcError as error:
-            raise _translated(error) from error
+            raise translated(error) from error
 
 
 def open_request(

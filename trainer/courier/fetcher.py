@@ -11,10 +11,11 @@ import numpy as np
 
 from sidecast.errors import SidecastError
 from sidecast.protos import nowcast_pb2 as pb
-from sidecast.trainer.courier.client import CorruptError, NowcastClient, UnavailableError
+from sidecast.trainer.courier.client import NowcastClient
 from sidecast.trainer.courier.link import FIRST_BACKOFF_S, MAX_BACKOFF_S, Link
 from sidecast.trainer.courier.metrics import CourierMetrics
-from sidecast.trainer.pipe.channel import Message
+from sidecast.trainer.courier.refusals import CorruptError, UnavailableError
+from sidecast.trainer.pipe.messages import Message
 
 MAX_CORRUPT = 3
 FINITE_BLOCK = 1 << 20

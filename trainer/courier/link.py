@@ -11,17 +11,16 @@ from typing import Any
 
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.courier.client import (
+from sidecast.trainer.courier.client import EventStream, NowcastClient
+from sidecast.trainer.courier.refusals import (
     CorruptError,
-    EventStream,
-    NowcastClient,
     OutdatedError,
     RefusedError,
     ReopenError,
     ResendError,
     UnavailableError,
 )
-from sidecast.trainer.pipe.channel import Message
+from sidecast.trainer.pipe.messages import Message
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from sidecast.trainer.courier.snapshot_outcomes import SnapshotFates
 from sidecast.trainer.courier.uploader import Uploader
 from sidecast.trainer.pipe.apply_log import Recorder
 from sidecast.trainer.pipe.buffers import map_inherited
-from sidecast.trainer.pipe.channel import Channel, ChannelClosedError, Message
+from sidecast.trainer.pipe.channel import Channel, ChannelClosedError
+from sidecast.trainer.pipe.messages import Message
 
 log = logging.getLogger(__name__)
 

@@ -11,21 +11,21 @@ from collections.abc import Callable, Sequence
 from sidecast.errors import SidecastError
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.bf16 import BF16_BYTES
-from sidecast.trainer.courier.client import (
+from sidecast.trainer.courier.client import NowcastClient
+from sidecast.trainer.courier.link import FIRST_BACKOFF_S, MAX_BACKOFF_S, Link
+from sidecast.trainer.courier.metrics import CourierMetrics
+from sidecast.trainer.courier.reconstruction import FP32_BYTES, Base, Reconstruction
+from sidecast.trainer.courier.refusals import (
     CorruptError,
-    NowcastClient,
     OutdatedError,
     RefusedError,
     ReopenError,
     ResendError,
     UnavailableError,
 )
-from sidecast.trainer.courier.link import FIRST_BACKOFF_S, MAX_BACKOFF_S, Link
-from sidecast.trainer.courier.metrics import CourierMetrics
-from sidecast.trainer.courier.reconstruction import FP32_BYTES, Base, Reconstruction
 from sidecast.trainer.courier.snapshot_outcomes import SnapshotFates
 from sidecast.trainer.courier.upload import Upload
-from sidecast.trainer.pipe.channel import Message
+from sidecast.trainer.pipe.messages import Message
 
 log = logging.getLogger(__name__)
 

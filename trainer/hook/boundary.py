@@ -18,22 +18,19 @@ from torch import Tensor
 from sidecast.errors import SidecastError
 from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.hook.acceptance import Verdict
 from sidecast.trainer.hook.application import Application
 from sidecast.trainer.hook.config import NowcasterConfig
-from sidecast.trainer.hook.decay import LearningRateWindow
-from sidecast.trainer.hook.events import NowcastEvent
 from sidecast.trainer.hook.inbox import Inbox
+from sidecast.trainer.hook.jump import LearningRateWindow, jump_weight
 from sidecast.trainer.hook.losses import LossMeter
 from sidecast.trainer.hook.messenger import Messenger
-from sidecast.trainer.hook.probation import Probation
-from sidecast.trainer.hook.reporting import Reporter
-from sidecast.trainer.hook.schedule import Schedule, jump_weight
+from sidecast.trainer.hook.probation import Probation, Verdict
+from sidecast.trainer.hook.reporting import NowcastEvent, Reporter, Totals
+from sidecast.trainer.hook.schedule import Schedule
 from sidecast.trainer.hook.staging import Stager, side_stream
-from sidecast.trainer.hook.totals import Totals
 from sidecast.trainer.hook.vote import Ballot, Decision, Votes
 from sidecast.trainer.partitions import Partition, RollbackCopy
-from sidecast.trainer.pipe.prediction import HeldPrediction
+from sidecast.trainer.pipe.messages import HeldPrediction
 
 log = logging.getLogger(__name__)
 

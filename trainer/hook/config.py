@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from sidecast.errors import ConfigError
 from sidecast.horizon import MAX_POWER, MIN_POWER
-from sidecast.protos.transport import BULK_ENVIRONMENT
 
 Section = TypeVar("Section")
 
@@ -235,12 +233,6 @@ class NowcasterConfig:
         if self.replay_dir is not None:
             check("replay_dir", self.replay_dir, Path(self.replay_dir).is_dir(), "an existing folder")
             check("record_dir", self.record_dir, self.record_dir is None, "null, since replay_dir is set")
-
-
-def courier_environment() -> dict[str, str]:
-    """What a courier inherits: paths and locale. It needs no device, and no rank variables of the launcher."""
-    kept = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "LANG", "LC_ALL", "HOME", "TMPDIR")
-    return {name: os.environ[name] for name in kept if name in os.environ} | BULK_ENVIRONMENT
 
 
 def parse_section(section: Mapping[str, Any]) -> NowcasterConfig:

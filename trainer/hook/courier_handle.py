@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sidecast.trainer.hook.config import courier_environment
+from sidecast.protos.transport import BULK_ENVIRONMENT
 from sidecast.trainer.pipe.buffers import SharedBuffer
-from sidecast.trainer.pipe.channel import Channel, ChannelClosedError, Message
+from sidecast.trainer.pipe.channel import Channel, ChannelClosedError
+from sidecast.trainer.pipe.messages import Message
 
 log = logging.getLogger(__name__)
 
@@ -248,3 +249,9 @@ class CourierHandle:
         for buffer in (*self.slots, self.prediction):
             buffer.close()
         self.slots = []
+
+
+def courier_environment() -> dict[str, str]:
+    """What a courier inherits: paths and locale. It needs no device, and no rank variables of the launcher."""
+    kept = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "LANG", "LC_ALL", "HOME", "TMPDIR")
+    return {name: os.environ[name] for name in kept if name in os.environ} | BULK_ENVIRONMENT

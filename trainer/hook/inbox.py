@@ -8,8 +8,7 @@ import time
 from sidecast.trainer.hook.messenger import Messenger
 from sidecast.trainer.hook.reporting import Reporter
 from sidecast.trainer.hook.staging import as_tensor
-from sidecast.trainer.pipe.channel import Message
-from sidecast.trainer.pipe.prediction import HeldPrediction
+from sidecast.trainer.pipe.messages import HeldPrediction, Message
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.hook.events import NowcastEvent
 from sidecast.trainer.hook.jump import merge
+from sidecast.trainer.hook.reporting import NowcastEvent
 from sidecast.trainer.partitions import Partition, RollbackCopy
 from sidecast.trainer.pipe.apply_log import read_delta, read_log
 

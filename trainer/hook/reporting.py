@@ -3,14 +3,63 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-from sidecast.trainer.hook.events import EventKind, NowcastEvent
 from sidecast.trainer.hook.messenger import Messenger
 from sidecast.trainer.hook.probation import Probation
-from sidecast.trainer.hook.totals import Totals
+
+EventKind = Literal[
+    "staged",
+    "dropped",
+    "committed",
+    "applied",
+    "accepted",
+    "rolled_back",
+    "rollback_delayed",
+    "rejected",
+    "failed",
+    "suspended",
+    "connected",
+    "disconnected",
+]
+
+
+@dataclass(frozen=True)
+class NowcastEvent:
+    """One thing that happened.
+
+    Attributes:
+        kind: What. A nowcast that was made and not applied is ``rejected``, one that was never made ``failed``; a
+            rollback that had to be put off until every rank can carry it out is ``rollback_delayed``.
+        step: The optimizer step at which this rank learned of it.
+        details: Numbers and reasons; for ``applied``: version, base_step, staleness_steps, horizon_intervals,
+            weight, digest, relative_norm, nowcast_s.
+    """
+
+    kind: EventKind
+    step: int
+    details: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass
+class Totals:
+    """Since the hook was attached; seconds, bytes and counts, and the seconds of each nowcast."""
+
+    blocked_s: float = 0.0
+    staging_s: float = 0.0
+    bytes_uploaded: int = 0
+    bytes_fetched: int = 0
+    num_staged: int = 0
+    num_committed: int = 0
+    num_dropped: int = 0
+    num_applied: int = 0
+    num_accepted: int = 0
+    num_rolled_back: int = 0
+    num_rejected: int = 0
+    num_failed: int = 0
+    nowcast_s: list[float] = field(default_factory=list)
 
 
 class Reporter:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sidecast.trainer.hook.messenger import Messenger
 from sidecast.trainer.partitions import Partition, StalePartitionError
 from sidecast.trainer.pipe.buffers import SharedBuffer
-from sidecast.trainer.pipe.channel import Message
+from sidecast.trainer.pipe.messages import Message
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.hook.start import is_disabled, start
 from sidecast.trainer.hook.training_run import Trainee, model_config_of
 from sidecast.trainer.partitions import partition_of
-from sidecast.trainer.partitions.engine_facts import applied_steps, nowcaster_section, zero_stage
+from sidecast.trainer.partitions.deepspeed import applied_steps, nowcaster_section, zero_stage
 
 CLIENT_STATE_KEY = "sidecast"
 

@@ -19,7 +19,7 @@ from sidecast.trainer.hook.start import is_disabled, start
 from sidecast.trainer.integrations.deepspeed import put_on
 from sidecast.trainer.integrations.replicas import replica_of
 from sidecast.trainer.integrations.settings import choose_settings
-from sidecast.trainer.partitions.engine_facts import nowcaster_section
+from sidecast.trainer.partitions.deepspeed import nowcaster_section
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from sidecast.predictors.jump_norm import jump_norm
 from sidecast.predictors.passes import PassPredictor
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.pipe.buffers import SharedBuffer
-from sidecast.trainer.pipe.channel import Message
+from sidecast.trainer.pipe.messages import Message
 
 log = logging.getLogger(__name__)
 

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from sidecast.errors import SidecastError
 from sidecast.trainer.partitions.fragments import Fragment
+
+_NEEDED_STATES = ("hp_params", "lp_params", "optim_states")
+
+
+class StalePartitionError(SidecastError):
+    """The optimizer's tensors changed since the partition was made; ``partition_of(engine)`` makes a new one."""
+
+
+def require_loaded(optimizer: Any) -> None:
+    """Refuses an optimizer whose tensors ``engine.offload_states()`` has taken away.
+
+    Raises:
+        StalePartitionError: Naming what is away.
+    """
+    away = {state.name for state in getattr(optimizer, "offloaded_states", ())}.intersection(_NEEDED_STATES)
+    if away:
+        raise StalePartitionError(
+            f"engine.offload_states() took away {', '.join(sorted(away))}; engine.reload_states() brings them back"
+        )
 
 
 class Layout(Protocol):

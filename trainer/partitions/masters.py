@@ -12,10 +12,9 @@ from sidecast.protos.shards import ShardSpec, total_elements
 from sidecast.trainer.partitions.contract import MergeMode
 from sidecast.trainer.partitions.fragments import Run, runs_of
 from sidecast.trainer.partitions.host_copy import copy_to_host
-from sidecast.trainer.partitions.layout import Layout
+from sidecast.trainer.partitions.layout import Layout, StalePartitionError
 from sidecast.trainer.partitions.optimizer_state import OptimizerState
 from sidecast.trainer.partitions.rollback import RollbackCopy
-from sidecast.trainer.partitions.staleness import StalePartitionError
 from sidecast.trainer.partitions.trainable import TrainableParameters
 
 # Large enough to hide the cost of a call, small enough to stay in a core's cache.

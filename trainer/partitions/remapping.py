@@ -11,8 +11,8 @@ from sidecast.errors import ConfigError
 from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.partitions.contract import MergeMode, Partition
+from sidecast.trainer.partitions.layout import StalePartitionError
 from sidecast.trainer.partitions.rollback import RollbackCopy
-from sidecast.trainer.partitions.staleness import StalePartitionError
 
 
 class RemappingPartition:

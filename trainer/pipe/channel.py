@@ -12,15 +12,14 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+
+from sidecast.trainer.pipe.messages import Message
 
 _LENGTH = struct.Struct("<I")
 # What a courier that does not read may leave unread here; a stopped one gets a few messages per snapshot.
 MAX_UNSENT_BYTES = 16 << 20
 _READ_BYTES = 1 << 16
-
-Message = Mapping[str, Any]
 
 
 class ChannelClosedError(Exception):

@@ -10,8 +10,8 @@ from sidecast.errors import ConfigError
 from sidecast.predictors.device import check_device, open_device
 from sidecast.predictors.nino.block_parts import PartLimits
 from sidecast.predictors.nino.compiled import cpu_kernels
+from sidecast.predictors.nino.features import FeatureReader, ScaledReader
 from sidecast.predictors.nino.kernels import Kernels
-from sidecast.predictors.scaling_pass import FeatureReader, ScaledReader
 from sidecast.predictors.state_reader import StateReader
 
 PRECISIONS = {

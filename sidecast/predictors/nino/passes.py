@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from sidecast.predictors.nino.block_parts import BlockPart
+from sidecast.predictors.nino.features import FeatureReader
 from sidecast.predictors.nino.fusion import Affine, FusedNino, HiddenLayer
 from sidecast.predictors.nino.kernels import Kernels, Layer
 from sidecast.predictors.passes import Found, PartContext, WritingPass
-from sidecast.predictors.scaling_pass import SCALES, FeatureReader, found_scale
+from sidecast.predictors.scaling_pass import SCALES, found_scale
 from sidecast.predictors.step_length import StepLength, step_length
 from sidecast.scaling import EPSILON
 

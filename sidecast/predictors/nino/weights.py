@@ -1,4 +1,4 @@
-"""Reads and writes the weights of trained predictors; nothing executable is ever loaded."""
+"""Reads and writes the weights of NiNo and WNN+ networks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sidecast.errors import ConfigError
 from sidecast.predictors.nino.config import NinoConfig
+from sidecast.predictors.weights import load_tensors
 
 _METADATA_KEY = "sidecast.nino"
 _PUBLISHED_CONTEXT_LEN = 5
@@ -60,37 +59,10 @@ def load_weights(path: Path) -> NinoWeights:
     return NinoWeights(_stated_config(path, metadata) or _published_config(str(path), tensors), tensors, str(path))
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Loads the fp32 tensors of a weights file of any network, and the metadata of a safetensors file.
-
-    Raises:
-        ConfigError: The file is missing, unreadable or holds something else.
-    """
-    if not path.is_file():
-        raise ConfigError(f"weights file {path} does not exist; expected a .pt, .pth or .safetensors file")
-    metadata: dict[str, str] = {}
-    if path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
-    elif path.suffix in {".pt", ".pth"}:
-        tensors = _read_pickle(path)
-    else:
-        raise ConfigError(f"weights file {path} ends in {path.suffix!r}; allowed: .pt, .pth, .safetensors")
-    return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}, metadata
-
-
 def save_weights(path: Path, weights: NinoWeights) -> None:
     """Writes a network as a safetensors file that ``load_weights`` reads back with its hyper-parameters."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in weights.tensors.items()}
     save_file(tensors, path, metadata={_METADATA_KEY: json.dumps(asdict(weights.config))})
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        raise ConfigError(f"weights file {path} is not a readable safetensors file: {error}") from error
 
 
 def _stated_config(path: Path, metadata: Mapping[str, str]) -> NinoConfig | None:
@@ -100,22 +72,6 @@ def _stated_config(path: Path, metadata: Mapping[str, str]) -> NinoConfig | None
         return NinoConfig(**json.loads(metadata[_METADATA_KEY]))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"weights file {path}: bad {_METADATA_KEY!r} metadata: {error}") from error
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        content: Any = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a file that is no pickle can fail anywhere in the unpickler
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"weights file {path} cannot be loaded as plain tensors: {reason}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
-        raise ConfigError(
-            f"weights file {path} holds {found}; expected a dictionary of tensors, or one under 'state_dict'"
-        )
-    return content
 
 
 def _published_config(source: str, tensors: Mapping[str, Tensor]) -> NinoConfig:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 import sidecast
 from sidecast.trainer.hook.boundary import Nowcaster
-from sidecast.trainer.hook.events import NowcastEvent
 from sidecast.trainer.hook.replay import Replayer
+from sidecast.trainer.hook.reporting import NowcastEvent
 from sidecast.trainer.integrations.deepspeed import nowcaster_of
 from tests.integration.workers.tiny_job import new_engine, start_process_group, train
 

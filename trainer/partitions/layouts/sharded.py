@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.partitions.fragments import Fragment
-from sidecast.trainer.partitions.staleness import require_loaded
+from sidecast.trainer.partitions.layout import require_loaded
 from sidecast.trainer.partitions.trainable import TrainableParameters
 
 

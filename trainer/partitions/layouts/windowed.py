@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.partitions.fragments import Fragment
-from sidecast.trainer.partitions.staleness import StalePartitionError, require_loaded
+from sidecast.trainer.partitions.layout import StalePartitionError, require_loaded
 from sidecast.trainer.partitions.trainable import TrainableParameters
 
 

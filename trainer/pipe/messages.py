@@ -1,10 +1,12 @@
-"""The prediction that this rank holds and may vote for."""
+"""What a rank and its courier say to each other."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
-from sidecast.trainer.pipe.channel import Message
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
