@@ -8,13 +8,7 @@ from typing import Any
 
 import torch
 
-from sidecast.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointFormat,
-    StoredTensor,
-    read_json_object,
-    step_of_name,
-)
+from sidecast.checkpoints.checkpoint import Checkpoint, CheckpointFormat, StoredTensor, read_json_object, step_of_name
 from sidecast.checkpoints.safetensors_file import read_metadata, stored_tensors
 from sidecast.errors import ConfigError
 

@@ -8,14 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecast.protos.codec import (
-    ChunkFrame,
-    CodecError,
-    buffer_digest,
-    decode_chunk,
-    encode_chunk,
-    split_chunks,
-)
+from sidecast.protos.codec import ChunkFrame, CodecError, buffer_digest, decode_chunk, encode_chunk, split_chunks
 from sidecast.protos.nowcast_pb2 import Chunk, ChunkKey
 
 UINT32 = st.integers(0, 2**32 - 1)
