@@ -26,12 +26,8 @@ lint: $(VENV)/.installed ## ruff: style, errors and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy cannot follow the editable install's package-dir mapping; a farm of links shows it the installed layout.
 types: $(VENV)/.installed ## mypy
-	@mkdir -p build/types/sidecast
-	@ln -sfn $(CURDIR)/sidecast/* build/types/sidecast/
-	@for part in trainer nowcaster_service protos; do ln -sfn $(CURDIR)/$$part build/types/sidecast/$$part; done
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p sidecast
+	$(BIN)/mypy -p sidecast
 
 proto: $(VENV)/.installed ## regenerate protos/*_pb2*
 	$(BIN)/python protos/generate.py

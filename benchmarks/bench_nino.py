@@ -23,11 +23,11 @@ import torch
 
 from benchmarks.nino_cases import SHAPES, measure, random_history
 from sidecast.predictors.base import Predictor
-from sidecast.predictors.graph_cache import GraphCache
-from sidecast.predictors.nino import NinoPredictor
-from sidecast.predictors.nino_compiled import compiled_tiles
-from sidecast.predictors.nino_plain import PlainNinoPredictor
-from sidecast.predictors.weights import load_weights
+from sidecast.predictors.nino.compiled import compiled_tiles
+from sidecast.predictors.nino.graph_cache import GraphCache
+from sidecast.predictors.nino.plain import PlainNinoPredictor
+from sidecast.predictors.nino.predictor import NinoPredictor
+from sidecast.predictors.nino.weights import load_weights
 
 HORIZON_INTERVALS = 20
 HIDDEN_DIM = 128

@@ -28,11 +28,11 @@ from torch import Tensor
 from benchmarks.llama_sizes import LLAMA_SIZES, LlamaSize
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import History
-from sidecast.predictors.graph_cache import GraphCache
-from sidecast.predictors.nino import NinoPredictor
-from sidecast.predictors.nino_config import NinoConfig
+from sidecast.predictors.nino.config import NinoConfig
+from sidecast.predictors.nino.graph_cache import GraphCache
+from sidecast.predictors.nino.predictor import NinoPredictor
+from sidecast.predictors.nino.weights import NinoWeights, load_weights
 from sidecast.predictors.passes import PartContext, run_pass
-from sidecast.predictors.weights import NinoWeights, load_weights
 
 HORIZON_INTERVALS = 20
 FLOPS_PER_PARAMETER = 102_000
@@ -159,7 +159,7 @@ def make_predictor(weights: NinoWeights, graphs: GraphCache, device: torch.devic
     """The predictor with GPU kernels; without a GPU they run in Triton's interpreter."""
     if device.type == "cuda":
         return NinoPredictor(weights, graphs=graphs, device=str(device), precision=precision)
-    from sidecast.predictors.nino_backend import triton_backend
+    from sidecast.predictors.nino.backend import triton_backend
 
     backend = triton_backend(device, precision, weights.config.context_len)
     return NinoPredictor(weights, graphs=graphs, backend=backend)

@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 @contextmanager
 def service(folder: Path) -> Iterator[str]:
     """A service of its own, at the lowest priority: it would be on another host."""
-    command = ["nice", "-n", "19", sys.executable, "-m", "sidecast.nowcaster_service.cli", "serve", "--port", "0"]
+    command = ["nice", "-n", "19", sys.executable, "-m", "sidecast.commands", "serve", "--port", "0"]
     with (folder / "service.log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--history-dir", str(folder / "history")], stdout=subprocess.PIPE, stderr=log, text=True

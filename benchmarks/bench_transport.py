@@ -34,19 +34,19 @@ from prometheus_client import CollectorRegistry
 from benchmarks.tcp_peer import TcpClient, serve_tcp
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.config import ServiceConfig
-from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorAnswer, PredictorRequest
 from sidecast.nowcaster_service.server import create_server
 from sidecast.nowcaster_service.servicer import Servicer
+from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import decode_chunk, encode_chunk
 from sidecast.protos.shards import ShardSpec
 from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
-from sidecast.trainer.nowcast.buffers import SharedBuffer
-from sidecast.trainer.nowcast.client import ClientConfig, NowcastClient, open_request
-from sidecast.trainer.nowcast.config import courier_environment
-from sidecast.trainer.nowcast.upload import Upload
+from sidecast.trainer.courier.client import ClientConfig, NowcastClient, open_request
+from sidecast.trainer.courier.upload import Upload
+from sidecast.trainer.hook.courier_handle import courier_environment
+from sidecast.trainer.pipe.buffers import SharedBuffer
 
 MIB = 1 << 20
 PARAMETER_BYTES = 32 * MIB

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service.file_workspace import predict_with_files
 from sidecast.predictors.base import History, Predictor
+from sidecast.predictors.file_workspace import predict_with_files
 
 CONTEXT_LEN = 5
 

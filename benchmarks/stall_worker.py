@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sidecast
-from sidecast.trainer.nowcast.attach import nowcaster_of
-from sidecast.trainer.nowcast.hook import Nowcaster
+from sidecast.trainer.hook.boundary import Nowcaster
+from sidecast.trainer.integrations.deepspeed import nowcaster_of
 
 CONTEXT_LEN = 5
 

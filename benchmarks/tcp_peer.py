@@ -6,7 +6,7 @@ import socket
 import struct
 from zlib import crc32
 
-from sidecast.nowcaster_service.history import FP32_BYTES, HistoryStore, VectorFile
+from sidecast.nowcaster_service.vector_store import FP32_BYTES, HistoryStore, VectorFile
 
 UPLOAD, DOWNLOAD = b"u", b"d"
 DONE = b"k"

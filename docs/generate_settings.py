@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SOURCE = REPOSITORY / "trainer" / "nowcast" / "config.py"
+SOURCE = REPOSITORY / "trainer" / "hook" / "config.py"
 PAGE = REPOSITORY / "docs" / "settings.md"
 BEGIN, END = "<!-- generated: begin -->\n", "<!-- generated: end -->\n"
 TITLES = {"NowcasterConfig": "nowcaster", "HorizonConfig": "nowcaster.horizon", "TimeoutConfig": "nowcaster.timeouts"}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import sidecast
-from sidecast.trainer.nowcast.attach import nowcaster_of
+from sidecast.trainer.integrations.deepspeed import nowcaster_of
 
 
 def main() -> None:

@@ -15,9 +15,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from sidecast.errors import ConfigError
 from sidecast.nowcaster_service.config import ServiceConfig
-from sidecast.nowcaster_service.engine import DividedRunner
+from sidecast.nowcaster_service.engine_pool import DividedRunner
 from sidecast.nowcaster_service.errors import AddressError
-from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import (
     NowcastAnswer,
@@ -28,6 +27,7 @@ from sidecast.nowcaster_service.nowcasting import (
 )
 from sidecast.nowcaster_service.server import create_server
 from sidecast.nowcaster_service.servicer import Servicer
+from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos.transport import BULK_ENVIRONMENT
 
 EXPIRY_INTERVAL_S = 30.0

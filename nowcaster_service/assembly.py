@@ -9,7 +9,7 @@ import numpy as np
 
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.errors import MalformedError
-from sidecast.nowcaster_service.history import FP32_BYTES
+from sidecast.nowcaster_service.vector_store import FP32_BYTES
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.bf16 import BF16_BYTES, from_bf16
 from sidecast.protos.shards import ShardSpec

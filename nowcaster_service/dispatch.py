@@ -8,8 +8,8 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorRequest
+from sidecast.nowcaster_service.session import Session
 from sidecast.nowcaster_service.session_events import NowcastTask, Prediction
-from sidecast.nowcaster_service.sessions import Session
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sidecast.errors import SidecastError
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service.file_workspace import predict_with_files
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
 from sidecast.predictors.base import ModelPredictor, Predictor
+from sidecast.predictors.file_workspace import predict_with_files
 from sidecast.predictors.jump_norm import jump_norm
 from sidecast.predictors.passes import PassPredictor
 from sidecast.predictors.registry import create_predictor, takes_option

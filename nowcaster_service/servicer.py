@@ -13,9 +13,9 @@ from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.dispatch import Dispatcher, Predictions
 from sidecast.nowcaster_service.errors import MalformedError
 from sidecast.nowcaster_service.handover import Handover
-from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.session_table import SessionTable
+from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame
 from sidecast.protos.shards import ShardSpec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sidecast.nowcaster_service.history import VectorFile
+from sidecast.nowcaster_service.vector_store import VectorFile
 from sidecast.protos import nowcast_pb2 as pb
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sidecast.horizon import horizon_at
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service.history import FP32_BYTES
+from sidecast.nowcaster_service.vector_store import FP32_BYTES
 
 # A second snapshot may begin before the last rank has finished the first; a third means that somebody gave up.
 MAX_RECEIVING = 2

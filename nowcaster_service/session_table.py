@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 
 from sidecast.nowcaster_service.errors import MalformedError, SaturatedError, UnknownSessionError, WrongStateError
-from sidecast.nowcaster_service.history import HistoryStore
 from sidecast.nowcaster_service.metrics import ServiceMetrics
+from sidecast.nowcaster_service.session import Session
 from sidecast.nowcaster_service.session_events import Event, FailureEvent, Prediction, SnapshotEvent, event_message
 from sidecast.nowcaster_service.session_settings import SessionSettings
-from sidecast.nowcaster_service.sessions import Session
+from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 
 log = logging.getLogger(__name__)

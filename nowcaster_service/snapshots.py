@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
 
-from sidecast.nowcaster_service.history import VectorFile
+from sidecast.nowcaster_service.vector_store import VectorFile
 
 
 class SnapshotState(Enum):

@@ -8,16 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sidecast.trainer.integrations.deepspeed import attach as attach
     from sidecast.trainer.integrations.huggingface import NowcastCallback as NowcastCallback
     from sidecast.trainer.integrations.lightning import LightningNowcastCallback as LightningNowcastCallback
     from sidecast.trainer.integrations.optimizer import NowcastOptimizer as NowcastOptimizer
-    from sidecast.trainer.nowcast.attach import attach as attach
 
 __all__ = ["LightningNowcastCallback", "NowcastCallback", "NowcastOptimizer", "attach"]
 
 # Lazy, because the service and the courier import this package without torch or DeepSpeed.
 _HOMES = {
-    "attach": ("sidecast.trainer.nowcast.attach", "trainer"),
+    "attach": ("sidecast.trainer.integrations.deepspeed", "trainer"),
     "NowcastCallback": ("sidecast.trainer.integrations.huggingface", "huggingface"),
     "LightningNowcastCallback": ("sidecast.trainer.integrations.lightning", "lightning"),
     "NowcastOptimizer": ("sidecast.trainer.integrations.optimizer", "trainer"),

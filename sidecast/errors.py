@@ -7,3 +7,7 @@ class SidecastError(Exception):
 
 class ConfigError(SidecastError, ValueError):
     """A setting, file or model that a user gave cannot be used."""
+
+
+class NoRoomError(SidecastError):
+    """Memory or a disk has no room for what is needed; the message says how much that is."""

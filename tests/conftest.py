@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import delays
 import pytest
+
+from tests.support import delays
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Published weights and golden cases are not ours to commit; this is where our own machines keep them.
@@ -19,6 +20,9 @@ NINO_DATA = Path(os.environ.get("SIDECAST_NINO_DATA", REPOSITORY.parent / "share
 # the one installed here, and each of them takes what the other has built for out of date: a minute of compiling.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".cache" / "torch_extensions"))
+
+# Programs that tests start import what the tests share, as the tests do.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 
 if not Path("/dev/nvidiactl").exists():
     # Without a GPU, Triton kernels run in its interpreter. Triton reads this when it is first imported, by whomever.

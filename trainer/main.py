@@ -23,16 +23,16 @@ from pydantic import ValidationError
 
 import sidecast
 from sidecast.errors import ConfigError, SidecastError
-from sidecast.trainer import checkpoints
-from sidecast.trainer.config import JobConfig, load_config
-from sidecast.trainer.corpus import Corpus, load_corpus
-from sidecast.trainer.data import DataOrder
-from sidecast.trainer.loop import TrainingLoop
-from sidecast.trainer.models import build_model
-from sidecast.trainer.parent_death import die_with_parent
-from sidecast.trainer.progress import ProgressBar
-from sidecast.trainer.run_log import RunLog, Sink
-from sidecast.trainer.schedules import lr_scheduler
+from sidecast.trainer.job import checkpoints
+from sidecast.trainer.job.config import JobConfig, load_config
+from sidecast.trainer.job.corpus import Corpus, load_corpus
+from sidecast.trainer.job.data import DataOrder
+from sidecast.trainer.job.loop import TrainingLoop
+from sidecast.trainer.job.models import build_model
+from sidecast.trainer.job.parent_death import die_with_parent
+from sidecast.trainer.job.progress import ProgressBar
+from sidecast.trainer.job.run_log import RunLog, Sink
+from sidecast.trainer.job.schedules import lr_scheduler
 
 EXIT_REFUSED = 2
 # Flag, the key that it sets, its type and its help; everything else is reached with --set.
@@ -193,7 +193,7 @@ def _attach(engine: Any, config: JobConfig, stack: ExitStack) -> Any:
     section = config.deepspeed.get("nowcaster")
     if section is None or section.get("enabled") is False:
         return None
-    from sidecast.trainer.nowcast.attach import nowcaster_of
+    from sidecast.trainer.integrations.deepspeed import nowcaster_of
 
     nowcaster = nowcaster_of(sidecast.attach(engine))
     if nowcaster is not None:

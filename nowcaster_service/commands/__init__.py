@@ -1,1 +1,1 @@
-"""One module per ``sidecast`` subcommand, each with ``add_parser`` and ``run``."""
+"""The subcommands of ``sidecast`` that are the service's."""

@@ -21,9 +21,9 @@ _BUILT_IN = {
     "outer_nesterov": "sidecast.predictors.outer_nesterov:OuterNesterovPredictor",
     "rank1": "sidecast.predictors.rank1:Rank1Predictor",
     "wnn": "sidecast.predictors.wnn:create",
-    "nino": "sidecast.predictors.nino:create",
-    "wnn_plus": "sidecast.predictors.nino:create_wnn_plus",
-    "nino_plain": "sidecast.predictors.nino_plain:create",
+    "nino": "sidecast.predictors.nino.predictor:create",
+    "wnn_plus": "sidecast.predictors.nino.predictor:create_wnn_plus",
+    "nino_plain": "sidecast.predictors.nino.plain:create",
 }
 
 

@@ -1,19 +1,14 @@
-"""The first pass of every trained predictor, which finds the scale of each parameter tensor, and what reads with it.
-
-Shape suffixes: C context, F kernel elements, S source nodes, T target nodes.
-"""
+"""The first pass of every trained predictor, which finds the scale of each parameter tensor."""
 
 from __future__ import annotations
 
 from math import isfinite
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import non_finite
-from sidecast.predictors.block_parts import BlockPart
 from sidecast.predictors.passes import Found, Part, PartContext
 from sidecast.predictors.state_reader import StateReader
 from sidecast.scaling import Moments, Scale, moment_sums
@@ -64,38 +59,6 @@ def found_scale(part: Part, context: PartContext) -> Scale:
     assert part.fqn is not None
     mean, std = context.found[SCALES][context.manifest.rows[part.fqn]].tolist()
     return Scale(mean, std)
-
-
-class FeatureReader(Protocol):
-    """Reads the edges of a graph in scaled space."""
-
-    def features(self, part: BlockPart, context: PartContext) -> Tensor:
-        """Edge features of a part, (F x C, T, S) fp32, kernel-element-major; structural edges have C."""
-        ...
-
-
-class ScaledReader:
-    """Edge features by torch, contiguous along the sources.
-
-    Args:
-        context_len: States of each parameter, and features of each structural edge.
-        reader: Brings states to where they are needed.
-    """
-
-    def __init__(self, context_len: int, reader: StateReader) -> None:
-        self._context_len = context_len
-        self._reader = reader
-
-    def features(self, part: BlockPart, context: PartContext) -> Tensor:
-        """See ``FeatureReader.features``."""
-        if part.view is None:
-            return torch.full((self._context_len, *part.grid), part.constant)
-        states = self._reader.read(part, context)
-        features_FCTS = torch.empty(part.num_kernel_elements, self._context_len, *part.grid)
-        for position, state_TSF in enumerate(states):
-            features_FCTS[:, position] = state_TSF.permute(2, 0, 1)
-        scale = found_scale(part, context)
-        return features_FCTS.sub_(scale.mean).mul_(scale.inverse).flatten(0, 1)
 
 
 def _pivot(context: PartContext, fqn: str) -> Tensor:

@@ -11,17 +11,17 @@ from torch import Tensor
 from sidecast.errors import ConfigError
 from sidecast.graphs.topology import Block, BlockKind, EdgeType, NodeRange, ParameterView, Topology
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service.file_workspace import FileWorkspace
-from sidecast.predictors import block_parts
 from sidecast.predictors.base import History, Predictor
-from sidecast.predictors.graph_cache import GraphCache, NeuralGraph
-from sidecast.predictors.nino import NinoPredictor
-from sidecast.predictors.nino_backend import cpu_backend
-from sidecast.predictors.nino_config import NinoConfig
-from sidecast.predictors.nino_kernels import CpuKernels
-from sidecast.predictors.nino_plain import PlainNinoPredictor
+from sidecast.predictors.file_workspace import FileWorkspace
+from sidecast.predictors.nino import block_parts
+from sidecast.predictors.nino.backend import cpu_backend
+from sidecast.predictors.nino.config import NinoConfig
+from sidecast.predictors.nino.graph_cache import GraphCache, NeuralGraph
+from sidecast.predictors.nino.kernels import CpuKernels
+from sidecast.predictors.nino.plain import PlainNinoPredictor
+from sidecast.predictors.nino.predictor import NinoPredictor
+from sidecast.predictors.nino.weights import NinoWeights
 from sidecast.predictors.passes import predict_in_passes
-from sidecast.predictors.weights import NinoWeights
 
 SHAPES = [
     ("dense", [7, 5]),

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from nino_goldens import GoldenPrediction
 from torch import Tensor
 
-from sidecast.predictors import nino_compiled
-from sidecast.predictors.nino import NinoPredictor
-from sidecast.predictors.nino_compiled import CompiledKernels, compiled_tiles, cpu_kernels, multiplies_bf16
-from sidecast.predictors.nino_fusion import Affine
-from sidecast.predictors.nino_kernels import CpuKernels, Layer
-from sidecast.predictors.weights import load_weights
+from sidecast.predictors.nino import compiled as nino_compiled
+from sidecast.predictors.nino.compiled import CompiledKernels, compiled_tiles, cpu_kernels, multiplies_bf16
+from sidecast.predictors.nino.fusion import Affine
+from sidecast.predictors.nino.kernels import CpuKernels, Layer
+from sidecast.predictors.nino.predictor import NinoPredictor
+from sidecast.predictors.nino.weights import load_weights
+from tests.support.nino_goldens import GoldenPrediction
 
 
 @pytest.fixture

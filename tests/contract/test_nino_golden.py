@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from nino_goldens import GOLDEN_NAMES, GoldenPrediction
 
-from sidecast.predictors.nino import NinoPredictor
-from sidecast.predictors.nino_plain import PlainNinoPredictor
-from sidecast.predictors.weights import load_weights
+from sidecast.predictors.nino.plain import PlainNinoPredictor
+from sidecast.predictors.nino.predictor import NinoPredictor
+from sidecast.predictors.nino.weights import load_weights
+from tests.support.nino_goldens import GOLDEN_NAMES, GoldenPrediction
 
 
 @pytest.fixture(params=GOLDEN_NAMES)

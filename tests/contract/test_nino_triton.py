@@ -9,15 +9,15 @@ from types import ModuleType
 import pytest
 import test_nino_any_graph as any_graph
 import torch
-from nino_goldens import GoldenPrediction
 
 from sidecast.errors import ConfigError
-from sidecast.predictors import nino_backend
-from sidecast.predictors.block_parts import PartLimits
-from sidecast.predictors.nino import NinoPredictor
-from sidecast.predictors.nino_fusion import Affine
-from sidecast.predictors.nino_kernels import CpuKernels, Layer
-from sidecast.predictors.weights import load_weights
+from sidecast.predictors.nino import backend as nino_backend
+from sidecast.predictors.nino.block_parts import PartLimits
+from sidecast.predictors.nino.fusion import Affine
+from sidecast.predictors.nino.kernels import CpuKernels, Layer
+from sidecast.predictors.nino.predictor import NinoPredictor
+from sidecast.predictors.nino.weights import load_weights
+from tests.support.nino_goldens import GoldenPrediction
 
 DIM = 32
 CPU = torch.device("cpu")
@@ -28,9 +28,9 @@ def nino_triton() -> ModuleType:
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels are compiled on this machine, and tested there by the tests that need a GPU")
-    from sidecast.predictors import nino_triton
+    from sidecast.predictors.nino import triton_kernels
 
-    return nino_triton
+    return triton_kernels
 
 
 def random_layers(num_features: int, num_targets: int, num_sources: int, num_layers: int) -> list[Layer]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-COMPILATION = Path(__file__).parents[1] / "triton_compilation.py"
+COMPILATION = Path(__file__).parents[1] / "support" / "triton_compilation.py"
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from golden_models import GoldenCase
 
 from sidecast.nowcaster_service.nowcasting import Nowcasting, PredictorRequest
+from tests.support.golden_models import GoldenCase
 
 
 @pytest.mark.parametrize(

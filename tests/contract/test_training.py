@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sidecast.graphs.export import edge_features, from_edges, to_edges
-from sidecast.predictors.nino import NinoPredictor
-from sidecast.predictors.nino_config import NinoConfig
-from sidecast.predictors.nino_network import NinoNetwork, build_network
-from sidecast.predictors.nino_plain import PlainNinoPredictor, scale_history
+from sidecast.predictors.nino.config import NinoConfig
+from sidecast.predictors.nino.network import NinoNetwork, build_network
+from sidecast.predictors.nino.plain import PlainNinoPredictor, scale_history
+from sidecast.predictors.nino.predictor import NinoPredictor
+from sidecast.predictors.nino.weights import NinoWeights, load_weights, save_weights
 from sidecast.predictors.registry import create_predictor
-from sidecast.predictors.weights import NinoWeights, load_weights, save_weights
 from sidecast.predictors.wnn import OPERATIONS, WnnConfig, WnnNetwork
 
 NUM_STEPS = 60

@@ -17,17 +17,17 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from faults import CONTEXT_LEN, INTERVAL_STEPS, PERIOD_STEPS, Fault, Phase
-from pacing import Pacer
 from torch import Tensor, nn
 
 import sidecast
 from sidecast.errors import ConfigError
 from sidecast.protos.shards import ShardSpec, total_elements
-from sidecast.trainer.nowcast.attach import nowcaster_of
-from sidecast.trainer.nowcast.events import NowcastEvent
-from sidecast.trainer.nowcast.partitions import partition_of
-from sidecast.trainer.nowcast.partitions.masters import MasterPartition
-from sidecast.trainer.nowcast.vote import NO_VERSION, Ballot, Decision, VoteBox
+from sidecast.trainer.hook.reporting import NowcastEvent
+from sidecast.trainer.hook.vote import NO_VERSION, Ballot, Decision, VoteBox
+from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from sidecast.trainer.partitions import partition_of
+from sidecast.trainer.partitions.masters import MasterPartition
+from tests.support.pacing import Pacer
 
 WORLD_SIZE = 2
 # Two matrices: a rank's part of them are several of the smallest chunks that a service sends.

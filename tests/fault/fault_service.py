@@ -16,7 +16,6 @@ from typing import Any
 import grpc
 from altered import CHUNK_ALTERATIONS, EVENT_ALTERATIONS, PREDICTION_ALTERATIONS, Messages
 from faults import PERIOD_STEPS, Call, Fault, Phase, Way
-from service_harness import RunningService
 
 from sidecast.nowcaster_service.handover import Handover, HandoverError
 from sidecast.nowcaster_service.nowcasting import (
@@ -32,6 +31,7 @@ from sidecast.nowcaster_service.vector_files import HistoryFiles
 from sidecast.predictors.base import Predictor
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, decode_chunk
+from tests.support.service_harness import RunningService
 
 # What happens to an upload or a fetch as it passes, once for each; all else strikes at some point of it.
 ALTERATIONS = {*CHUNK_ALTERATIONS, "change the memory", "lose the memory"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sidecast.trainer.children import Children, last_reason
+from sidecast.trainer.demo.children import Children, last_reason
 
 # A child that starts one of its own and ignores polite requests, as a hung rank does.
 STUBBORN = """
@@ -26,7 +26,7 @@ POLITE = STUBBORN.replace("signal.SIG_IGN", "signal.SIG_DFL")
 PARENT = """
 import os, signal, sys
 from pathlib import Path
-from sidecast.trainer.children import Children
+from sidecast.trainer.demo.children import Children
 # Whoever runs the tests in the background of a shell ignores it, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with Children() as children:
@@ -68,8 +68,8 @@ def test_children_end_with_their_parent(tmp_path: Path, number: signal.Signals) 
 def test_a_child_that_ignores_requests_is_killed_with_its_own_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sidecast.trainer.process_groups.LEADER_GRACE_S", 0.2)
-    monkeypatch.setattr("sidecast.trainer.process_groups.GROUP_GRACE_S", 0.2)
+    monkeypatch.setattr("sidecast.trainer.demo.process_groups.LEADER_GRACE_S", 0.2)
+    monkeypatch.setattr("sidecast.trainer.demo.process_groups.GROUP_GRACE_S", 0.2)
     with Children() as children:
         child = children.start("child", [sys.executable, "-c", STUBBORN], tmp_path / "child.log", os.environ)
         while "ready" not in child.log_path.read_text():

@@ -53,8 +53,7 @@ class Runs:
 def runs_in(folder: Path, **transfers: str) -> Iterator[Runs]:
     with pytest.MonkeyPatch.context() as patch:
         # Of the process that all others are forked from, when it starts.
-        paths = [os.environ.get("PYTHONPATH", ""), str(HERE), str(HERE.parent)]
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]]))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("DS_ACCELERATOR", "cpu")
         runs = Runs(folder, **transfers)

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from nino_goldens import GOLDEN_NAMES, GoldenPrediction
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sidecast.manifest import ModelManifest
-from sidecast.predictors import nino_backend
 from sidecast.predictors.base import History, Predictor
-from sidecast.predictors.block_parts import PartLimits
-from sidecast.predictors.nino import NinoPredictor
+from sidecast.predictors.nino import backend as nino_backend
+from sidecast.predictors.nino.block_parts import PartLimits
+from sidecast.predictors.nino.predictor import NinoPredictor
+from sidecast.predictors.nino.weights import load_weights
 from sidecast.predictors.registry import create_predictor
-from sidecast.predictors.weights import load_weights
 from sidecast.predictors.wnn import WnnConfig, WnnNetwork
+from tests.support.nino_goldens import GOLDEN_NAMES, GoldenPrediction
 
 pytestmark = [
     pytest.mark.gpu,

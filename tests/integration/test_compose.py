@@ -18,9 +18,9 @@ import grpc
 import pytest
 import yaml
 
-from sidecast.nowcaster_service.cli import build_parser
-from sidecast.trainer.config import load_config
-from sidecast.trainer.nowcast.config import NowcasterConfig
+from sidecast.commands.__main__ import build_parser
+from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.job.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEPLOY = REPOSITORY / "deploy"
@@ -78,7 +78,7 @@ def test_everything_copied_into_an_image_exists_and_is_in_the_context(dockerfile
 
 
 def test_every_package_and_the_readme_are_in_the_context() -> None:
-    for path in ("pyproject.toml", "README.md", "sidecast", "trainer", "nowcaster_service", "protos"):
+    for path in ("pyproject.toml", "README.md", "src", "sidecast", "trainer", "nowcaster_service", "protos"):
         assert is_in_context(path), path
     assert not is_in_context(".git")
     assert not is_in_context("tests")

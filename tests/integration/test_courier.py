@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import socket
 import threading
 import time
@@ -12,16 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from courier_harness import WAIT_S, hello, session, start_courier, until
-from service_harness import CHUNK_BYTES, MANIFEST, RunningService, chunks, open_request, state
 
-from sidecast.nowcaster_service.sessions import Session
+from sidecast.nowcaster_service.session import Session
 from sidecast.protos.bf16 import from_bf16, round_to_bf16
 from sidecast.protos.codec import ChunkFrame
-from sidecast.trainer.nowcast.channel import Message
-from sidecast.trainer.nowcast.client import ClientConfig, NowcastClient, UnavailableError
-from sidecast.trainer.nowcast.courier_handle import END_TIMEOUT_S, CourierHandle
-from sidecast.trainer.nowcast.record import read_delta, read_log
+from sidecast.trainer.courier.client import ClientConfig, NowcastClient
+from sidecast.trainer.courier.refusals import UnavailableError
+from sidecast.trainer.hook.courier_handle import CourierHandle
+from sidecast.trainer.pipe.apply_log import read_delta, read_log
+from tests.support.courier_calls import applied, predicted, settled, stage
+from tests.support.courier_harness import hello, session, start_courier, until
+from tests.support.relay import Relay
+from tests.support.service_harness import CHUNK_BYTES, MANIFEST, RunningService, chunks, open_request, state
 
 ALL = [(0, 0, 15), (1, 0, 40_000)]
 
@@ -40,41 +39,6 @@ def courier(service: RunningService, tmp_path: Path) -> Iterator[CourierHandle]:
         yield handle
     finally:
         handle.close()
-
-
-def stage(courier: CourierHandle, seed: int, step: int, epoch: int = 0) -> None:
-    slot = courier.take_slot()
-    assert slot is not None
-    courier.slots[slot].view[:] = state(seed).tobytes()
-    assert courier.post({"type": "snapshot", "slot": slot, "step": step, "epoch": epoch})
-
-
-def predicted(courier: CourierHandle, epoch: int = 0, first_step: int = 10) -> dict[str, object]:
-    stage(courier, 1, first_step, epoch)
-    assert until(courier, "sent")["reason"] == ""
-    stage(courier, 2, first_step + 10, epoch)
-    return dict(until(courier, "prediction"))
-
-
-def settled(courier: CourierHandle) -> Message:
-    """Waits until a snapshot is sent and committed, whichever is heard of first."""
-    seen: list[Message] = []
-    sent = until(courier, "sent", seen)
-    assert sent["reason"] == ""
-    if not any(message["type"] == "committed" for message in seen):
-        until(courier, "committed")
-    return sent
-
-
-def kill(courier: CourierHandle) -> None:
-    process = courier._process
-    assert process is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def applied(step: int) -> dict[str, object]:
-    return {"action": "applied", "step": step, "weight": 0.5}
 
 
 def test_a_window_goes_up_and_its_prediction_comes_down_and_is_recorded(courier: CourierHandle, tmp_path: Path) -> None:
@@ -234,64 +198,6 @@ def test_a_service_on_this_host_maps_the_buffers_and_no_bytes_travel(service: Ru
         courier.close()
 
 
-class Relay:
-    """A TCP relay to a service that cuts both ways once so many bytes have gone up, and serves again after.
-
-    Not before the service has taken something in: with the connection it would lose what it has not read.
-    """
-
-    def __init__(self, port: int, cut_after_bytes: int, has_arrived: threading.Event) -> None:
-        self._target = port
-        self._has_arrived = has_arrived
-        self._lock = threading.Lock()
-        self._left = cut_after_bytes
-        self.num_cuts = 0
-        self.bytes_up = 0
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                far = socket.create_connection(("127.0.0.1", self._target))
-                self._pairs.append((near, far))
-                threading.Thread(target=self._pump, args=(near, far, True), daemon=True).start()
-                threading.Thread(target=self._pump, args=(far, near, False), daemon=True).start()
-
-    def _pump(self, source: socket.socket, target: socket.socket, is_up: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 14):
-                target.sendall(data)
-                if is_up:
-                    self.bytes_up += len(data)
-                    self._left -= len(data)
-                    if self._left < 0 and self._has_arrived.wait(WAIT_S):
-                        self._cut_once()
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def _cut_once(self) -> None:
-        # Streams on several connections come here together.
-        with self._lock:
-            if self.num_cuts == 0:
-                self.num_cuts += 1
-                self.cut()
-
-    def cut(self) -> None:
-        for pair in self._pairs:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._listener.close()
-        self.cut()
-
-
 @pytest.mark.parametrize("channels", [1, 2])
 def test_an_upload_that_was_cut_off_goes_on_where_it_was(
     service: RunningService, channels: int, monkeypatch: pytest.MonkeyPatch
@@ -351,89 +257,6 @@ def test_a_throttled_upload_takes_its_time_and_is_no_fault(service: RunningServi
         courier.close()
 
 
-def test_a_killed_courier_is_replaced_and_a_held_prediction_stays(courier: CourierHandle, tmp_path: Path) -> None:
-    predicted(courier)
-    expected = (state(2) - state(1)).tobytes()
-    kill(courier)
-    assert until(courier, "died")["reason"] == "the courier ended with status -9"
-    until(courier, "connected")
-    assert courier.num_deaths == 1
-    assert bytes(courier.prediction.view) == expected
-    assert courier.prediction_is_held
-    courier.release_prediction(applied(24))
-    courier.close()
-    (entry,) = read_log(tmp_path / "record", 0)
-    assert read_delta(tmp_path / "record", entry, len(expected)) == expected
-
-
-def test_a_death_is_told_although_it_was_a_post_that_noticed_it(courier: CourierHandle) -> None:
-    kill(courier)
-    assert not courier.post({"type": "stats", "values": {}})
-    assert until(courier, "died")["reason"] == "the courier ended with status -9"
-    until(courier, "connected")
-    assert courier.num_deaths == 1
-
-
-def test_only_deaths_without_a_prediction_in_between_end_nowcasting(
-    courier: CourierHandle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sidecast.trainer.nowcast.courier_handle.MAX_DEATHS_IN_A_ROW", 1)
-    kill(courier)
-    until(courier, "connected")
-    predicted(courier)
-    kill(courier)
-    until(courier, "connected")
-    kill(courier)
-    until(courier, "died")
-    assert not courier.is_alive
-    assert courier.num_deaths == 3
-
-
-def test_an_applied_jump_is_recorded_although_the_courier_dies_before_it_hears_of_it(
-    courier: CourierHandle, tmp_path: Path
-) -> None:
-    predicted(courier)
-    process = courier._process
-    assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)
-    courier.release_prediction(applied(24))
-    kill(courier)
-    until(courier, "connected")
-    courier.close()
-    assert [entry["step"] for entry in read_log(tmp_path / "record", 0)] == [24]
-
-
-def test_a_stopped_courier_never_blocks_and_loses_nothing_that_matters(courier: CourierHandle) -> None:
-    predicted(courier)
-    process = courier._process
-    assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)
-    try:
-        are_posted = [
-            courier.post({"type": "stats", "values": {"step": step}}, may_be_lost=True) for step in range(20_000)
-        ]
-        assert are_posted[0]
-        assert not all(are_posted)
-        courier.release_prediction(None)
-        stage(courier, 3, 30)
-        stage(courier, 4, 40)
-        assert courier.take_slot() is None
-    finally:
-        os.kill(process.pid, signal.SIGCONT)
-    assert until(courier, "prediction")["version"] == 2
-    assert courier.num_deaths == 0
-
-
-def test_a_stopped_courier_does_not_hang_the_end_of_training(courier: CourierHandle) -> None:
-    process = courier._process
-    assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)
-    started_s = time.monotonic()
-    courier.close()
-    assert time.monotonic() - started_s < 2 * END_TIMEOUT_S
-    assert process.returncode == -signal.SIGKILL
-
-
 def test_a_listener_that_never_answers_does_not_delay_the_service_that_follows(tmp_path: Path) -> None:
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -459,11 +282,3 @@ def test_a_listener_that_never_answers_does_not_delay_the_service_that_follows(t
                 # gRPC's own limit for one attempt would be 20 s.
                 assert time.monotonic() - started_s < 12
     client.close()
-
-
-def test_an_end_leaves_no_process(courier: CourierHandle) -> None:
-    process = courier._process
-    assert process is not None
-    courier.close()
-    assert process.returncode == 0
-    courier.close()

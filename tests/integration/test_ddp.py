@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_runs import PERIOD_STEPS, SAVE_STEP
-from service_harness import RunningService
 
-RUNS = Path(__file__).with_name("ddp_runs.py")
+from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP
+from tests.support.service_harness import RunningService
+
+RUNS = Path(__file__).with_name("workers") / "ddp_runs.py"
 NUM_RANKS = 2
 TIMEOUT_S = 240
 

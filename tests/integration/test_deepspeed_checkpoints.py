@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sidecast.checkpoints.opening import open_checkpoint
 from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.checkpoints.opening import open_checkpoint
 
 CASES = (
     "stage0_fp32",
@@ -22,13 +22,13 @@ CASES = (
     "stage2_round_robin",
     "stage3_bf16",
 )
-WORKER = Path(__file__).with_name("save_zero_checkpoints.py")
+WORKER = Path(__file__).with_name("workers") / "save_zero_checkpoints.py"
 FROZEN_AND_BUFFERS = {"frozen.weight", "frozen.bias", "scale", "count"}
 
 PREDICT_WITHOUT_DEEPSPEED = """
 import argparse, sys
 sys.modules["deepspeed"] = None  # importing it now raises
-from sidecast.nowcaster_service.commands import predict
+from sidecast.commands import predict
 parser = argparse.ArgumentParser()
 predict.add_parser(parser.add_subparsers(required=True))
 for arguments in sys.stdin.read().splitlines():

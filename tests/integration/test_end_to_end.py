@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from outage_worker import PERIOD_STEPS
-from service_process import ServiceProcess, launch
-from snapshot_cases import CASES, SNAPSHOT_STEP
 
-HERE = Path(__file__).resolve().parent
+from tests.integration.workers.outage_worker import PERIOD_STEPS
+from tests.integration.workers.snapshot_cases import CASES, SNAPSHOT_STEP
+from tests.support.service_process import ServiceProcess, launch
+
+WORKERS = Path(__file__).resolve().with_name("workers")
 WORKER_TIMEOUT_S = 240
 LOOK_S = 0.05
 
@@ -46,7 +47,7 @@ class Attached:
 @pytest.fixture(scope="module")
 def attached(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Attached:
     folder = tmp_path_factory.mktemp("attached")
-    worker = launch(HERE / "attached_worker.py", service.address, str(folder), log=folder / "worker.log")
+    worker = launch(WORKERS / "attached_worker.py", service.address, str(folder), log=folder / "worker.log")
     assert worker.wait(WORKER_TIMEOUT_S) == 0, (folder / "worker.log").read_text()[-4000:]
     return Attached(folder, [path.read_bytes() for path in (service.history / "vectors").glob("*.f32")])
 
@@ -83,7 +84,7 @@ def outage(service: ServiceProcess, attached: Attached, tmp_path_factory: pytest
     assert attached.vectors
     folder = tmp_path_factory.mktemp("outage")
     port = service.port
-    worker = launch(HERE / "outage_worker.py", service.address, str(folder), log=folder / "worker.log")
+    worker = launch(WORKERS / "outage_worker.py", service.address, str(folder), log=folder / "worker.log")
     wait_for(folder, worker, "applied")
     service.kill()
     wait_for(folder, worker, "disconnected")

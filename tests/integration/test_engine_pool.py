@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import ray
 import torch
-from nino_goldens import GOLDEN_NAMES, GoldenPrediction
 from torch import Tensor
 
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service.engine import DividedRunner, EnginePool
+from sidecast.nowcaster_service.engine_pool import DividedRunner, EnginePool
 from sidecast.nowcaster_service.vector_files import HistoryFiles
 from sidecast.predictors.base import History
-from sidecast.predictors.graph_cache import GraphCache
-from sidecast.predictors.nino import NinoPredictor
+from sidecast.predictors.nino.graph_cache import GraphCache
+from sidecast.predictors.nino.predictor import NinoPredictor
+from sidecast.predictors.nino.weights import load_weights
 from sidecast.predictors.registry import create_predictor
-from sidecast.predictors.weights import load_weights
+from tests.support.nino_goldens import GOLDEN_NAMES, GoldenPrediction
 
 
 @pytest.fixture(scope="module")

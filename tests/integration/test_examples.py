@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from service_harness import RunningService
-from service_process import free_port
+
+from tests.support.service_harness import RunningService
+from tests.support.service_process import free_port
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TIMEOUT_S = 240

@@ -9,12 +9,13 @@ from typing import Any
 
 import grpc
 import pytest
-from service_harness import RunningService
 
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame
-from sidecast.trainer.nowcast.client import ClientConfig, NowcastClient, UnavailableError
-from sidecast.trainer.nowcast.upload import Upload
+from sidecast.trainer.courier.client import ClientConfig, NowcastClient
+from sidecast.trainer.courier.refusals import UnavailableError
+from sidecast.trainer.courier.upload import Upload
+from tests.support.service_harness import RunningService
 
 CHUNK_BYTES = 1 << 20
 NUM_CHUNKS = 64

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sidecast.trainer.nowcast.handover import _is_ours, is_this_host
+from sidecast.trainer.courier.handover import _is_ours, is_this_host
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service_harness import RunningService
 
-WORKER = Path(__file__).with_name("hook_worker.py")
+from tests.support.service_harness import RunningService
+
+WORKER = Path(__file__).with_name("workers") / "hook_worker.py"
 
 
 @pytest.fixture(scope="module")

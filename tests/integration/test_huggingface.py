@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_runs import PERIOD_STEPS, SAVE_STEP, section, straight_and_resumed, train
-from service_harness import RunningService
-from service_process import free_port
 
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer
+from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP, section, straight_and_resumed, train
+from tests.support.service_harness import RunningService
+from tests.support.service_process import free_port
 
-RUNS = Path(__file__).with_name("huggingface_runs.py")
+RUNS = Path(__file__).with_name("workers") / "huggingface_runs.py"
 TIMEOUT_S = 240
 
 

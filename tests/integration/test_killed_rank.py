@@ -10,12 +10,12 @@ from typing import Any
 
 import psutil
 import pytest
-from service_harness import RunningService
-from service_process import launch
 
 from sidecast.protos import nowcast_pb2 as pb
+from tests.support.service_harness import RunningService
+from tests.support.service_process import launch
 
-WORKER = Path(__file__).with_name("killed_rank_worker.py")
+WORKER = Path(__file__).with_name("workers") / "killed_rank_worker.py"
 JOB_TIMEOUT_S = 140
 COURIER_TIMEOUT_S = 30
 
@@ -40,7 +40,7 @@ def train(service: RunningService, folder: Path, mode: str) -> tuple[int, str]:
 def courier_has_ended(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         courier = psutil.Process(pid)
-        if "sidecast.trainer.nowcast.courier" not in courier.cmdline():
+        if "sidecast.trainer.courier" not in courier.cmdline():
             return True
         with contextlib.suppress(psutil.TimeoutExpired):
             courier.wait(COURIER_TIMEOUT_S)

@@ -2,94 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from service_harness import RunningService
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer
+from tests.support.service_harness import RunningService
 
-lightning = pytest.importorskip("lightning")
+pytest.importorskip("lightning")
 
-from sidecast import LightningNowcastCallback  # noqa: E402
-
-PERIOD_STEPS = 20
-# In the middle of the probation of the jump of step 20, and of the next window.
-SAVE_STEP = 26
-NUM_STEPS = 45
-
-
-class Regression(lightning.LightningModule):  # type: ignore[misc,name-defined]
-    """Notes its losses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.net = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 1))
-        self.losses: list[float] = []
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        # Lightning goes on counting batches after a resume, but begins the data anew.
-        inputs = torch.randn(2, 4, generator=torch.Generator().manual_seed(batch_idx))
-        loss = (self.net(inputs) - inputs.sum(1, keepdim=True)).square().mean()
-        self.losses.append(loss.item())
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=3e-3)
-
-
-class Listener(lightning.Callback):  # type: ignore[misc,name-defined]
-    """Listens once the hook is there."""
-
-    def __init__(self, nowcasts: LightningNowcastCallback) -> None:
-        self.nowcasts = nowcasts
-        self.events: list[tuple[str, int]] = []
-
-    def on_train_start(self, trainer: Any, module: Any) -> None:
-        self.nowcasts.nowcaster.add_listener(lambda event: self.events.append((event.kind, event.step)))
-
-
-def train(
-    settings: Mapping[str, Any] | None,
-    *,
-    num_steps: int = NUM_STEPS,
-    save: Path | None = None,
-    load: Path | None = None,
-    strategy: str = "auto",
-) -> tuple[list[float], list[tuple[str, int]], Tensor]:
-    """Trains; returns the losses, the hook's events and the weights."""
-    data = torch.zeros(4 * NUM_STEPS, 1)
-    nowcasts = LightningNowcastCallback(settings)
-    listener = Listener(nowcasts)
-    trainer = lightning.Trainer(
-        max_steps=num_steps,
-        accelerator="cpu",
-        strategy=strategy,
-        devices="auto" if strategy == "auto" else 2,
-        accumulate_grad_batches=2,
-        callbacks=[] if settings is None else [nowcasts, listener],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    module = Regression()
-    trainer.fit(module, DataLoader(TensorDataset(data), batch_size=2), ckpt_path=None if load is None else str(load))
-    if save is not None:
-        trainer.save_checkpoint(save)
-    weights = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-    return module.losses, listener.events, weights
-
-
-def section(endpoint: str) -> dict[str, Any]:
-    plain = {"endpoint": endpoint, "require": True, "period_steps": PERIOD_STEPS, "mode": "sync"}
-    return plain | {"max_relative_norm": 1e3}
+from tests.integration.workers.lightning_runs import PERIOD_STEPS, SAVE_STEP, section, train
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-from service_harness import WAIT_S, chunks, commit_request, join_request, open_request, rank_bytes, state
-from service_process import ServiceProcess
 
 from sidecast.predictors.registry import ENTRY_POINT_GROUP
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
-
-HERE = Path(__file__).resolve().parent
+from tests.support.service_harness import WAIT_S, chunks, commit_request, join_request, open_request, rank_bytes, state
+from tests.support.service_process import ServiceProcess
 
 
 @pytest.fixture
@@ -25,9 +23,10 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service
     installed = tmp_path / "installed" / "gated-1.0.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: gated\nVersion: 1.0\n")
-    (installed / "entry_points.txt").write_text(f"[{ENTRY_POINT_GROUP}]\ngated = gated_predictor:GatedPredictor\n")
-    paths = [str(installed.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path))
+    (installed / "entry_points.txt").write_text(
+        f"[{ENTRY_POINT_GROUP}]\ngated = tests.support.gated_predictor:GatedPredictor\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(installed.parent), os.environ["PYTHONPATH"]]))
     running = ServiceProcess(tmp_path, "--history-gib", "0.1")
     running.start()
     try:

@@ -9,9 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from partition_cases import ATTACHED_CASES, ATTACHED_WORLD_SIZE, CASES_OF_WORLD_SIZE, NUM_CHECKS
 
-HERE = Path(__file__).resolve().parent
+from tests.integration.workers.partition_cases import (
+    ATTACHED_CASES,
+    ATTACHED_WORLD_SIZE,
+    CASES_OF_WORLD_SIZE,
+    NUM_CHECKS,
+)
+
+WORKER = Path(__file__).resolve().with_name("workers") / "partition_worker.py"
 TIMEOUT_S = 280
 
 
@@ -49,7 +55,7 @@ class Matrix:
                 "GLOO_SOCKET_IFNAME": "lo",
                 "TOKENIZERS_PARALLELISM": "false",
             }
-            command = [sys.executable, str(HERE / "partition_worker.py"), str(folder), str(folder)]
+            command = [sys.executable, str(WORKER), str(folder), str(folder)]
             with (folder / f"rank{rank}.log").open("wb") as log:
                 workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
         try:

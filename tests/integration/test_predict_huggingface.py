@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from sidecast.nowcaster_service.commands import predict
+from sidecast.commands import predict
 
 
 def save_steps(folder: Path, *, tied: bool, dtype: torch.dtype, max_shard_size: str = "1GB") -> list[Path]:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-WORKER = Path(__file__).with_name("train_nowcasted.py")
+WORKER = Path(__file__).with_name("workers") / "train_nowcasted.py"
 POLL_INTERVAL_S = 0.2
 # Reached only when something is wrong: Ray alone can take a minute to start on a busy machine.
 DEADLINE_S = 180.0
@@ -121,7 +121,7 @@ def prometheus(
     service_port = free_port()
     address_file = folder / "address"
     serve = ["serve", "--port", "0", "--port-file", address_file, "--metrics-port", str(service_port)]
-    service = start("service", [sys.executable, "-m", "sidecast.nowcaster_service.cli", *serve])
+    service = start("service", [sys.executable, "-m", "sidecast.commands", *serve])
     wait_for("the service", lambda: address_file.exists() or service.find("(?!)"))
     section = json.dumps({**SECTION, "endpoint": address_file.read_text()})
     ranks = [

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sidecast.trainer.run_log import METRICS_NAME, read_records
+from sidecast.trainer.job.run_log import METRICS_NAME, read_records
 
 NUM_STEPS, SAVED_STEP = 6, 3
 SETTINGS = [

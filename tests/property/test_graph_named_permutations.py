@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from graph_automorphisms import Ints, SmallGraph
-from symmetric_models import SMALL_MODELS, SmallModel
+
+from tests.support.graph_automorphisms import Ints, SmallGraph
+from tests.support.symmetric_models import SMALL_MODELS, SmallModel
 
 Moves = dict[str, Ints]
 

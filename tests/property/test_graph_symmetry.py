@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from edgewise_nino import CONTEXT, EdgewiseNino
-from graph_automorphisms import SmallGraph
-from symmetric_models import SMALL_MODELS, SmallModel
+
+from tests.support.edgewise_nino import CONTEXT, EdgewiseNino
+from tests.support.graph_automorphisms import SmallGraph
+from tests.support.symmetric_models import SMALL_MODELS, SmallModel
 
 NUM_PERMUTATIONS = 3
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sidecast.commands.__main__ import build_parser
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service.cli import build_parser
 from sidecast.nowcaster_service.commands import serve
 from sidecast.nowcaster_service.nowcasting import Nowcasting, PredictorRequest
 from sidecast.predictors.device import open_device

@@ -6,8 +6,8 @@ import pytest
 
 from sidecast.errors import ConfigError
 from sidecast.horizon import horizon_at, horizon_schedule, resolve_horizons
-from sidecast.trainer.nowcast.config import NowcasterConfig
-from sidecast.trainer.nowcast.schedule import jump_weight
+from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.hook.jump import jump_weight
 
 
 def test_ten_nowcasts_as_published() -> None:

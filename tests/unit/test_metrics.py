@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 
 from sidecast.nowcaster_service.metrics import ServiceMetrics
-from sidecast.trainer.nowcast.metrics import CourierMetrics
+from sidecast.trainer.courier.metrics import CourierMetrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTATION = REPOSITORY / "docs" / "deploy.md"

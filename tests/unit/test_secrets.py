@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from sidecast.commands.__main__ import main
 from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.cli import main
 from sidecast.nowcaster_service.config import read_token
-from sidecast.trainer.nowcast.config import parse_section
+from sidecast.trainer.hook.config import parse_section
 
 
 def test_a_token_is_read_without_the_line_end(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from sidecast.errors import ConfigError
+from sidecast.trainer.hook.attachment import Attachment
+from sidecast.trainer.hook.start import is_disabled, start
+from sidecast.trainer.integrations.deepspeed import put_on
 from sidecast.trainer.integrations.replicas import replica_of
 from sidecast.trainer.integrations.settings import choose_settings
-from sidecast.trainer.nowcast.attach import put_on
-from sidecast.trainer.nowcast.attachment import Attachment
-from sidecast.trainer.nowcast.partitions.engine_facts import nowcaster_section
-from sidecast.trainer.nowcast.start import is_disabled, start
+from sidecast.trainer.partitions.deepspeed import nowcaster_section
 
 
 class LightningNowcastCallback(Callback):

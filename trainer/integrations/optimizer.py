@@ -16,16 +16,16 @@ from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import Predictor
 from sidecast.predictors.registry import create_predictor
-from sidecast.trainer.nowcast.attachment import load_rollback_copy
-from sidecast.trainer.nowcast.config import NowcasterConfig, parse_section
-from sidecast.trainer.nowcast.hook import Nowcaster
-from sidecast.trainer.nowcast.in_process import InProcessNowcaster
-from sidecast.trainer.nowcast.partitions import RemappingPartition
-from sidecast.trainer.nowcast.partitions.plain import plain_partition
-from sidecast.trainer.nowcast.ranks import Ranks
-from sidecast.trainer.nowcast.rollback_memory import reserve_rollback_copy
-from sidecast.trainer.nowcast.trainee import model_config_of
-from sidecast.trainer.nowcast.vote import SoloVotes
+from sidecast.trainer.hook.attachment import load_rollback_copy
+from sidecast.trainer.hook.boundary import Nowcaster
+from sidecast.trainer.hook.config import NowcasterConfig, parse_section
+from sidecast.trainer.hook.ranks import Ranks
+from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
+from sidecast.trainer.hook.training_run import model_config_of
+from sidecast.trainer.hook.vote import SoloVotes
+from sidecast.trainer.integrations.in_process import InProcessNowcaster
+from sidecast.trainer.partitions import RemappingPartition
+from sidecast.trainer.partitions.plain import plain_partition
 
 STATE_KEY = "sidecast"
 

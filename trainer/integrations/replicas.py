@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sidecast.trainer.nowcast.partitions.plain import plain_partition
-from sidecast.trainer.nowcast.trainee import Trainee, model_config_of
+from sidecast.trainer.hook.training_run import Trainee, model_config_of
+from sidecast.trainer.partitions.plain import plain_partition
 
 
 def replica_of(

@@ -1,0 +1,211 @@
+"""``sidecast predict``: one nowcast offline, from saved checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sidecast.checkpoints.checkpoint import Checkpoint, read_json_object
+from sidecast.checkpoints.opening import open_checkpoint
+from sidecast.checkpoints.output import check_output, write_nowcast
+from sidecast.checkpoints.series import check_series
+from sidecast.checkpoints.staging import StagedHistory, manifest_of, stage_history
+from sidecast.errors import ConfigError
+from sidecast.predictors.base import Predictor
+from sidecast.predictors.file_workspace import predict_with_files
+from sidecast.predictors.registry import create_predictor
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_DESCRIPTION = """\
+Predicts where the weights will be some checkpoints from now, from at least two checkpoints that you saved at equal
+distances, and writes the prediction as a checkpoint of its own. The optimizer state is not predicted.
+
+A checkpoint is a Hugging Face model directory, a .safetensors file, or a DeepSpeed checkpoint folder (global_step200)
+of any ZeRO stage; DeepSpeed itself need not be installed.
+"""
+_EPILOG = """\
+example, 5 intervals of 200 steps ahead:
+  sidecast predict checkpoint-200 checkpoint-400 checkpoint-600 --horizon 5 --out nowcast
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Adds the ``predict`` command to the main parser's sub-parsers."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "predict",
+        help="make one nowcast offline from saved checkpoints",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="saved checkpoints, oldest first"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the predicted checkpoint")
+    parser.add_argument("--predictor", default="linear", metavar="NAME", help="how to predict (default: linear)")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="weights of a trained predictor, such as NiNo")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the predictor; may be given several times",
+    )
+    parser.add_argument(
+        "--horizon",
+        type=int,
+        metavar="K",
+        help="how far ahead, in intervals between the given checkpoints (default: the predictor's own)",
+    )
+    parser.add_argument(
+        "--weight",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="fraction of the predicted jump to apply, above 0 and up to 1 (default: 1)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(_DTYPES),
+        help="of the written weights (default: as in the newest checkpoint; float32 for DeepSpeed checkpoints)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the model's config.json, where the checkpoints have none; copied to the output",
+    )
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="folder for temporary files as large as the checkpoints' weights"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite files in the output folder")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Makes the nowcast and prints a summary.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ConfigError: Something that the user gave cannot be used; one line says what.
+    """
+    if not 0.0 < args.weight <= 1.0:
+        raise ConfigError(f"--weight is {args.weight:g}; it must be above 0 and at most 1")
+    if args.horizon is not None and args.horizon < 1:
+        raise ConfigError(f"--horizon is {args.horizon}; it must be at least 1 interval between checkpoints")
+    check_output(args.out, args.checkpoints, args.force)
+    predictor = create_predictor(args.predictor, weights=args.weights, options=_options(args.option))
+    horizon_intervals = predictor.max_horizon if args.horizon is None else args.horizon
+    config = read_json_object(args.config) if args.config is not None else None
+    checkpoints = [open_checkpoint(path) for path in args.checkpoints]
+    check_series(checkpoints)
+    _check_count(predictor, checkpoints)
+    newest = checkpoints[-1]
+    manifest = manifest_of(newest, config)
+    try:
+        folder = _scratch_folder(args)
+        with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".sidecast-predict-", dir=folder) as scratch:
+            staged = stage_history(checkpoints, manifest, Path(scratch))
+            predict_with_files(predictor, staged.history, horizon_intervals, staged.delta, Path(scratch))
+            path = write_nowcast(
+                newest, staged.change_of, args.out, weight=args.weight, dtype=_DTYPES.get(args.dtype), config=config
+            )
+            lines = [
+                *_inputs_summary(checkpoints),
+                f"predictor  {predictor.name}, horizon {horizon_intervals} intervals"
+                f"{_horizon_steps(checkpoints, horizon_intervals)}, weight {args.weight:g}",
+                *_jump_summary(staged, args.weight),
+                f"written    {path}",
+            ]
+    except OSError as error:
+        raise ConfigError(f"cannot write the nowcast: {error}") from error
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not key or not separator:
+            raise ConfigError(f"--option is {pair!r}; KEY=VALUE is needed")
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
+    return options
+
+
+def _check_count(predictor: Predictor, checkpoints: Sequence[Checkpoint]) -> None:
+    """Before anything large is copied; the predictor itself would say so only afterwards."""
+    wanted = predictor.context_len
+    if wanted is not None and len(checkpoints) != wanted:
+        raise ConfigError(
+            f"{len(checkpoints)} checkpoints given; predictor {predictor.name!r} needs exactly {wanted}, equally spaced"
+        )
+
+
+def _scratch_folder(args: argparse.Namespace) -> Path:
+    if args.scratch is not None:
+        if not args.scratch.is_dir():
+            raise ConfigError(f"--scratch {args.scratch} is no folder; give one that exists")
+        return Path(args.scratch)
+    # The output's file system: it has to have room for a model anyway, and /tmp is often kept in memory.
+    args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return Path(args.out.absolute().parent)
+
+
+def _inputs_summary(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    newest = checkpoints[-1]
+    num_trainable = sum(math.prod(tensor.shape) for tensor in newest.tensors.values() if tensor.trainable)
+    lines = [
+        f"read       {checkpoint.path} ({checkpoint.description}"
+        + (f", step {checkpoint.step})" if checkpoint.step is not None else ")")
+        for checkpoint in checkpoints
+    ]
+    return [*lines, f"           {len(newest.tensors)} tensors, {num_trainable:,} trainable elements each"]
+
+
+def _horizon_steps(checkpoints: Sequence[Checkpoint], horizon_intervals: int) -> str:
+    newest, before = checkpoints[-1].step, checkpoints[-2].step
+    if newest is None or before is None:
+        return ""
+    return f" = {horizon_intervals * (newest - before)} steps"
+
+
+def _jump_summary(staged: StagedHistory, weight: float) -> list[str]:
+    """The size of the applied jump relative to the weights, by group: tensors whose names differ in numbers only."""
+    manifest = staged.history.manifest
+    sums: dict[str, list[float]] = {}
+    for spec in manifest.parameters:
+        start = manifest.offsets[spec.fqn]
+        base = staged.history.states[-1][start : start + spec.numel]
+        change = staged.change_of(spec.fqn)
+        jump_norm = 0.0 if change is None else weight * float(torch.linalg.vector_norm(change, dtype=torch.float64))
+        base_norm = float(torch.linalg.vector_norm(base, dtype=torch.float64))
+        for group in (re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", spec.fqn), "all"):
+            entry = sums.setdefault(group, [0.0, 0.0, 0])
+            entry[0] += jump_norm**2
+            entry[1] += base_norm**2
+            entry[2] += 1
+    groups = [*(group for group in sums if group != "all"), "all"]
+    width = max(len("tensors"), *(len(group) for group in groups))
+    lines = [f"{'tensors':<{width}}  count  jump / weights"]
+    for group in groups:
+        jump, base_square, count = sums[group]
+        ratio = math.sqrt(jump / base_square) if base_square else math.nan
+        lines.append(f"{group:<{width}}  {count:5.0f}  {ratio:14.3e}")
+    return lines

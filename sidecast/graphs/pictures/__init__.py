@@ -1,0 +1,1 @@
+"""Pictures of neural graphs, as HTML and as PNG."""

@@ -1,0 +1,1 @@
+"""NiNo, the graph network that nowcasts weights, and WNN+, the same without messages between edges."""

@@ -1,0 +1,271 @@
+// The two tile loops of a nowcast with bf16 products, for processors that multiply pairs of bf16 (AVX-512 BF16).
+//
+// Products of hidden vectors take bf16 and add up in fp32; products with edge features, addends, SiLU and sums over
+// edges are fp32. Between layers a hidden vector is rounded to bf16.
+//
+// Suffixes as in the Python files: D hidden, X edge features, S source nodes, T target nodes, F kernel elements.
+// D is a multiple of STRIP. Weights of later layers and the scale are packed in panels of LANES columns, k in pairs:
+// element (k, d) of a (D, D) matrix is at [d / LANES][k / 2][d % LANES][k % 2]. The first layer's are fp32, (X, D).
+
+#include <cstdint>
+
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+
+#include <immintrin.h>
+
+#define FOR_THIS_PROCESSOR __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define INLINE static inline __attribute__((always_inline)) FOR_THIS_PROCESSOR
+
+// One hidden layer; the mirror of _CompiledLayer in compiled.py.
+struct SidecastBf16Layer {
+    const void *weight;      // fp32 (X, D) in the first layer, packed bf16 (D, D) in later ones
+    const float *source_SD;  // or null
+    const float *target_TD;
+    int64_t target_stride;   // D, or 0 where one row stands for all targets
+};
+
+namespace {
+
+typedef uint16_t Half;  // the bits of a bf16
+
+constexpr int LANES = 16;
+constexpr int PANELS = 4;
+constexpr int STRIP = PANELS * LANES;  // columns whose sums are in registers at once
+constexpr int ROWS = 6;                // their sums take 24 of 32 registers
+constexpr int TILE = 8 * ROWS;         // edges
+
+struct Edges {
+    const float *features_XTS;
+    int64_t num_features, num_targets, num_sources;
+    const SidecastBf16Layer *layers;
+    int64_t num_layers, dim;
+    Half *tiles;  // scratch for 2 * TILE hidden vectors
+};
+
+// Some sources of one target: the rows of a tile.
+struct Tile {
+    int64_t target, source, num_rows;
+};
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+// A group of rows is worked on whole: rows beyond the last repeat it.
+INLINE int64_t row_of(int64_t first, int row, int64_t num_rows) { return smaller(first + row, num_rows - 1); }
+INLINE __m512bh as_pairs(__m512i bits) { return (__m512bh)bits; }
+
+// x / (1 + 2^(-x log2 e)); its error, 2^-13, is a sixteenth of that of rounding the result to bf16.
+INLINE __m512 silu(__m512 x) {
+    const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
+    const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_sub_ps(power, whole);
+    // The cubic nearest to 2^rest, relatively: 7.5e-5.
+    __m512 series = _mm512_fmadd_ps(rest, _mm512_set1_ps(5.517166e-2f), _mm512_set1_ps(2.4261112e-1f));
+    series = _mm512_fmadd_ps(series, rest, _mm512_set1_ps(6.9326099e-1f));
+    series = _mm512_fmadd_ps(series, rest, _mm512_set1_ps(9.9992807e-1f));
+    const __m512 exponential = _mm512_scalef_ps(series, whole);
+    return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(exponential, _mm512_set1_ps(1.0f))));
+}
+
+// Adds rows of D bf16 @ one strip of a packed matrix to the sums.
+INLINE void multiply(__m512 (&sums)[ROWS][PANELS], const Half *const (&rows)[ROWS], const Half *strip, int64_t dim) {
+    const int64_t num_pairs = dim / 2;
+    for (int64_t pair = 0; pair < num_pairs; pair++) {
+        __m512bh weights[PANELS];
+#pragma GCC unroll 4
+        for (int panel = 0; panel < PANELS; panel++)
+            weights[panel] = as_pairs(_mm512_loadu_si512(strip + (panel * num_pairs + pair) * 2 * LANES));
+#pragma GCC unroll 6
+        for (int row = 0; row < ROWS; row++) {
+            int32_t bits;
+            __builtin_memcpy(&bits, rows[row] + 2 * pair, sizeof bits);
+            const __m512bh factor = as_pairs(_mm512_set1_epi32(bits));
+#pragma GCC unroll 4
+            for (int panel = 0; panel < PANELS; panel++)
+                sums[row][panel] = _mm512_dpbf16_ps(sums[row][panel], factor, weights[panel]);
+        }
+    }
+}
+
+// Adds the products of edge features with one strip of the first layer.
+INLINE void multiply_features(__m512 (&sums)[ROWS][PANELS], const float *features, const int64_t (&at)[ROWS],
+                              int64_t feature_stride, int64_t num_features, const float *strip, int64_t dim) {
+    for (int64_t k = 0; k < num_features; k++) {
+        __m512 weights[PANELS];
+#pragma GCC unroll 4
+        for (int panel = 0; panel < PANELS; panel++) weights[panel] = _mm512_loadu_ps(strip + k * dim + panel * LANES);
+#pragma GCC unroll 6
+        for (int row = 0; row < ROWS; row++) {
+            const __m512 factor = _mm512_set1_ps(features[k * feature_stride + at[row]]);
+#pragma GCC unroll 4
+            for (int panel = 0; panel < PANELS; panel++)
+                sums[row][panel] = _mm512_fmadd_ps(factor, weights[panel], sums[row][panel]);
+        }
+    }
+}
+
+// One hidden layer on a tile; adds the sum of its vectors to row_sum_D unless that is null.
+FOR_THIS_PROCESSOR void hidden_layer(Half *out, const Half *in, const Edges &edges, int64_t depth, const Tile &tile,
+                                     float *row_sum_D) {
+    const SidecastBf16Layer &layer = edges.layers[depth];
+    const int64_t dim = edges.dim;
+    const float *target_D = layer.target_TD + tile.target * layer.target_stride;
+    const float *features = edges.features_XTS + tile.target * edges.num_sources + tile.source;
+    for (int64_t d = 0; d < dim; d += STRIP) {
+        __m512 total[PANELS] = {};
+        for (int64_t first = 0; first < tile.num_rows; first += ROWS) {
+            __m512 sums[ROWS][PANELS];
+            int64_t at[ROWS];
+            const Half *rows[ROWS];
+#pragma GCC unroll 6
+            for (int row = 0; row < ROWS; row++) {
+                at[row] = row_of(first, row, tile.num_rows);
+                rows[row] = in + at[row] * dim;
+#pragma GCC unroll 4
+                for (int panel = 0; panel < PANELS; panel++) {
+                    sums[row][panel] = _mm512_loadu_ps(target_D + d + panel * LANES);
+                    if (layer.source_SD)
+                        sums[row][panel] = _mm512_add_ps(
+                            sums[row][panel],
+                            _mm512_loadu_ps(layer.source_SD + (tile.source + at[row]) * dim + d + panel * LANES));
+                }
+            }
+            if (depth == 0)
+                multiply_features(sums, features, at, edges.num_targets * edges.num_sources, edges.num_features,
+                                  static_cast<const float *>(layer.weight) + d, dim);
+            else
+                multiply(sums, rows, static_cast<const Half *>(layer.weight) + d * dim, dim);
+            const int64_t num_here = smaller(tile.num_rows - first, ROWS);
+#pragma GCC unroll 6
+            for (int row = 0; row < ROWS; row++) {
+#pragma GCC unroll 4
+                for (int panel = 0; panel < PANELS; panel++) sums[row][panel] = silu(sums[row][panel]);
+#pragma GCC unroll 2
+                for (int panel = 0; panel < PANELS; panel += 2) {
+                    const __m512bh both = _mm512_cvtne2ps_pbh(sums[row][panel + 1], sums[row][panel]);
+                    _mm512_storeu_si512(out + (first + row) * dim + d + panel * LANES, (__m512i)both);
+                }
+                if (row_sum_D && row < num_here) {
+#pragma GCC unroll 4
+                    for (int panel = 0; panel < PANELS; panel++)
+                        total[panel] = _mm512_add_ps(total[panel], sums[row][panel]);
+                }
+            }
+        }
+        if (row_sum_D) {
+            for (int panel = 0; panel < PANELS; panel++) {
+                float *sum = row_sum_D + d + panel * LANES;
+                _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), total[panel]));
+            }
+        }
+    }
+}
+
+// All hidden layers on a tile; returns the vectors of the last.
+FOR_THIS_PROCESSOR const Half *hidden_layers(const Edges &edges, const Tile &tile, float *row_sum_D) {
+    Half *out = edges.tiles, *other = edges.tiles + TILE * edges.dim;
+    const Half *in = other;
+    for (int64_t depth = 0; depth < edges.num_layers; depth++) {
+        hidden_layer(out, in, edges, depth, tile, depth == edges.num_layers - 1 ? row_sum_D : nullptr);
+        in = out;
+        out = other;
+        other = const_cast<Half *>(in);
+    }
+    return in;
+}
+
+// Adds sum over the rows of (row @ scale) * gain to gained_D.
+FOR_THIS_PROCESSOR void gained_sum(const Half *hidden, const Tile &tile, int64_t dim, const Half *scale,
+                                   const float *gain_SD, float *gained_D) {
+    for (int64_t d = 0; d < dim; d += STRIP) {
+        __m512 total[PANELS] = {};
+        for (int64_t first = 0; first < tile.num_rows; first += ROWS) {
+            __m512 sums[ROWS][PANELS] = {};
+            const Half *rows[ROWS];
+#pragma GCC unroll 6
+            for (int row = 0; row < ROWS; row++) rows[row] = hidden + row_of(first, row, tile.num_rows) * dim;
+            multiply(sums, rows, scale + d * dim, dim);
+            const int64_t num_here = smaller(tile.num_rows - first, ROWS);
+#pragma GCC unroll 6
+            for (int row = 0; row < ROWS; row++) {
+                if (row < num_here) {
+                    const float *gain = gain_SD + (tile.source + first + row) * dim + d;
+#pragma GCC unroll 4
+                    for (int panel = 0; panel < PANELS; panel++)
+                        total[panel] =
+                            _mm512_fmadd_ps(sums[row][panel], _mm512_loadu_ps(gain + panel * LANES), total[panel]);
+                }
+            }
+        }
+        for (int panel = 0; panel < PANELS; panel++) {
+            float *sum = gained_D + d + panel * LANES;
+            _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), total[panel]));
+        }
+    }
+}
+
+INLINE float dot(const Half *hidden, const float *weight, int64_t dim) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t d = 0; d < dim; d += LANES) {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(hidden + d));
+        const __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        sum = _mm512_fmadd_ps(wide, _mm512_loadu_ps(weight + d), sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether this processor has the instructions that the functions below are compiled to.
+int sidecast_bf16_runs_here() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bf16");
+}
+
+// Bytes of scratch for one call.
+int64_t sidecast_bf16_scratch_bytes(int64_t dim) { return 2 * TILE * dim * static_cast<int64_t>(sizeof(Half)); }
+
+// Kernels.message_sums; adds to hidden_TD and gained_TD.
+FOR_THIS_PROCESSOR void sidecast_bf16_message_sums(const float *features_XTS, int64_t num_features, int64_t num_targets,
+                                                   int64_t num_sources, const SidecastBf16Layer *layers,
+                                                   int64_t num_layers, int64_t dim, const void *scale,
+                                                   const float *gain_SD, float *hidden_TD, float *gained_TD,
+                                                   void *scratch) {
+    const Edges edges{features_XTS, num_features, num_targets, num_sources, layers, num_layers, dim,
+                      static_cast<Half *>(scratch)};
+    for (int64_t target = 0; target < num_targets; target++) {
+        for (int64_t source = 0; source < num_sources; source += TILE) {
+            const Tile tile{target, source, smaller(num_sources - source, TILE)};
+            const Half *hidden = hidden_layers(edges, tile, hidden_TD + target * dim);
+            gained_sum(hidden, tile, dim, static_cast<const Half *>(scale), gain_SD, gained_TD + target * dim);
+        }
+    }
+}
+
+// Kernels.changes. output_FD: last layer, one row for each kernel element.
+FOR_THIS_PROCESSOR void sidecast_bf16_changes(const float *features_XTS, int64_t num_features, int64_t num_targets,
+                                              int64_t num_sources, const SidecastBf16Layer *layers, int64_t num_layers,
+                                              int64_t dim, const float *output_FD, const float *output_bias_F,
+                                              int64_t num_elements, float *change_TSF, void *scratch) {
+    const Edges edges{features_XTS, num_features, num_targets, num_sources, layers, num_layers, dim,
+                      static_cast<Half *>(scratch)};
+    for (int64_t target = 0; target < num_targets; target++) {
+        for (int64_t source = 0; source < num_sources; source += TILE) {
+            const Tile tile{target, source, smaller(num_sources - source, TILE)};
+            const Half *hidden = hidden_layers(edges, tile, nullptr);
+            float *change = change_TSF + (target * num_sources + source) * num_elements;
+            for (int64_t row = 0; row < tile.num_rows; row++)
+                for (int64_t element = 0; element < num_elements; element++)
+                    *change++ = output_bias_F[element] + dot(hidden + row * dim, output_FD + element * dim, dim);
+        }
+    }
+}
+
+}  // extern "C"
+
+#else
+
+extern "C" int sidecast_bf16_runs_here() { return 0; }
+
+#endif

@@ -1,0 +1,133 @@
+"""Couriers that die, stand still or end: the rank goes on, and nothing that matters is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sidecast.trainer.hook.courier_handle import END_TIMEOUT_S, CourierHandle
+from sidecast.trainer.pipe.apply_log import read_delta, read_log
+from tests.support.courier_calls import applied, predicted, stage
+from tests.support.courier_harness import hello, session, start_courier, until
+from tests.support.service_harness import MANIFEST, RunningService, state
+
+ALL = [(0, 0, 15), (1, 0, 40_000)]
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[RunningService]:
+    with RunningService(tmp_path / "service") as running:
+        yield running
+
+
+@pytest.fixture
+def courier(service: RunningService, tmp_path: Path) -> Iterator[CourierHandle]:
+    handle = start_courier(hello(service.endpoint, MANIFEST, ALL, first=session("s1"), record_dir=tmp_path / "record"))
+    try:
+        assert until(handle, "connected")["session_id"] == "s1"
+        yield handle
+    finally:
+        handle.close()
+
+
+def kill(courier: CourierHandle) -> None:
+    process = courier._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_courier_is_replaced_and_a_held_prediction_stays(courier: CourierHandle, tmp_path: Path) -> None:
+    predicted(courier)
+    expected = (state(2) - state(1)).tobytes()
+    kill(courier)
+    assert until(courier, "died")["reason"] == "the courier ended with status -9"
+    until(courier, "connected")
+    assert courier.num_deaths == 1
+    assert bytes(courier.prediction.view) == expected
+    assert courier.prediction_is_held
+    courier.release_prediction(applied(24))
+    courier.close()
+    (entry,) = read_log(tmp_path / "record", 0)
+    assert read_delta(tmp_path / "record", entry, len(expected)) == expected
+
+
+def test_a_death_is_told_although_it_was_a_post_that_noticed_it(courier: CourierHandle) -> None:
+    kill(courier)
+    assert not courier.post({"type": "stats", "values": {}})
+    assert until(courier, "died")["reason"] == "the courier ended with status -9"
+    until(courier, "connected")
+    assert courier.num_deaths == 1
+
+
+def test_only_deaths_without_a_prediction_in_between_end_nowcasting(
+    courier: CourierHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidecast.trainer.hook.courier_handle.MAX_DEATHS_IN_A_ROW", 1)
+    kill(courier)
+    until(courier, "connected")
+    predicted(courier)
+    kill(courier)
+    until(courier, "connected")
+    kill(courier)
+    until(courier, "died")
+    assert not courier.is_alive
+    assert courier.num_deaths == 3
+
+
+def test_an_applied_jump_is_recorded_although_the_courier_dies_before_it_hears_of_it(
+    courier: CourierHandle, tmp_path: Path
+) -> None:
+    predicted(courier)
+    process = courier._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    courier.release_prediction(applied(24))
+    kill(courier)
+    until(courier, "connected")
+    courier.close()
+    assert [entry["step"] for entry in read_log(tmp_path / "record", 0)] == [24]
+
+
+def test_a_stopped_courier_never_blocks_and_loses_nothing_that_matters(courier: CourierHandle) -> None:
+    predicted(courier)
+    process = courier._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        are_posted = [
+            courier.post({"type": "stats", "values": {"step": step}}, may_be_lost=True) for step in range(20_000)
+        ]
+        assert are_posted[0]
+        assert not all(are_posted)
+        courier.release_prediction(None)
+        stage(courier, 3, 30)
+        stage(courier, 4, 40)
+        assert courier.take_slot() is None
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    assert until(courier, "prediction")["version"] == 2
+    assert courier.num_deaths == 0
+
+
+def test_a_stopped_courier_does_not_hang_the_end_of_training(courier: CourierHandle) -> None:
+    process = courier._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    started_s = time.monotonic()
+    courier.close()
+    assert time.monotonic() - started_s < 2 * END_TIMEOUT_S
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_an_end_leaves_no_process(courier: CourierHandle) -> None:
+    process = courier._process
+    assert process is not None
+    courier.close()
+    assert process.returncode == 0
+    courier.close()

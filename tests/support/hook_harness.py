@@ -1,0 +1,141 @@
+"""A hook of one rank with nothing real around it: a fake partition, a fake courier, a vote of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from sidecast.protos.shards import ShardSpec
+from sidecast.trainer.hook.boundary import Nowcaster
+from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.hook.vote import Ballot, Decision, decide
+from sidecast.trainer.pipe.buffers import SharedBuffer
+
+PREDICTION = {
+    "type": "prediction",
+    "version": 1,
+    "base_step": 20,
+    "epoch": 0,
+    "horizon_intervals": 5,
+    "digest": 7,
+    "relative_norm": 0.1,
+    "nowcast_s": 0.5,
+    "bytes": 8,
+}
+
+
+class FakePartition:
+    """Two weights."""
+
+    upload_shards = owned_shards = (ShardSpec(0, 0, 2),)
+    parameters = ()
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.weights = torch.zeros(2)
+        self.rates: tuple[float, ...] = (0.5,)
+        self.moments: list[Any] = []
+
+    def learning_rates(self) -> tuple[float, ...]:
+        return self.rates
+
+    def require_current(self) -> None:
+        pass
+
+    def read(self, out: torch.Tensor, stream: None = None) -> None:
+        out.copy_(self.weights)
+
+    def rollback_bytes(self) -> int:
+        return 64
+
+    def scale_momentum(self, factor: float) -> None:
+        self.moments.append(factor)
+
+    def reset_moments(self) -> None:
+        self.moments.append("reset")
+
+    def read_owned(self, out: torch.Tensor) -> None:
+        out.copy_(self.weights)
+
+    def apply(self, delta: torch.Tensor, weight: float, *, mode: str = "add", base: torch.Tensor | None = None) -> None:
+        self.weights = (self.weights if base is None else base) + weight * delta
+
+
+class FakeCourier:
+    """Says what a test wants said, and remembers how long it was waited for."""
+
+    num_deaths = 0
+    session_id = "now"
+
+    def __init__(self) -> None:
+        self.slots = [SharedBuffer("slot", 8)]
+        self.prediction = SharedBuffer("prediction", 8)
+        torch.frombuffer(self.prediction.map, dtype=torch.float32).fill_(1.0)
+        self.unread: list[Mapping[str, Any]] = []
+        self.waited_s: list[float] = []
+        self.posted: list[Mapping[str, Any]] = []
+        self.num_released = 0
+
+    def receive(self, timeout_s: float = 0.0) -> Iterator[Mapping[str, Any]]:
+        if timeout_s > 0:
+            self.waited_s.append(timeout_s)
+        unread, self.unread = self.unread, []
+        yield from unread
+
+    @property
+    def has_free_slot(self) -> bool:
+        return True
+
+    def take_slot(self) -> int | None:
+        return 0
+
+    def post(self, message: Mapping[str, Any], *, may_be_lost: bool = False) -> bool:
+        self.posted.append(message)
+        if message["type"] == "snapshot":
+            # So that a wait for the prediction ends.
+            self.unread.append({"type": "failed", "step": message["step"], "reason": "none today"})
+        return True
+
+    def release_prediction(self, record: Mapping[str, Any] | None) -> None:
+        self.num_released += 1
+
+
+class OneVoter:
+    """Everybody agrees with the only rank."""
+
+    def __init__(self) -> None:
+        self.ballot: Ballot | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.ballot is not None
+
+    def launch(self, ballot: Ballot) -> None:
+        self.ballot = ballot
+
+    def read(self) -> Decision:
+        assert self.ballot is not None
+        ballot, self.ballot = self.ballot, None
+        return decide([ballot])
+
+    def confirm(self, is_ready: bool) -> bool:
+        return is_ready
+
+
+def hook_of(
+    courier: FakeCourier, partition: FakePartition, step: int, *, is_linked: bool = True, **settings: Any
+) -> Nowcaster:
+    config = NowcasterConfig(
+        context_len=2, period_steps=20, vote_interval_steps=1, vote_lag_steps=0, rollback="off", **settings
+    )
+    return Nowcaster(
+        config,
+        partition,  # type: ignore[arg-type]
+        courier,  # type: ignore[arg-type]
+        OneVoter(),  # type: ignore[arg-type]
+        step=step,
+        run_id="run",
+        is_linked=is_linked,
+    )

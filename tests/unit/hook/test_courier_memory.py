@@ -1,0 +1,181 @@
+"""The memory that a rank shares with its courier: taken as a whole or not at all, and each slot in one hand only."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sidecast.errors import ConfigError
+from sidecast.trainer.hook.courier_handle import CourierHandle
+from sidecast.trainer.pipe.channel import Channel
+
+
+def held_buffers() -> list[str]:
+    """Names of the shared memory that this process has open."""
+    names = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            names.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        except FileNotFoundError:
+            # The listing's own.
+            continue
+    return sorted(name for name in names if name.startswith("/memfd:"))
+
+
+@pytest.mark.parametrize("num_granted", [0, 1, 2])
+def test_buffers_that_were_granted_are_given_back_when_one_is_not(
+    monkeypatch: pytest.MonkeyPatch, num_granted: int
+) -> None:
+    granted: list[int] = []
+    allocate = os.posix_fallocate
+
+    def refuse(descriptor: int, offset: int, length: int) -> None:
+        if len(granted) == num_granted:
+            raise OSError(12, "Cannot allocate memory")
+        granted.append(descriptor)
+        allocate(descriptor, offset, length)
+
+    before = held_buffers()
+    monkeypatch.setattr("os.posix_fallocate", refuse)
+    with pytest.raises(ConfigError, match="no memory for the nowcaster's"):
+        CourierHandle({}, upload_bytes=64, fetch_bytes=64, num_slots=2)
+    assert len(granted) == num_granted
+    assert held_buffers() == before
+
+
+# --- slots
+
+
+class FakeProcess:
+    """A courier process that is no more than its end of the channel."""
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        self.channel = Channel(socket.socket(fileno=os.dup(int(command[-1]))))
+
+    def kill(self) -> None:
+        self.channel.close()
+
+    def wait(self, timeout: float | None = None) -> int:
+        return -9
+
+
+class Trainer(CourierHandle):
+    """A rank's side, with two slots."""
+
+    def __init__(self) -> None:
+        greeting = {"rank": 0, "session": {"session_id": "s1"}}
+        super().__init__(greeting, upload_bytes=64, fetch_bytes=64, num_slots=2)
+
+    @property
+    def courier(self) -> FakeProcess:
+        """The one that is there now."""
+        assert isinstance(self._process, FakeProcess)
+        return self._process
+
+    def hear(self, *messages: dict[str, Any]) -> list[str]:
+        """The kinds of what is heard once the courier has said this."""
+        for message in messages:
+            self.courier.channel.send(message)
+        return [message["type"] for message in self.receive()]
+
+    def take_all(self) -> list[int]:
+        """Takes slots until there is none."""
+        taken = []
+        while (slot := self.take_slot()) is not None:
+            taken.append(slot)
+            assert len(taken) < 10
+        return sorted(taken)
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trainer]:
+    monkeypatch.setattr("subprocess.Popen", FakeProcess)
+    handle = Trainer()
+    yield handle
+    handle.close()
+
+
+def snapshot(slot: int | None) -> dict[str, Any]:
+    return {"type": "snapshot", "slot": slot, "step": 10, "epoch": 0}
+
+
+def sent(slot: int | None) -> dict[str, Any]:
+    return {"type": "sent", "slot": slot}
+
+
+def test_a_slot_that_is_being_filled_when_the_courier_dies_is_not_handed_out_again(trainer: Trainer) -> None:
+    trainer.start()
+    posted, filled = trainer.take_slot(), trainer.take_slot()
+    assert trainer.post(snapshot(posted))
+    trainer.courier.kill()
+    assert trainer.hear() == ["died"]
+    # What the dead one was to send is free, what is being filled is not.
+    assert trainer.take_all() == [posted]
+    trainer.return_slot(posted)  # type: ignore[arg-type]
+    assert trainer.post(snapshot(filled))
+    assert trainer.take_all() == [posted]
+    trainer.return_slot(posted)  # type: ignore[arg-type]
+    assert trainer.hear(sent(filled)) == ["sent"]
+    assert trainer.take_all() == [0, 1]
+
+
+def test_a_slot_that_was_handed_over_is_free_once_its_courier_is_replaced(trainer: Trainer) -> None:
+    trainer.start()
+    for slot in trainer.take_all():
+        assert trainer.post(snapshot(slot))
+    assert trainer.take_all() == []
+    trainer.courier.kill()
+    assert trainer.hear() == ["died"]
+    assert trainer.take_all() == [0, 1]
+
+
+def test_a_slot_that_was_given_back_unfilled_stays_free_when_the_courier_is_replaced(trainer: Trainer) -> None:
+    trainer.start()
+    for slot in trainer.take_all():
+        trainer.return_slot(slot)
+    trainer.courier.kill()
+    assert trainer.hear() == ["died"]
+    assert trainer.take_all() == [0, 1]
+
+
+@pytest.mark.parametrize("obstacle", ["dead", "dead for good", "full", "none"])
+def test_a_snapshot_that_cannot_be_posted_gives_its_slot_back_once(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, obstacle: str
+) -> None:
+    if obstacle != "none":
+        trainer.start()
+    slot = trainer.take_slot()
+    if obstacle == "full":
+        monkeypatch.setattr(Channel, "post", lambda *_, **__: False)
+    elif obstacle != "none":
+        trainer.courier.kill()
+    if obstacle == "dead for good":
+        monkeypatch.setattr("sidecast.trainer.hook.courier_handle.MAX_DEATHS_IN_A_ROW", 0)
+    assert not trainer.post(snapshot(slot))
+    assert trainer.is_alive == (obstacle in ("dead", "full"))
+    assert trainer.take_all() == [0, 1]
+
+
+def test_what_a_dead_courier_had_said_is_not_taken_for_its_successors_words(trainer: Trainer) -> None:
+    trainer.start()
+    slot = trainer.take_slot()
+    assert trainer.post(snapshot(slot))
+    trainer.log({"step": 10})
+    dead = trainer.courier
+    for message in ({"type": "failed", "step": 10, "reason": ""}, sent(slot), {"type": "noted"}):
+        dead.channel.send(message)
+    heard = trainer.receive()
+    assert next(heard)["type"] == "failed"
+    dead.kill()
+    # Whoever hears a message may answer, and so be the one who notices the death.
+    trainer.post({"type": "report"})
+    assert trainer.courier is not dead
+    assert [message["type"] for message in heard] == ["died"]
+    assert trainer._unconfirmed
+    assert trainer.hear({"type": "noted"}) == []
+    assert not trainer._unconfirmed
+    assert trainer.take_all() == [0, 1]

@@ -1,0 +1,123 @@
+"""The "nowcaster" section: defaults, conversions, and every refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidecast.errors import ConfigError
+from sidecast.trainer.hook.config import NowcasterConfig, parse_section
+from sidecast.trainer.hook.schedule import Schedule
+
+
+def test_defaults() -> None:
+    config = parse_section({})
+    assert config == NowcasterConfig()
+    assert (config.interval_steps, config.resolved_vote_interval_steps) == (200, 10)
+    assert (config.resolved_max_staleness_steps, config.resolved_probation_steps) == (199, 500)
+
+
+def test_values_find_their_fields() -> None:
+    config = parse_section(
+        {
+            "horizon": {"schedule": "power", "max": 40},
+            "max_steps": 5000,
+            "max_weight": 1,
+            "probation_steps": 0,
+            "vote_interval_steps": None,
+            "timeouts": {"connect_s": 1},
+            "predictor_options": {"layout": "official"},
+        }
+    )
+    assert (config.horizon.max, config.timeouts.connect_s, config.resolved_probation_steps) == (40, 1.0, 0)
+    assert isinstance(config.max_weight, float)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"endpiont": "x"}, "nowcaster has an unknown key 'endpiont'; allowed: "),
+        ({"horizon": {"maxi": 3}}, "nowcaster.horizon has an unknown key 'maxi'; allowed: max, power, schedule"),
+        ({"horizon": 3}, "nowcaster.horizon is 3; allowed: an object"),
+        ([], r"nowcaster is \[\]; allowed: an object"),
+        ({"context_len": "5"}, "nowcaster.context_len is '5'; allowed: a whole number"),
+        ({"context_len": True}, "nowcaster.context_len is True; allowed: a whole number"),
+        ({"context_len": 5.0}, "nowcaster.context_len is 5.0; allowed: a whole number"),
+        ({"enabled": 1}, "nowcaster.enabled is 1; allowed: true or false"),
+        ({"enabled": None}, "nowcaster.enabled is None; allowed: true or false"),
+        ({"max_weight": "1"}, "nowcaster.max_weight is '1'; allowed: a number"),
+        ({"predictor": 3}, "nowcaster.predictor is 3; allowed: a text"),
+        ({"predictor_options": []}, r"nowcaster.predictor_options is \[\]; allowed: an object"),
+        ({"mode": "now"}, "nowcaster.mode is 'now'; allowed: 'async', 'sync'"),
+        ({"rollback": []}, r"nowcaster.rollback is \[\]; allowed: "),
+        ({"context_len": 1}, "nowcaster.context_len is 1; allowed: 2 or more"),
+        ({"period_steps": 3}, "nowcaster.period_steps is 3; allowed: context_len or more"),
+        ({"period_steps": 1001}, r"nowcaster.period_steps is 1001; allowed: a multiple of context_len \(5\)"),
+        ({"max_steps": 0}, "nowcaster.max_steps is 0"),
+        ({"horizon": {"max": 0}}, "nowcaster.horizon.max is 0"),
+        ({"horizon": {"power": 0}}, "nowcaster.horizon.power is 0.0"),
+        ({"horizon": {"power": 1000}}, "nowcaster.horizon.power is 1000.0"),
+        ({"horizon": {"schedule": "power"}}, "nowcaster.max_steps is None"),
+        ({"vote_interval_steps": 201}, "nowcaster.vote_interval_steps is 201; allowed: 1 to 200"),
+        ({"vote_lag_steps": 11}, "nowcaster.vote_lag_steps is 11; allowed: 0 to 10"),
+        ({"period_steps": 5}, "nowcaster.vote_interval_steps is 1; .*vote_lag_steps \\(2\\) is at most .* \\(0\\)"),
+        ({"period_steps": 10}, "nowcaster.vote_interval_steps is 1; .* no prediction could ever be applied"),
+        ({"max_staleness_steps": 10}, "nowcaster.vote_interval_steps is 10; .*vote_lag_steps \\(11\\)"),
+        ({"merge": "mix"}, "nowcaster.merge is 'mix'; allowed: 'age_weighted', 'replace', 'add'"),
+        ({"moments": "drop"}, "nowcaster.moments is 'drop'; allowed: 'keep', 'reset', 'scale'"),
+        ({"during_decay": "stop"}, "nowcaster.during_decay is 'stop'; allowed: 'scale', 'suspend', 'allow'"),
+        ({"rollback": "disk"}, "nowcaster.rollback_dir is None; allowed: a folder if rollback is 'disk', else null"),
+        ({"rollback_dir": "x"}, "nowcaster.rollback_dir is 'x'; allowed: a folder if rollback is 'disk', else null"),
+        ({"max_host_memory_gib": 0}, "nowcaster.max_host_memory_gib is 0.0; allowed: a positive number, or null"),
+        ({"max_staleness_steps": 200}, "nowcaster.max_staleness_steps is 200; allowed: 0 to 199"),
+        ({"probation_steps": 1000}, "nowcaster.probation_steps is 1000; allowed: 0 to 999"),
+        ({"max_weight": 0}, "nowcaster.max_weight is 0.0"),
+        ({"max_weight": float("nan")}, "nowcaster.max_weight is nan"),
+        ({"max_relative_norm": 0}, "nowcaster.max_relative_norm is 0.0"),
+        ({"acceptance_sigmas": -1}, "nowcaster.acceptance_sigmas is -1.0"),
+        ({"max_rollbacks": 0}, "nowcaster.max_rollbacks is 0"),
+        ({"sync_deadline_s": 0}, "nowcaster.sync_deadline_s is 0.0"),
+        ({"endpoint": "localhost"}, "nowcaster.endpoint is 'localhost'; allowed: HOST:PORT"),
+        ({"endpoint": ":50051"}, "nowcaster.endpoint is ':50051'; allowed: HOST:PORT"),
+        ({"endpoint": "h:70000"}, "nowcaster.endpoint is 'h:70000'; allowed: HOST:PORT"),
+        ({"metrics_port": 70000}, "nowcaster.metrics_port is 70000; allowed: 0 to 65535, or null"),
+        ({"token_file": "/nowhere"}, "nowcaster.token_file is '/nowhere'; allowed: an existing file"),
+        ({"tls_ca": "/nowhere"}, "nowcaster.tls_ca is '/nowhere'; allowed: an existing file"),
+        ({"timeouts": {"chunk_s": 5}}, "nowcaster.timeouts is .*0 < connect_s < chunk_s < stream_s"),
+        ({"replay_dir": "/nowhere"}, "nowcaster.replay_dir is '/nowhere'; allowed: an existing folder"),
+    ],
+)
+def test_refusals_name_key_value_and_what_is_allowed(section: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_section(section)
+
+
+def test_a_run_is_recorded_or_replayed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="since replay_dir is set"):
+        parse_section({"replay_dir": str(tmp_path), "record_dir": str(tmp_path)})
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"nowcaster.record_dir is .*; allowed: a folder"):
+        parse_section({"record_dir": str(tmp_path / "file")})
+
+
+def test_steps() -> None:
+    schedule = Schedule.of(parse_section({"period_steps": 20, "context_len": 2, "vote_interval_steps": 5}))
+    assert [step for step in range(41) if schedule.is_snapshot(step)] == [10, 20, 30, 40]
+    assert [step for step in range(41) if schedule.is_base(step)] == [20, 40]
+    assert [step for step in range(16) if schedule.is_vote(step)] == [5, 10, 15]
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"period_steps": 15},
+        {"period_steps": 10, "vote_lag_steps": 0},
+        {"period_steps": 5, "mode": "sync"},
+        {"max_staleness_steps": 11},
+        {"max_staleness_steps": 0, "mode": "sync"},
+    ],
+)
+def test_whatever_can_be_applied_is_allowed(section: dict[str, Any]) -> None:
+    parse_section(section)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidecast.errors import ConfigError
+from sidecast.trainer.job.config import load_config
+
+
+@pytest.mark.parametrize("name", ["default", "demo"])
+def test_shipped_configurations_are_valid(name: str) -> None:
+    config = load_config(name)
+    assert config.training.steps > 0
+    assert "training" not in config.deepspeed
+
+
+def test_later_overrides_win_and_reach_nested_keys() -> None:
+    config = load_config("default", [("zero_optimization.stage", 1), ("training.steps", 300), ("training.steps", 400)])
+    assert config.deepspeed["zero_optimization"]["stage"] == 1
+    assert config.training.steps == 400
+
+
+def test_nowcaster_learns_the_length_of_the_run_unless_it_is_given() -> None:
+    assert load_config("default", [("training.steps", 300)]).deepspeed["nowcaster"]["max_steps"] == 300
+    given = load_config("default", [("nowcaster.max_steps", 7)])
+    assert given.deepspeed["nowcaster"]["max_steps"] == 7
+
+
+def test_zero_is_a_value() -> None:
+    config = load_config("default", [("training.seed", 0), ("training.schedule.warmup_steps", 0)])
+    assert config.training.schedule.warmup_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("training.stpes", 3, ["training.stpes", "steps"]),
+        ("training.steps", True, ["training.steps", "true", "int"]),
+        ("training.steps", 0, ["training.steps", "0", "at least 1"]),
+        ("training.checkpoint_interval_steps", "often", ["often", "int", "null"]),
+        ("training.schedule.kind", "linear", ["linear", "constant", "cosine", "wsd"]),
+        ("training.schedule.warmup_steps", 1001, ["1001", "at most", "1000"]),
+        ("training.schedule.decay_steps", 10, ["decay_steps", "10", "wsd"]),
+        ("training.model.num_key_value_heads", 3, ["num_key_value_heads", "3", "4"]),
+        ("training.model.hidden_size", 90, ["hidden_size", "90", "4"]),
+        ("training.data.validation_fraction", 1.0, ["validation_fraction", "1.0"]),
+        ("training.data", 5, ["training.data", "5"]),
+        ("training.steps.x", 5, ["training.steps.x", "not a section"]),
+        ("nowcater.period_steps", 5, ["nowcater", "nowcaster"]),
+        ("nowcaster", 5, ["nowcaster", "5"]),
+        ("optimizer", None, ["optimizer", "null", "type and params"]),
+        ("scheduler", {}, ["scheduler", "training.schedule"]),
+    ],
+)
+def test_refusals_name_key_value_and_what_is_allowed(key: str, value: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config("default", [(key, value)])
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_unreadable_and_malformed_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.json.*default, demo"):
+        load_config("nowhere.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        load_config(str(tmp_path / "broken.json"))
+    (tmp_path / "list.json").write_text(json.dumps([1]))
+    with pytest.raises(ConfigError, match="JSON object"):
+        load_config(str(tmp_path / "list.json"))

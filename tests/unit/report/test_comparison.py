@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sidecast.trainer.report.comparison import (
+    RunCurves,
+    first_crossing,
+    first_difference,
+    nowcast_cost,
+    smoothed,
+    verdict,
+)
+
+
+def curves(validation: list[float], train: list[float] = (1.0,), **summary: Any) -> RunCurves:  # type: ignore[assignment]
+    records: list[dict[str, Any]] = [
+        {"kind": "train", "step": step, "loss": loss, "training_s": 10.0} for step, loss in enumerate(train, start=1)
+    ]
+    records += [
+        {"kind": "validation", "step": 100 * index, "loss": loss} for index, loss in enumerate(validation, start=1)
+    ]
+    return RunCurves.of([*records, {"kind": "summary", "training_s": 10.0, **summary}])
+
+
+def test_saved_steps_are_counted_to_the_baselines_best_loss() -> None:
+    judged = verdict(curves([3.0, 2.0, 1.0]), curves([3.0, 2.5, 2.0]))
+    assert judged is not None
+    assert (judged.target_loss, judged.baseline_steps, judged.steps) == (2.0, 300, 200)
+    assert judged.sentence.startswith("It paid: 100 steps saved (33.3%)")
+
+
+def test_a_run_that_arrives_later_has_lost_steps() -> None:
+    judged = verdict(curves([3.0, 2.5, 2.0, 1.5]), curves([3.0, 2.0, 2.2, 2.4]))
+    assert judged is not None
+    assert judged.sentence.startswith("It did not pay: 100 steps lost")
+
+
+def test_less_than_the_spacing_of_validations_is_about_even() -> None:
+    judged = verdict(curves([3.0, 2.5, 1.9]), curves([3.0, 2.5, 2.0]))
+    assert judged is not None
+    assert not judged.has_paid
+    assert judged.sentence.startswith("About even: +17 steps saved, less than the 100 steps")
+
+
+def test_a_run_that_never_arrives_says_how_far_behind_it_is() -> None:
+    judged = verdict(curves([3.0, 2.5, 2.2]), curves([3.0, 2.0, 1.0]))
+    assert judged is not None
+    assert judged.steps is None
+    assert judged.behind_steps == pytest.approx(300 - 180)
+    assert "did not reach" in judged.sentence
+
+
+def test_crossings_are_interpolated() -> None:
+    assert first_crossing([(0, 4.0), (10, 2.0), (20, 3.0)], 3.0) == 5.0
+    assert first_crossing([(7, 1.0)], 2.0) == 7
+    assert first_crossing([(7, 3.0)], 2.0) is None
+
+
+def test_cost_is_the_slowest_ranks_and_all_ranks_bytes() -> None:
+    ranks = [
+        {"blocked_s": 0.1, "staging_s": 0.05, "bytes_uploaded": 5, "bytes_fetched": 1, "nowcast_s": [0.5]},
+        {"blocked_s": 0.2, "staging_s": 0.01, "bytes_uploaded": 6, "bytes_fetched": 2, "nowcast_s": [0.5]},
+    ]
+    cost = nowcast_cost(curves([1.0], nowcaster=ranks))
+    assert cost is not None
+    assert (cost.blocked_s, cost.staging_s, cost.blocked_share) == (0.2, 0.05, pytest.approx(0.02))
+    assert (cost.bytes_uploaded, cost.bytes_fetched, cost.nowcast_s) == (11, 3, (0.5,))
+    assert nowcast_cost(curves([1.0], nowcaster=None)) is None
+
+
+def test_smoothing_keeps_ends_and_straight_lines() -> None:
+    line = [(float(step), 2.0 * step) for step in range(9)]
+    assert list(smoothed(line, 5)) == line
+
+
+def test_the_first_difference_is_found_to_the_bit() -> None:
+    baseline = curves([1.0], [1.0, 2.0, 3.0])
+    assert first_difference(curves([1.0], [1.0, 2.0, 3.0]), baseline) is None
+    assert first_difference(curves([1.0], [1.0, 2.0 + 2**-50, 3.0]), baseline) == 2

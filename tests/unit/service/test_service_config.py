@@ -1,0 +1,96 @@
+"""Settings of ``sidecast serve``, and what ``sidecast status`` shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidecast.commands.__main__ import build_parser, main
+from sidecast.errors import ConfigError
+from sidecast.nowcaster_service.commands import serve
+from sidecast.nowcaster_service.commands.status import render
+from sidecast.nowcaster_service.config import is_loopback
+from sidecast.protos import nowcast_pb2 as pb
+from tests.support.service_harness import service_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"host": "0.0.0.0"}, "--host 0.0.0.0 is reachable from other machines"),
+        ({"port": 70_000}, "--port is 70000; allowed: 1 to 65535"),
+        ({"metrics_port": 0}, "--metrics-port is 0; allowed: 1 to 65535"),
+        ({"chunk_bytes": 1}, "chunk size is 1 bytes; allowed: 65536 to "),
+        ({"history_budget_bytes": 0}, "the history budget is 0 bytes"),
+        ({"num_engines": 0}, "--engines is 0"),
+        ({"engine_threads": 0}, "--engine-threads is 0"),
+        ({"engine_gpus": -1.0}, "--engine-gpus is -1"),
+        ({"device": "tpu"}, "--device is 'tpu'; allowed: cpu, cuda"),
+        ({"nowcast_timeout_s": 60.0}, r"nowcast \(60 s\) < session \(60 s\)"),
+        ({"weights": Path("/nowhere")}, "--weights /nowhere is not a file"),
+        ({"token": ""}, "--token-file holds an empty token"),
+    ],
+)
+def test_refusals(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    service_config(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        service_config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tls-cert", "x"], "--tls-cert and --tls-key go together"),
+        (["--tls-cert", "/no/cert", "--tls-key", "/no/key"], "--tls-cert /no/cert"),
+        (["--token-file", "/nowhere"], "--token-file /nowhere cannot be read: No such file"),
+        (["--history-gib", "nan"], "the history budget is 0 bytes"),
+    ],
+)
+def test_serve_answers_bad_arguments_in_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--port", "1", "--history-dir", str(tmp_path), *arguments]) == 2
+    text = capsys.readouterr().err
+    assert words in text
+    assert text.startswith("sidecast: ")
+    assert text.count("\n") == 1
+
+
+def test_serve_turns_units_into_bytes(tmp_path: Path) -> None:
+    args = build_parser(["serve"]).parse_args(["serve", "--port", "7", "--history-gib", "0.5", "--chunk-kib", "128"])
+    config = serve.service_config(args, tmp_path)
+    assert (config.history_budget_bytes, config.chunk_bytes, config.port) == (1 << 29, 1 << 17, 7)
+
+
+def test_status_names_a_missing_token_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--token-file", "/nowhere"]) == 2
+    assert "--token-file /nowhere cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("localhost", True), ("127.9.9.9", True), ("::1", True), ("10.0.0.1", False), ("h", False)]
+)
+def test_only_loopback_is_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_status_shows_a_session() -> None:
+    session = pb.SessionStatus(
+        session_id="s1",
+        run_id="run",
+        predictor="linear",
+        world_size=2,
+        num_joined=2,
+        num_parameters=1234567,
+        history_steps=[10, 20],
+        context_len=5,
+        num_committed=3,
+        num_aborted=1,
+        num_published=1,
+        num_applied=1,
+    )
+    text = render(pb.StatusReply(service_version="1", history_budget_bytes=1 << 30, sessions=[session]))
+    for words in ("1,234,567 parameters", "2 of 5 states (steps 10, 20)", "3 committed, 1 aborted", "1 applied"):
+        assert words in text

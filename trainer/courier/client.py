@@ -1,0 +1,319 @@
+"""A rank's calls to the service. The home of grpc on the training side; runs in the courier, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import grpc
+from google.protobuf.message import Message
+
+from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos.codec import ChunkFrame, decode_chunk, encode_chunk
+from sidecast.protos.shards import ShardSpec
+from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
+from sidecast.trainer.courier.fetch import Download, Part
+from sidecast.trainer.courier.handover import hand_over
+from sidecast.trainer.courier.refusals import CorruptError, UnavailableError, translated
+from sidecast.trainer.courier.throttle import Throttle
+from sidecast.trainer.courier.upload import Upload
+
+KEEPALIVE_MS = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """How to reach the service: plain values, since they travel to the courier as JSON."""
+
+    endpoint: str
+    token_file: str | None
+    tls_ca: str | None
+    connect_s: float
+    chunk_s: float
+    stream_s: float
+    channels: int = 1
+    max_bytes_per_s: float | None = None
+
+
+class EventStream:
+    """A session's events; may be ended from another thread.
+
+    Args:
+        call: The streaming call.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __iter__(self) -> Iterator[pb.SessionEvent]:
+        """Yields events until the session ends; raises when the connection does, or after ``cancel``."""
+        try:
+            yield from self._call
+        except grpc.RpcError as error:
+            raise translated(error) from error
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+class NowcastClient:
+    """One rank's connections.
+
+    Args:
+        config: Where the service is and how long to wait for it.
+        shared: Descriptors of the rank's buffers, the prediction buffer last; none if they are not to be shared.
+
+    Attributes:
+        chunk_bytes: Size of chunks, as the service wants them.
+        is_sharing: Whether the service has mapped the buffers, so that chunks need not hold their bytes.
+    """
+
+    def __init__(self, config: ClientConfig, shared: Sequence[int] = ()) -> None:
+        self._config = config
+        self._metadata: tuple[tuple[str, str | bytes], ...] = ()
+        if config.token_file is not None:
+            self._metadata = (("authorization", f"Bearer {Path(config.token_file).read_text().strip()}"),)
+        self._options = [
+            *BULK_OPTIONS,
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_permit_without_calls", 1),
+            # A service that comes back is found within about a second, however long it was away. The minimum is
+            # the time for one attempt: by default a listener that accepts but never answers would cost 20 s.
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.min_reconnect_backoff_ms", int(config.connect_s * 1000)),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
+            # Training hosts often have proxies for the web, which cannot carry this.
+            ("grpc.enable_http_proxy", 0),
+            # Channels to one address would otherwise share one connection.
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        # Small calls and events have a connection of their own, where no bulk is before them.
+        self._channel = self._connect()
+        self._bulk_channels = [self._connect() for _ in range(config.channels)]
+        self._throttle = Throttle(config.max_bytes_per_s)
+        self.chunk_bytes = 1 << 20
+        self.is_sharing = False
+        self._shared = tuple(shared)
+
+    def _connect(self) -> grpc.Channel:
+        config = self._config
+        if config.tls_ca is None:
+            return grpc.insecure_channel(config.endpoint, self._options)
+        credentials = grpc.ssl_channel_credentials(Path(config.tls_ca).read_bytes())
+        return grpc.secure_channel(config.endpoint, credentials, self._options)
+
+    def close(self) -> None:
+        for channel in (self._channel, *self._bulk_channels):
+            channel.close()
+
+    def wait_reachable(self) -> None:
+        """Raises UnavailableError unless the service answers within the connect timeout."""
+        # A call and not a subscription to the channel's state: subscriptions that time out stay with the channel.
+        try:
+            self._call("Status", pb.StatusRequest(), pb.StatusReply, self._config.connect_s, wait_for_ready=True)
+        except UnavailableError as error:
+            raise UnavailableError(
+                f"no nowcaster service at {self._config.endpoint} within {self._config.connect_s:g} s"
+            ) from error
+
+    def open(self, request: pb.OpenRequest) -> None:
+        """Announces the run (rank 0). May take as long as the predictor needs to set itself up."""
+        reply = self._call("Open", request, pb.OpenReply, self.open_s)
+        self.chunk_bytes = reply.chunk_bytes
+
+    def join(
+        self, session_id: str, rank: int, upload_shards: Sequence[ShardSpec], fetch_shards: Sequence[ShardSpec]
+    ) -> None:
+        """Names this rank's ranges, and shares its buffers if the service is on this host."""
+        request = pb.JoinRequest(
+            session_id=session_id,
+            rank=rank,
+            upload_shards=[_shard(item) for item in upload_shards],
+            fetch_shards=[_shard(item) for item in fetch_shards],
+        )
+        reply = self._call("Join", request, pb.JoinReply, self.call_s)
+        self.chunk_bytes = reply.chunk_bytes
+        self.is_sharing = hand_over(self._config.endpoint, reply.local_socket, reply.local_ticket, self._shared)
+
+    def upload(self, upload: Upload) -> None:
+        """Sends what an upload still holds, over all bulk connections at once.
+
+        Raises:
+            UnavailableError: The service went away; what it has can be asked for with ``progress``.
+        """
+
+        def frames() -> Iterator[ChunkFrame]:
+            for frame in upload.frames():
+                self._throttle.pass_bytes(len(frame.data))
+                yield frame
+
+        timeout_s = self.transfer_s(upload.num_bytes)
+        calls = [
+            channel.stream_unary(
+                f"/{SERVICE_NAME}/Upload",
+                request_serializer=encode_chunk,
+                response_deserializer=pb.UploadReply.FromString,
+            ).future(frames(), timeout=timeout_s, metadata=self._metadata)
+            for channel in self._bulk_channels
+        ]
+        try:
+            for call in calls:
+                call.result()
+        except grpc.RpcError as error:
+            raise translated(error) from error
+        finally:
+            for call in calls:
+                call.cancel()
+
+    def progress(self, key: pb.ChunkKey) -> list[tuple[int, int]]:
+        """Which bytes of an upload have arrived: ``(start, stop)``, disjoint and rising."""
+        reply = self._call("Progress", pb.ProgressRequest(key=key), pb.ProgressReply, self.call_s)
+        return [(item.start, item.stop) for item in reply.received]
+
+    def commit(self, upload: Upload) -> bool:
+        """Seals an upload.
+
+        Returns:
+            Whether this completed the snapshot.
+        """
+        key = upload.key
+        request = pb.CommitRequest(
+            session_id=key.session_id,
+            rank=key.rank,
+            step=key.id,
+            epoch=key.epoch,
+            num_bytes=upload.num_bytes,
+            digest=upload.digest,
+            dtype=key.dtype,
+            base_step=key.base_step,
+        )
+        return bool(self._call("Commit", request, pb.CommitReply, self.call_s).snapshot_committed)
+
+    def watch(self, session_id: str, rank: int) -> EventStream:
+        """Asks for the session's events."""
+        stream = self._channel.unary_stream(
+            f"/{SERVICE_NAME}/Watch",
+            request_serializer=pb.WatchRequest.SerializeToString,
+            response_deserializer=pb.SessionEvent.FromString,
+        )
+        return EventStream(stream(pb.WatchRequest(session_id=session_id, rank=rank), metadata=self._metadata))
+
+    def new_download(self, key: pb.ChunkKey, buffer: memoryview) -> Download:
+        """A download with a part for each bulk connection."""
+        return Download(key, buffer, len(self._bulk_channels), self.chunk_bytes, is_shared=self.is_sharing)
+
+    def fetch(self, download: Download) -> None:
+        """Receives what a download still lacks, over all bulk connections at once.
+
+        Raises:
+            CorruptError: A chunk is damaged, out of place, or missing.
+            UnavailableError: The service went away; calling again goes on from there.
+        """
+        missing = [part for part in download.parts if not part.is_whole]
+        with ThreadPoolExecutor(max(1, len(missing))) as pool:
+            work = zip(missing, self._bulk_channels, strict=False)
+            for future in [pool.submit(self._fetch_part, download, part, channel) for part, channel in work]:
+                future.result()
+
+    def _fetch_part(self, download: Download, part: Part, channel: grpc.Channel) -> None:
+        version = download.key.id
+        stream = channel.unary_stream(
+            f"/{SERVICE_NAME}/Fetch",
+            request_serializer=pb.FetchRequest.SerializeToString,
+            response_deserializer=decode_chunk,
+        )
+        request = pb.FetchRequest(
+            session_id=download.key.session_id,
+            rank=download.key.rank,
+            version=version,
+            offset_bytes=part.position,
+            num_bytes=part.stop - part.position,
+            dtype=download.key.dtype,
+            into_shared=download.is_shared,
+        )
+        call = stream(request, timeout=self.transfer_s(download.num_bytes), metadata=self._metadata)
+        try:
+            for frame in call:
+                data = download.at(frame.offset_bytes, frame.shared_bytes) if download.is_shared else frame.data
+                end = part.position + len(data)
+                if frame.offset_bytes != part.position or end > part.stop:
+                    raise CorruptError(
+                        f"version {version}: a chunk at byte {frame.offset_bytes} came at {part.position}"
+                    )
+                if frame.key.id != version or crc32(data) != frame.crc32:
+                    raise CorruptError(
+                        f"version {version}: the chunk at byte {part.position} fails its checksum or version"
+                    )
+                if not download.is_shared:
+                    download.put(part.position, data)
+                    self._throttle.pass_bytes(len(data))
+                part.position = end
+        except grpc.RpcError as error:
+            raise translated(error) from error
+        finally:
+            # After a bad chunk the service would go on offering the rest, and keep the prediction for it.
+            call.cancel()
+        if not part.is_whole:
+            raise CorruptError(f"version {version}: bytes {part.position} to {part.stop} did not come")
+
+    def transfer_s(self, num_bytes: int) -> float:
+        """How long the transfer of so many bytes may take."""
+        # A throttle that needs longer than the timeout is meant, not a fault.
+        return self._config.stream_s + self._throttle.least_s(num_bytes)
+
+    @property
+    def open_s(self) -> float:
+        """How long the announcement of a run may take."""
+        return self._config.stream_s
+
+    @property
+    def call_s(self) -> float:
+        """How long a small call may take."""
+        return self._config.chunk_s
+
+    def report(self, request: pb.ReportRequest) -> None:
+        """Tells what was done with a prediction."""
+        self._call("Report", request, pb.ReportReply, self.call_s)
+
+    def _call(
+        self, method: str, request: Message, reply: Any, timeout_s: float, *, wait_for_ready: bool = False
+    ) -> Any:
+        call = self._channel.unary_unary(
+            f"/{SERVICE_NAME}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=reply.FromString,
+        )
+        try:
+            return call(request, timeout=timeout_s, metadata=self._metadata, wait_for_ready=wait_for_ready)
+        except grpc.RpcError as error:
+            raise translated(error) from error
+
+
+def open_request(
+    fields: Mapping[str, Any], parameters: Sequence[tuple[str, Sequence[int]]], config_json: str
+) -> pb.OpenRequest:
+    """Builds the announcement from plain values.
+
+    Args:
+        fields: Scalar fields of OpenRequest by name, ``horizon`` and ``aliases`` as mappings.
+        parameters: ``(fqn, shape)`` of every parameter, in manifest order.
+        config_json: The model's configuration.
+    """
+    scalars = {name: value for name, value in fields.items() if name not in ("horizon", "aliases")}
+    return pb.OpenRequest(
+        **scalars,
+        horizon=pb.Horizon(**fields["horizon"]),
+        manifest=pb.Manifest(
+            parameters=[pb.Parameter(fqn=fqn, shape=shape) for fqn, shape in parameters],
+            config_json=config_json,
+            aliases=fields["aliases"],
+        ),
+    )
+
+
+def _shard(shard: ShardSpec) -> pb.Shard:
+    return pb.Shard(parameter=shard.parameter, start=shard.start, stop=shard.stop)

@@ -1,0 +1,220 @@
+"""The courier's outgoing side: snapshots and reports, in the order in which they happened."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import time
+from collections.abc import Callable, Sequence
+
+from sidecast.errors import SidecastError
+from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos.bf16 import BF16_BYTES
+from sidecast.trainer.courier.client import NowcastClient
+from sidecast.trainer.courier.link import FIRST_BACKOFF_S, MAX_BACKOFF_S, Link
+from sidecast.trainer.courier.metrics import CourierMetrics
+from sidecast.trainer.courier.reconstruction import FP32_BYTES, Base, Reconstruction
+from sidecast.trainer.courier.refusals import (
+    CorruptError,
+    OutdatedError,
+    RefusedError,
+    ReopenError,
+    ResendError,
+    UnavailableError,
+)
+from sidecast.trainer.courier.snapshot_outcomes import SnapshotFates
+from sidecast.trainer.courier.upload import Upload
+from sidecast.trainer.pipe.messages import Message
+
+log = logging.getLogger(__name__)
+
+MAX_CORRUPT = 3
+# For the slowest rank's part of the snapshot before; a change can only be sent once that is whole.
+BASE_WAIT_S = 2.0
+
+
+class Uploader:
+    """Sends what the trainer hands over; ``run`` is a thread's work.
+
+    Args:
+        client: To the service.
+        rank: This rank.
+        slots: The staging buffers.
+        link: Says whether the service is there.
+        fates: What becomes of snapshots.
+        metrics: The rank's series.
+        tell: Tells the trainer.
+        reconstruction: For sending changes; None to send states always.
+    """
+
+    def __init__(
+        self,
+        client: NowcastClient,
+        rank: int,
+        slots: Sequence[memoryview],
+        link: Link,
+        fates: SnapshotFates,
+        metrics: CourierMetrics,
+        tell: Callable[[Message], None],
+        reconstruction: Reconstruction | None,
+    ) -> None:
+        self._client = client
+        self._rank = rank
+        self._slots = slots
+        self._link = link
+        self._fates = fates
+        self._metrics = metrics
+        self._tell = tell
+        self._reconstruction = reconstruction
+        # With the session that they belong to: nothing of a run's earlier session may reach a later one.
+        self._queue: queue.SimpleQueue[tuple[str, Message] | None] = queue.SimpleQueue()
+
+    def put(self, session_id: str, message: Message) -> None:
+        """Takes a snapshot or a report."""
+        self._queue.put((session_id, message))
+
+    def end(self) -> None:
+        """Makes ``run`` return once everything before has been sent."""
+        self._queue.put(None)
+
+    def run(self) -> None:
+        """Sends until told to end."""
+        while (item := self._queue.get()) is not None:
+            session_id, message = item
+            if message["type"] == "report":
+                self._report(session_id, message)
+            else:
+                self._upload(session_id, message)
+
+    def _report(self, session_id: str, message: Message) -> None:
+        fields = {key: value for key, value in message.items() if key not in ("type", "outcome")}
+        request = pb.ReportRequest(session_id=session_id, rank=self._rank, outcome=message["outcome"].upper(), **fields)
+        try:
+            if self._link.wait_connected(session_id, self._client.call_s, outlasts_outage=False):
+                self._client.report(request)
+        except SidecastError as error:
+            # The epoch also travels with every chunk: a lost report costs a count, nothing else.
+            log.warning("rank %d: the report of step %d was not taken: %s", self._rank, message["step"], error)
+
+    def _upload(self, session_id: str, message: Message) -> None:
+        slot, step, epoch = message["slot"], message["step"], message["epoch"]
+        buffer = self._slots[slot]
+        started_s = time.perf_counter()
+        transfer_s = self._client.transfer_s(len(buffer))
+        deadline_s = time.monotonic() + transfer_s
+        upload, reason = self._state(session_id, message, buffer), "not connected"
+        # A break of an instant costs no snapshot; while the service is away, the slot is free again at once.
+        if self._link.wait_connected(session_id, transfer_s, outlasts_outage=False):
+            upload, reason = self._deliver_somehow(session_id, message, buffer, deadline_s)
+        seconds = time.perf_counter() - started_s
+        num_bytes = 0
+        if not reason:
+            num_bytes = upload.num_bytes
+            self._metrics.uploaded_bytes.labels(*self._metrics.labels).inc(num_bytes)
+            self._metrics.upload_seconds.labels(*self._metrics.labels).observe(seconds)
+            if self._reconstruction is not None:
+                self._reconstruction.follow(upload.key, buffer, upload.digest)
+        elif self._fates.lose(session_id, epoch, step):
+            self._metrics.snapshots.labels(*self._metrics.labels, "unsent").inc()
+        else:
+            # The service has told of its end before: that loss has been counted.
+            reason = ""
+        self._tell(
+            {"type": "sent", "slot": slot, "step": step, "seconds": seconds, "bytes": num_bytes, "reason": reason}
+        )
+
+    def _deliver_somehow(
+        self, session_id: str, message: Message, buffer: memoryview, deadline_s: float
+    ) -> tuple[Upload, str]:
+        """Delivers by the shortest way that is open: shared memory, a change, the whole state."""
+        base = self._base(session_id, message["epoch"])
+        try:
+            if self._client.is_sharing:
+                upload = self._state(session_id, message, buffer, shared_buffer=message["slot"])
+                return upload, self._deliver(upload, deadline_s)
+            if base is not None:
+                upload = self._change(base, message, buffer)
+                return upload, self._deliver(upload, deadline_s)
+        except ResendError as error:
+            log.info("rank %d sends step %d once more, in full: %s", self._rank, message["step"], error)
+            self._client.is_sharing = False
+        upload = self._state(session_id, message, buffer)
+        return upload, self._deliver(upload, deadline_s)
+
+    def _base(self, session_id: str, epoch: int) -> Base | None:
+        """The snapshot that the service holds as this rank's reconstruction does; None if there is none."""
+        if self._reconstruction is None or self._client.is_sharing:
+            # Memory that both sides have mapped is faster than rounding.
+            return None
+        base = self._reconstruction.base
+        if base is None or (base.session_id, base.epoch) != (session_id, epoch):
+            return None
+        return base if self._fates.is_committed(session_id, epoch, base.step, BASE_WAIT_S) else None
+
+    def _state(
+        self, session_id: str, message: Message, buffer: memoryview, *, shared_buffer: int | None = None
+    ) -> Upload:
+        key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=message["step"], epoch=message["epoch"])
+        return Upload(
+            key, len(buffer), lambda start, length: buffer[start : start + length], shared_buffer=shared_buffer
+        )
+
+    def _change(self, base: Base, message: Message, buffer: memoryview) -> Upload:
+        reconstruction = self._reconstruction
+        assert reconstruction is not None, "there is a base"
+        key = pb.ChunkKey(
+            session_id=base.session_id,
+            rank=self._rank,
+            id=message["step"],
+            epoch=base.epoch,
+            dtype=pb.BF16,
+            base_step=base.step,
+        )
+        num_bytes = len(buffer) // FP32_BYTES * BF16_BYTES
+        return Upload(key, num_bytes, functools.partial(reconstruction.change, buffer), base.digest)
+
+    def _deliver(self, upload: Upload, deadline_s: float) -> str:
+        """Uploads and commits, going on after interruptions; says why it could not, if so.
+
+        Raises:
+            ResendError: The service lacks what the upload refers to.
+        """
+        backoff_s = FIRST_BACKOFF_S
+        num_corrupt = 0
+        upload.fill(self._client.chunk_bytes)
+        while True:
+            try:
+                self._client.upload(upload)
+                self._client.commit(upload)
+                return ""
+            except CorruptError as error:
+                reason, num_corrupt = str(error), num_corrupt + 1
+            except (UnavailableError, ReopenError) as error:
+                reason = str(error)
+            except (OutdatedError, RefusedError) as error:
+                return str(error)
+            received = None
+            while received is None:
+                left_s = deadline_s - time.monotonic()
+                is_over = num_corrupt == MAX_CORRUPT or left_s <= 0
+                session_id = upload.key.session_id
+                if is_over or not self._link.wait_connected(session_id, left_s, outlasts_outage=True):
+                    return reason
+                time.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+                received = self._received(upload)
+            self._metrics.resumed.labels(*self._metrics.labels, "upload").inc()
+            upload.fill(self._client.chunk_bytes, received)
+
+    def _received(self, upload: Upload) -> list[tuple[int, int]] | None:
+        """What the service has of an upload; None if it cannot be asked yet."""
+        try:
+            return self._client.progress(upload.key)
+        except (UnavailableError, ReopenError):
+            # The link may not have noticed yet that it is down.
+            return None
+        except SidecastError as error:
+            # Everything again, then; if that is of no use either, the upload says so.
+            log.debug("rank %d: no word of what has arrived: %s", self._rank, error)
+            return []

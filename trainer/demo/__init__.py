@@ -1,0 +1,1 @@
+"""The demo: a service and a training job on this machine, with and without nowcasts, and a report."""

@@ -1,0 +1,143 @@
+"""Carrying out a jump and undoing it, on all ranks or on none.
+
+A unanimous vote says that every rank held the prediction when the vote was cast. Steps later, when it is read, a rank
+may still be unable to act: its optimizer's tensors moved, or the copy for undoing the jump has no room. So each rank
+first prepares everything that can fail, and one blocking round confirms that all have; only then is a weight touched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidecast.errors import SidecastError
+from sidecast.protos.shards import total_elements
+from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.hook.jump import merge
+from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
+from sidecast.trainer.hook.vote import Votes
+from sidecast.trainer.partitions import Partition, RollbackCopy
+
+log = logging.getLogger(__name__)
+
+ANOTHER_RANK = "another rank could not prepare for it"
+
+
+class Application:
+    """What is done to one rank's weights.
+
+    Args:
+        config: Settings.
+        partition: What this rank holds.
+        votes: Over all ranks.
+        rollback_copy: Where jumps are undone from; None if they never are.
+
+    Attributes:
+        partition: Replaced when a checkpoint is loaded.
+    """
+
+    def __init__(
+        self, config: NowcasterConfig, partition: Partition, votes: Votes, rollback_copy: RollbackCopy | None
+    ) -> None:
+        self.partition = partition
+        self.rollback_copy = rollback_copy
+        self._config = config
+        self._votes = votes
+        self._base = torch.empty(total_elements(partition.owned_shards)) if config.merge == "replace" else None
+        self._base_step: int | None = None
+
+    def resume(self, partition: Partition) -> None:
+        """Goes on with a partition that was mapped after a checkpoint was loaded; a base from before is let go."""
+        self.partition = partition
+        self._base_step = None
+
+    def after_snapshot(self, step: int, *, is_base: bool) -> None:
+        """Keeps what a later jump needs besides the prediction.
+
+        Args:
+            step: Of the snapshot.
+            is_base: Whether a nowcast starts from it.
+        """
+        self._fit_rollback_copy()
+        if self._base is None or not is_base:
+            return
+        self._base_step = None
+        try:
+            self.partition.read_owned(self._base)
+        except SidecastError as error:
+            log.warning("the prediction of step %d will not be applied: %s", step, error)
+        else:
+            self._base_step = step
+
+    def _fit_rollback_copy(self) -> None:
+        """Allocates once more if the optimizer turned out to keep more than the two moments that were assumed."""
+        if self.rollback_copy is None or self.rollback_copy.num_bytes >= self.partition.rollback_bytes():
+            return
+        try:
+            self.rollback_copy = reserve_rollback_copy(self._config, self.partition)
+        except SidecastError as error:
+            # Capturing into the one that is too small refuses every jump, which is counted.
+            log.error("no jump can be undone, so none is applied: %s", error)
+
+    def why_stale(self) -> str:
+        """Why this rank could not apply anything now; empty if it could."""
+        try:
+            self.partition.require_current()
+        except SidecastError as error:
+            return str(error)
+        return ""
+
+    def apply(self, delta: Tensor, weight: float, *, base_step: int) -> str:
+        """Jumps; every rank calls it at the same step.
+
+        Args:
+            delta: Prediction minus base, owned elements in order.
+            weight: Factor on it.
+            base_step: Step of the base.
+
+        Returns:
+            Why no rank has jumped; empty if all have.
+        """
+        reason = ""
+        try:
+            self.partition.require_current()
+            if self._base is not None and self._base_step != base_step:
+                reason = f"the base of step {base_step}, which it would replace, is not held"
+            elif self.rollback_copy is not None:
+                self.partition.capture(self.rollback_copy)
+        except SidecastError as error:
+            reason = str(error)
+        if not self._votes.confirm(not reason):
+            return reason or ANOTHER_RANK
+        merge(self.partition, delta, weight, base=self._base, moments=self._config.moments)
+        return ""
+
+    def undo(self) -> str:
+        """Goes back to where ``apply`` jumped from; every rank calls it at the same step.
+
+        Returns:
+            Why no rank has gone back; empty if all have.
+        """
+        reason = ""
+        try:
+            assert self.rollback_copy is not None
+            self.partition.require_restorable(self.rollback_copy)
+        except SidecastError as error:
+            reason = str(error)
+        if not self._votes.confirm(not reason):
+            return reason or ANOTHER_RANK
+        assert self.rollback_copy is not None
+        self.partition.restore(self.rollback_copy)
+        return ""
+
+    def load_rollback_copy(self, state: Mapping[str, Any]) -> None:
+        """Takes the rollback copy of a checkpoint that was saved during probation."""
+        needed_bytes = state["buffer"].numel()
+        if self.rollback_copy is None or self.rollback_copy.num_bytes < needed_bytes:
+            # The run goes on with other settings, or keeps more than was assumed; the jump is judged all the same.
+            self.rollback_copy = RollbackCopy.allocate(needed_bytes)
+        self.rollback_copy.load_state_dict(state)

@@ -1,0 +1,400 @@
+"""What happens at a step boundary: poll, vote, jump, stage. Runs on the training thread and never waits for a network.
+
+Every decision that touches weights is read from a vote, so that all ranks take it at the same step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sidecast.errors import SidecastError
+from sidecast.manifest import ParameterSpec
+from sidecast.protos.shards import ShardSpec
+from sidecast.trainer.hook.application import Application
+from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.hook.inbox import Inbox
+from sidecast.trainer.hook.jump import LearningRateWindow, jump_weight
+from sidecast.trainer.hook.losses import LossMeter
+from sidecast.trainer.hook.messenger import Messenger
+from sidecast.trainer.hook.probation import Probation, Verdict
+from sidecast.trainer.hook.reporting import NowcastEvent, Reporter, Totals
+from sidecast.trainer.hook.schedule import Schedule
+from sidecast.trainer.hook.staging import Stager, side_stream
+from sidecast.trainer.hook.vote import NO_VERSION, Ballot, Decision, Votes
+from sidecast.trainer.hook.windows import WindowLosses
+from sidecast.trainer.partitions import Partition, RollbackCopy
+from sidecast.trainer.pipe.messages import HeldPrediction
+
+log = logging.getLogger(__name__)
+
+VOTE_END_TIMEOUT_S = 2.0
+
+
+class Nowcaster:
+    """One rank's hook.
+
+    Args:
+        config: Settings.
+        partition: What this rank holds.
+        courier: Started, and joined or trying to.
+        votes: Over all ranks.
+        step: Optimizer steps applied so far.
+        run_id: Of the run; kept over resumes.
+        rollback_copy: Where jumps are undone from; None: they are neither judged nor undone.
+        is_linked: Whether the courier has joined the service, as far as is known.
+    """
+
+    def __init__(
+        self,
+        config: NowcasterConfig,
+        partition: Partition,
+        courier: Messenger,
+        votes: Votes,
+        *,
+        step: int,
+        run_id: str,
+        rollback_copy: RollbackCopy | None = None,
+        is_linked: bool = True,
+    ) -> None:
+        self.config = config
+        self.run_id = run_id
+        self._courier = courier
+        self._votes = votes
+        self._schedule = Schedule.of(config)
+        self._reporter = Reporter(courier, step)
+        self._stager = Stager(courier, side_stream(partition.device))
+        self._windows = WindowLosses(config.period_steps)
+        self._inbox = Inbox(
+            courier, self._reporter, self._windows, config.resolved_max_staleness_steps, is_linked=is_linked
+        )
+        self._application = Application(config, partition, votes, rollback_copy)
+        self._probation = Probation(config)
+        self._learning_rates = LearningRateWindow(config.context_len)
+        self._meter = LossMeter()
+        self._vote_step = 0
+        self._is_closed = False
+
+    # --- for users
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps applied so far."""
+        return self._reporter.step
+
+    @property
+    def epoch(self) -> int:
+        """How many jumps and rollbacks there have been; states of different epochs never mix in a nowcast."""
+        return self._reporter.epoch
+
+    @property
+    def totals(self) -> Totals:
+        """What was done and what it has cost."""
+        return self._reporter.totals
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Gives the mean loss of one micro-batch; only needed where ``engine.backward(loss)`` is not called."""
+        self._meter.observe(loss)
+
+    def add_listener(self, callback: Callable[[NowcastEvent], None]) -> None:
+        """Calls back with every event, on the training thread."""
+        self._reporter.listeners.append(callback)
+
+    def summary(self) -> dict[str, Any]:
+        """Totals since the hook was attached."""
+        return self._reporter.summary(self._probation)
+
+    def close(self) -> None:
+        """Ends the courier and frees the shared memory; the training engine goes on without us."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._votes.abandon(VOTE_END_TIMEOUT_S)
+        self._reporter.post_stats(self._probation)
+        self._stager.close()
+        self._inbox.close()
+        self._courier.close()
+
+    # --- the step boundary
+
+    def after_step(self, step: int) -> None:
+        """Does what is due once an optimizer step has been applied.
+
+        Args:
+            step: Optimizer steps applied since the run began.
+        """
+        if step == self.step or self._is_closed:
+            return
+        self._reporter.step = step
+        started_s = time.perf_counter()
+        # One for everything that is waited for at this boundary.
+        deadline_s = time.monotonic() + self.config.sync_deadline_s
+        self._collect()
+        self._inbox.poll()
+        if self._votes.is_open and step >= self._vote_step + self._schedule.vote_lag_steps:
+            self._on_decision(self._votes.read())
+        is_staged = self._schedule.is_snapshot(step) and self._stage(deadline_s)
+        if self.config.mode == "sync" and self._schedule.is_base(step):
+            staged_epoch = self.epoch
+            if self._votes.is_open:
+                self._on_decision(self._votes.read())
+            # Not for one that could not be applied: it would cost the deadline at every base step.
+            if is_staged and self.epoch == staged_epoch and self._probation.allows_jumps and self._weight_scale() > 0:
+                self._collect()
+                self._inbox.await_prediction(deadline_s)
+            self._launch_vote()
+            self._on_decision(self._votes.read())
+        if self._schedule.is_vote(step) and not self._votes.is_open:
+            self._launch_vote()
+            if self._schedule.vote_lag_steps == 0:
+                self._on_decision(self._votes.read())
+        if self._schedule.is_snapshot(step):
+            self._reporter.post_stats(self._probation)
+        self.totals.blocked_s += time.perf_counter() - started_s
+
+    def _stage(self, deadline_s: float) -> bool:
+        """Hands the courier a snapshot; False if it could not."""
+        self._learning_rates.add(self._application.partition.learning_rates())
+        self._application.after_snapshot(self.step, is_base=self._schedule.is_base(self.step))
+        # Not for snapshots of which nothing can come any more.
+        is_patient = self.config.mode == "sync" and not self._probation.is_suspended
+        self._windows.pass_snapshot(time.monotonic())
+        reason = self._windows.admit(self.step, is_patient=is_patient)
+        if not reason:
+            slot = self._inbox.take_slot(deadline_s if is_patient else None)
+            if slot is None:
+                self._windows.outrun()
+            reason = self._stager.stage(self._application.partition, self.step, self.epoch, slot)
+            self.totals.staging_s = self._stager.seconds
+        if self._schedule.is_base(self.step) and (warning := self._windows.end_window()):
+            log.warning("%s", warning)
+        if reason:
+            self._drop(self.step, reason)
+            return False
+        self.totals.num_staged += 1
+        self._reporter.emit("staged")
+        return True
+
+    def _collect(self) -> None:
+        if reason := self._stager.collect():
+            self._drop(self._stager.step, reason)
+
+    def _drop(self, snapshot_step: int, reason: str) -> None:
+        self._windows.lose(snapshot_step)
+        self._reporter.drop(snapshot_step, reason)
+
+    # --- votes
+
+    def _launch_vote(self) -> None:
+        loss_sum, num_losses = self._meter.drain()
+        weight_scale = self._weight_scale()
+        if self._inbox.held is not None and weight_scale == 0.0:
+            self._inbox.reject("the learning rate decays")
+        held = self._inbox.held if self._probation.allows_jumps else None
+        can_jump = held is not None and not self._application.why_stale()
+        version, digest, epoch = (held.version, held.digest, held.epoch) if held and can_jump else (NO_VERSION, 0, 0)
+        self._vote_step = self.step
+        self._windows.has_room = self._courier.has_free_slot
+        self._votes.launch(
+            Ballot(
+                version,
+                digest,
+                epoch,
+                loss_sum,
+                num_losses,
+                weight_scale if can_jump else 1.0,
+                has_room=self._windows.has_room,
+                lost_step=self._windows.newest_step,
+            )
+        )
+
+    def _weight_scale(self) -> float:
+        """What the learning rate leaves of a jump."""
+        if self.config.during_decay == "allow":
+            return 1.0
+        remaining = self._learning_rates.remaining(self._application.partition.learning_rates())
+        return remaining if self.config.during_decay == "scale" else float(remaining == 1.0)
+
+    def _on_decision(self, decision: Decision) -> None:
+        self._windows.agree(decision)
+        if decision.mean_loss is not None:
+            self._probation.add(self._vote_step, decision.mean_loss)
+        self._judge(decision.mean_loss)
+        held = self._inbox.held
+        if held is not None and (decision.version, decision.digest, decision.epoch) == (
+            held.version,
+            held.digest,
+            self.epoch,
+        ):
+            self._jump(held, decision.weight_scale)
+
+    # --- jumps
+
+    def _jump(self, held: HeldPrediction, weight_scale: float) -> None:
+        staleness_steps = self.step - held.base_step
+        horizon_steps = held.horizon_intervals * self._schedule.interval_steps
+        weight = jump_weight(staleness_steps, horizon_steps, self.config, weight_scale)
+        if weight == 0.0:
+            self._inbox.reject(
+                f"its base is {staleness_steps} steps old, its horizon {horizon_steps} steps, "
+                f"and the learning rate leaves {weight_scale:.3g} of it"
+            )
+            return
+        if reason := self._application.apply(self._inbox.delta, weight, base_step=held.base_step):
+            log.warning("the prediction of step %d is not applied: %s", held.base_step, reason)
+            self._inbox.reject(reason)
+            return
+        if self._application.rollback_copy is not None:
+            self._probation.begin(held.version, self.step)
+        self._reporter.epoch += 1
+        self.totals.num_applied += 1
+        details: dict[str, float | int | str] = {
+            "version": held.version,
+            "base_step": held.base_step,
+            "staleness_steps": staleness_steps,
+            "horizon_intervals": held.horizon_intervals,
+            "weight": weight,
+            "merge": self.config.merge,
+            "moments": self.config.moments,
+            "digest": f"{held.digest:016x}",
+            "relative_norm": held.relative_norm,
+            "nowcast_s": held.nowcast_s,
+        }
+        self._inbox.release(held, details)
+        self._reporter.report("applied", held.version, weight=weight)
+        self._reporter.emit("applied", **details)
+
+    def _judge(self, mean_loss: float | None) -> None:
+        found = self._probation.verdict(self.step, mean_loss)
+        if found is None:
+            return
+        verdict, reason = found
+        jump = self._probation.jump
+        assert jump is not None
+        if verdict is Verdict.ACCEPT:
+            self._probation.accepted()
+            self.totals.num_accepted += 1
+            self._reporter.report("accepted", jump.version, reason=reason)
+            self._reporter.emit("accepted", version=jump.version, reason=reason)
+            return
+        if obstacle := self._application.undo():
+            # Tried again at every vote; until then no other jump is applied.
+            if self._probation.postpone(reason):
+                log.error("the jump of step %d must be undone (%s), but cannot: %s", jump.step, reason, obstacle)
+                self._reporter.emit("rollback_delayed", version=jump.version, reason=obstacle)
+            return
+        why_suspended = self._probation.rolled_back()
+        self._reporter.epoch += 1
+        self.totals.num_rolled_back += 1
+        self._courier.log({"action": "rolled_back", "step": self.step})
+        self._reporter.report("rolled_back", jump.version, reason=reason)
+        self._reporter.emit("rolled_back", version=jump.version, reason=reason)
+        if why_suspended:
+            self._reporter.emit("suspended", reason=why_suspended)
+
+    # --- resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint; the rollback copy is saved beside them."""
+        # A resumed run needs first what was staged last.
+        self._collect()
+        return {
+            "run_id": self.run_id,
+            "epoch": self.epoch,
+            "step": self.step,
+            "learning_rates": self._learning_rates.state(),
+            **self._probation.state(),
+        }
+
+    def resume(
+        self,
+        state: Mapping[str, Any] | None,
+        partition: Partition,
+        step: int,
+        run_id: str,
+        *,
+        is_kept: bool = False,
+    ) -> None:
+        """Goes on from a loaded checkpoint.
+
+        Args:
+            state: What ``state_dict`` gave; None if the checkpoint was saved without the hook.
+            partition: Mapped anew.
+            step: Optimizer steps applied in the checkpoint.
+            run_id: The run's identity if the checkpoint has none.
+            is_kept: Whether a prediction whose base is not after the checkpoint will be brought anew.
+        """
+        if self._votes.is_open:
+            self._votes.read()
+        self._application.resume(partition)
+        self._windows.forget()
+        self._reporter.step = step
+        self._meter = LossMeter()
+        held = self._inbox.held
+        if held is not None:
+            trajectory = None if state is None else (state["run_id"], state["epoch"])
+            if is_kept and trajectory == (self.run_id, held.epoch) and held.base_step <= step:
+                self._inbox.let_go()
+            else:
+                self._inbox.reject("a checkpoint was loaded")
+        self.run_id = run_id if state is None else state["run_id"]
+        self._reporter.epoch = 0 if state is None else state["epoch"]
+        self._learning_rates.load([] if state is None else state["learning_rates"])
+        self._probation.load(state)
+
+    @property
+    def parameters(self) -> tuple[ParameterSpec, ...]:
+        """What is nowcasted, in the order of the parameter vector."""
+        return self._application.partition.parameters
+
+    @property
+    def session_id(self) -> str:
+        """Under which the service knows this attach."""
+        return self._courier.session_id
+
+    @property
+    def shards(self) -> tuple[tuple[ShardSpec, ...], tuple[ShardSpec, ...]]:
+        """What this rank uploads and what it applies."""
+        return self._application.partition.upload_shards, self._application.partition.owned_shards
+
+    def rollback_state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps for undoing the jump on probation; None if there is no such jump, or no such copy."""
+        copy = self._application.rollback_copy
+        if copy is None or not self.is_on_probation:
+            return None
+        try:
+            return copy.state_dict()
+        except SidecastError as error:
+            # The checkpoint is worth more than the copy.
+            log.error("a run that resumes from this checkpoint cannot undo the jump on probation: %s", error)
+            return None
+
+    def load_rollback_copy(self, state: Mapping[str, Any]) -> None:
+        """Takes the rollback copy of a checkpoint that was saved during probation."""
+        self._application.load_rollback_copy(state)
+
+    def end_probation(self) -> None:
+        """Keeps a jump for good whose rollback copy is lost."""
+        self._probation.end()
+
+    @property
+    def is_on_probation(self) -> bool:
+        """Whether a jump may still be undone, so that a checkpoint must hold the rollback copy."""
+        return self._probation.jump is not None
+
+
+def rollback_path(checkpoint: Path, rank: int) -> Path:
+    """Where a checkpoint saved during probation keeps a rank's rollback copy."""
+    return checkpoint / f"sidecast_rollback_rank{rank}.pt"
+
+
+def dump_config(config: NowcasterConfig) -> str:
+    """Canonical text of the settings, to compare between ranks."""
+    return json.dumps(asdict(config), sort_keys=True)

@@ -1,0 +1,275 @@
+"""The ``"nowcaster"`` section of a ds_config, checked and frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from sidecast.errors import ConfigError
+from sidecast.horizon import MAX_POWER, MIN_POWER
+
+Section = TypeVar("Section")
+
+MAX_PORT = 65_535
+MAX_CHANNELS = 16
+# One chunk must pass within the time that a message may take.
+MIN_MBYTES_PER_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HorizonConfig:
+    """How far ahead nowcasts look."""
+
+    schedule: Literal["constant", "power"] | None = None
+    """``power`` falls from ``max`` to 1 over the run; None: ``power`` if ``max_steps`` is known, else ``constant``."""
+    max: int | None = None
+    """First horizon in snapshot intervals; None: the predictor's own."""
+    power: float = 2.0
+    """How fast the horizon falls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeoutConfig:
+    """The trainer's rungs of the timeout ladder: connect < chunk < stream (< nowcast < session, on the service)."""
+
+    connect_s: float = 5.0
+    """To reach the service once."""
+    chunk_s: float = 15.0
+    """For one small call, and between two messages of a stream."""
+    stream_s: float = 120.0
+    """For the upload or download of one rank's part of one snapshot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NowcasterConfig:
+    """All settings of the hook. Steps are optimizer steps that were applied."""
+
+    enabled: bool = True
+    """False: the engine is returned untouched."""
+    endpoint: str = "127.0.0.1:50051"
+    """HOST:PORT of the service."""
+    require: bool = False
+    """True: an unreachable service is an error at start instead of a warning."""
+    predictor: str = "linear"
+    """Name of the predictor."""
+    predictor_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the predictor, for example {"upd_scale": 0.5, "device": "cuda"}; see predictors.md."""
+    context_len: int = 5
+    """States per nowcast."""
+    period_steps: int = 1000
+    """Steps between nowcasts; a multiple of ``context_len``."""
+    max_steps: int | None = None
+    """Length of the run, for horizons that fall over it."""
+    horizon: HorizonConfig = field(default_factory=HorizonConfig)
+    """How far ahead nowcasts look."""
+    mode: Literal["async", "sync"] = "async"
+    """``sync`` waits for the prediction at its base step, as the paper does, and at each snapshot step until the
+    snapshot before has been sent; neither while the service is away, nor over a break of the connection."""
+    sync_deadline_s: float = 60.0
+    """``sync`` mode: go on without the prediction, or without the snapshot, after this long."""
+    vote_interval_steps: int | None = None
+    """Steps between votes; None: a twentieth of the snapshot interval, at least 1."""
+    vote_lag_steps: int = 1
+    """Steps from launching a vote to reading it; at most ``vote_interval_steps``; 0 blocks."""
+    max_staleness_steps: int | None = None
+    """A prediction whose base is older is dropped; None: just below the snapshot interval, which is also the most."""
+    max_weight: float = 1.0
+    """Fraction of the predicted jump that is applied at staleness 0."""
+    max_relative_norm: float = 0.5
+    """Largest accepted ||jump|| / ||parameters||."""
+    merge: Literal["age_weighted", "replace", "add"] = "age_weighted"
+    """How a jump d steps after its base, with a horizon of h steps, meets what training did since: ``age_weighted``:
+    now + max_weight * (1 - d/h) * jump; ``add``: now + max_weight * jump, whatever its age; ``replace``: base +
+    max_weight * jump, which drops those d steps and keeps a copy of the base (4 bytes per owned parameter)."""
+    moments: Literal["keep", "reset", "scale"] = "keep"
+    """What a jump does to the optimizer's moments: ``keep``: nothing; ``reset``: all of them and the step counters
+    become 0, as before the first step; ``scale``: the first moment (momentum) is multiplied by 1 - weight, the share of
+    the predicted way that the jump has not gone. A rollback restores them in any case."""
+    during_decay: Literal["scale", "suspend", "allow"] = "scale"
+    """While the learning rate is below its highest value at the window's snapshots: ``scale`` multiplies the weight by
+    the part that is left, ``suspend`` applies nothing, ``allow`` ignores it. Warm-up is no decay."""
+    probation_steps: int | None = None
+    """After so many steps a jump is judged; None: half the period; 0: never."""
+    rollback: Literal["host", "disk", "off"] = "host"
+    """Where the copy for undoing a jump on probation is kept (12 bytes per owned parameter with Adam); ``disk``: in a
+    file in ``rollback_dir``, so that a jump may wait for the disk; ``off``: jumps are neither judged nor undone."""
+    rollback_dir: str | None = None
+    """Folder for ``rollback: disk``, on a disk local to the rank."""
+    max_host_memory_gib: float | None = None
+    """Most memory that the hook may take on one host, all its ranks together; null: what is available."""
+    acceptance_sigmas: float = 3.0
+    """A jump is undone if the loss after it is above the trend before it by so many standard errors."""
+    max_rollbacks: int = 2
+    """So many rollbacks in a row suspend jumps for the rest of the run."""
+    record_dir: str | None = None
+    """Folder for the apply log and the applied deltas, from which the run can be replayed without a service."""
+    replay_dir: str | None = None
+    """Replay that folder's jumps instead of asking a service."""
+    metrics_port: int | None = None
+    """Prometheus port of local rank 0, the next one for local rank 1, and so on; 0 picks free ones; None: none."""
+    run_name: str = "default"
+    """Label of this run in its metrics."""
+    token_file: str | None = None
+    """File with the service's shared secret."""
+    tls_ca: str | None = None
+    """PEM certificate of the authority that signed the service's; needed off loopback."""
+    wire_dtype: Literal["fp32", "bf16_delta"] = "fp32"
+    """``bf16_delta``: after a first snapshot in fp32, changes travel in bf16, rounding errors in the next one, and
+    predictions too: about half the traffic, for 4 bytes of memory per uploaded parameter."""
+    shared_memory: Literal["auto", "off"] = "auto"
+    """``auto``: a service of the same user on the same host maps the courier's buffers, and no bytes travel;
+    ``wire_dtype`` then only rounds predictions."""
+    channels: int = 1
+    """Connections that share a transfer; more help where one cannot fill the network."""
+    max_mbytes_per_s: float | None = None
+    """Most megabytes (10^6 bytes) per second that a rank sends and receives; null: no limit."""
+    timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
+    """The timeout ladder."""
+
+    @property
+    def interval_steps(self) -> int:
+        """Steps between snapshots."""
+        return self.period_steps // self.context_len
+
+    @property
+    def num_slots(self) -> int:
+        """Snapshots that a rank may have staged and not yet sent."""
+        # In sync mode one: a rank that is two ahead of another has the service give up that one's snapshot, and a run
+        # that waits for its uploads in any case gains nothing from a second slot.
+        return 1 if self.mode == "sync" else 2
+
+    @property
+    def resolved_vote_interval_steps(self) -> int:
+        if self.vote_interval_steps is not None:
+            return self.vote_interval_steps
+        return max(1, self.interval_steps // 20)
+
+    @property
+    def resolved_max_staleness_steps(self) -> int:
+        return self.interval_steps - 1 if self.max_staleness_steps is None else self.max_staleness_steps
+
+    @property
+    def resolved_probation_steps(self) -> int:
+        return self.period_steps // 2 if self.probation_steps is None else self.probation_steps
+
+    def __post_init__(self) -> None:
+        def check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
+            if not is_allowed:
+                raise ConfigError(f"nowcaster.{name} is {value!r}; allowed: {allowed}")
+
+        check("context_len", self.context_len, self.context_len >= 2, "2 or more")
+        check("period_steps", self.period_steps, self.period_steps >= self.context_len, "context_len or more")
+        check(
+            "period_steps",
+            self.period_steps,
+            self.period_steps % self.context_len == 0,
+            f"a multiple of context_len ({self.context_len})",
+        )
+        check("max_steps", self.max_steps, self.max_steps is None or self.max_steps > 0, "a positive number or null")
+        check("horizon.max", self.horizon.max, self.horizon.max is None or self.horizon.max >= 1, "1 or more, or null")
+        check(
+            "horizon.power",
+            self.horizon.power,
+            MIN_POWER <= self.horizon.power <= MAX_POWER,
+            f"{MIN_POWER} to {MAX_POWER}",
+        )
+        if self.horizon.schedule == "power":
+            check(
+                "max_steps", self.max_steps, self.max_steps is not None, "a number, since horizon.schedule is 'power'"
+            )
+        votes = self.resolved_vote_interval_steps
+        check("vote_interval_steps", votes, 1 <= votes <= self.interval_steps, f"1 to {self.interval_steps}")
+        check("vote_lag_steps", self.vote_lag_steps, 0 <= self.vote_lag_steps <= votes, f"0 to {votes}")
+        stale = self.resolved_max_staleness_steps
+        if self.mode == "async":
+            # The first vote after a base step may be as far away as two votes are.
+            earliest = votes + self.vote_lag_steps
+            check(
+                "vote_interval_steps",
+                votes,
+                earliest <= stale,
+                f"so many that vote_interval_steps + vote_lag_steps ({earliest}) is at most max_staleness_steps "
+                f"({stale}): no prediction could ever be applied (or mode 'sync')",
+            )
+        # A later jump would fall behind the next window's first snapshot and cost that window.
+        check("max_staleness_steps", stale, 0 <= stale < self.interval_steps, f"0 to {self.interval_steps - 1}")
+        probation = self.resolved_probation_steps
+        check("probation_steps", probation, 0 <= probation < self.period_steps, f"0 to {self.period_steps - 1}")
+        check("max_weight", self.max_weight, 0 < self.max_weight <= 1, "more than 0, at most 1")
+        check("max_relative_norm", self.max_relative_norm, self.max_relative_norm > 0, "a positive number")
+        is_dir_named = (self.rollback_dir is not None) == (self.rollback == "disk")
+        check("rollback_dir", self.rollback_dir, is_dir_named, "a folder if rollback is 'disk', else null")
+        memory = self.max_host_memory_gib
+        check("max_host_memory_gib", memory, memory is None or memory > 0, "a positive number, or null")
+        check("acceptance_sigmas", self.acceptance_sigmas, self.acceptance_sigmas > 0, "a positive number")
+        check("max_rollbacks", self.max_rollbacks, self.max_rollbacks >= 1, "1 or more")
+        check("sync_deadline_s", self.sync_deadline_s, self.sync_deadline_s > 0, "a positive number")
+        check("channels", self.channels, 1 <= self.channels <= MAX_CHANNELS, f"1 to {MAX_CHANNELS}")
+        rate = self.max_mbytes_per_s
+        check(
+            "max_mbytes_per_s", rate, rate is None or rate >= MIN_MBYTES_PER_S, f"{MIN_MBYTES_PER_S} or more, or null"
+        )
+        host, _, port = self.endpoint.rpartition(":")
+        is_endpoint = host != "" and port.isdecimal() and 0 < int(port) <= MAX_PORT
+        check("endpoint", self.endpoint, is_endpoint, "HOST:PORT")
+        is_port = self.metrics_port is None or 0 <= self.metrics_port <= MAX_PORT
+        check("metrics_port", self.metrics_port, is_port, f"0 to {MAX_PORT}, or null")
+        # The courier reads them; here their absence is one line instead of a courier that dies again and again.
+        for name, path in (("token_file", self.token_file), ("tls_ca", self.tls_ca)):
+            check(name, path, path is None or Path(path).is_file(), "an existing file")
+        is_folder = self.record_dir is None or not Path(self.record_dir).exists() or Path(self.record_dir).is_dir()
+        check("record_dir", self.record_dir, is_folder, "a folder")
+        ladder = self.timeouts
+        check(
+            "timeouts",
+            dataclasses.asdict(ladder),
+            0 < ladder.connect_s < ladder.chunk_s < ladder.stream_s,
+            "0 < connect_s < chunk_s < stream_s",
+        )
+        if self.replay_dir is not None:
+            check("replay_dir", self.replay_dir, Path(self.replay_dir).is_dir(), "an existing folder")
+            check("record_dir", self.record_dir, self.record_dir is None, "null, since replay_dir is set")
+
+
+def parse_section(section: Mapping[str, Any]) -> NowcasterConfig:
+    """Reads the section.
+
+    Raises:
+        ConfigError: An unknown key, or a value of the wrong kind or out of range, named with what is allowed.
+    """
+    return _parse(NowcasterConfig, section, "nowcaster")
+
+
+def _parse(kind: type[Section], section: Mapping[str, Any], path: str) -> Section:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{path} is {section!r}; allowed: an object")
+    hints = get_type_hints(kind)
+    for key in section:
+        if key not in hints:
+            raise ConfigError(f"{path} has an unknown key {key!r}; allowed: {', '.join(sorted(hints))}")
+    return kind(**{key: _value(hints[key], value, f"{path}.{key}") for key, value in section.items()})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None and type(None) in get_args(hint):
+            return None
+        (hint,) = (item for item in get_args(hint) if item is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return _parse(hint, value, path)  # type: ignore[arg-type]
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{path} is {value!r}; allowed: {', '.join(repr(item) for item in get_args(hint))}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    kind = Mapping if get_origin(hint) is not None else hint
+    # bool is an int to Python, not to a user.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Mapping: "an object"}
+        raise ConfigError(f"{path} is {value!r}; allowed: {names[kind]}")
+    return value

@@ -1,0 +1,121 @@
+"""``sidecast.attach(engine)``: puts the hook around a DeepSpeed engine, in place."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sidecast.errors import ConfigError
+from sidecast.trainer.hook.attachment import Attachment
+from sidecast.trainer.hook.boundary import Nowcaster
+from sidecast.trainer.hook.replay import Replayer
+from sidecast.trainer.hook.start import is_disabled, start
+from sidecast.trainer.hook.training_run import Trainee, model_config_of
+from sidecast.trainer.partitions import partition_of
+from sidecast.trainer.partitions.deepspeed import applied_steps, nowcaster_section, zero_stage
+
+CLIENT_STATE_KEY = "sidecast"
+
+_hooks: weakref.WeakKeyDictionary[Any, Nowcaster | Replayer] = weakref.WeakKeyDictionary()
+
+
+def nowcaster_of(engine: Any) -> Nowcaster | Replayer | None:
+    """The hook that ``attach`` put around an engine; None if nowcasting is not enabled."""
+    return _hooks.get(engine)
+
+
+def attach(engine: Any) -> Any:
+    """Lets a DeepSpeed engine be nowcasted, as its ds_config's top-level ``"nowcaster"`` section says.
+
+    Call it once on every rank, right after ``deepspeed.initialize`` and before ``engine.load_checkpoint``. It
+    wraps the engine's ``step``, ``backward``, ``save_checkpoint`` and ``load_checkpoint`` in place. Without that
+    section, or with ``"enabled": false``, nothing is touched.
+
+    Args:
+        engine: What ``deepspeed.initialize`` returned.
+
+    Returns:
+        The same engine.
+
+    Raises:
+        ConfigError: The section, the engine or the model is not one that can be nowcasted, the service refuses
+            it, or there is no service although ``require`` is set. All ranks raise together.
+    """
+    section = nowcaster_section(engine)
+    if section is None or is_disabled(section):
+        return engine
+    put_on(engine, section)
+    return engine
+
+
+def put_on(engine: Any, section: Any, *, sees_losses: bool = True) -> Attachment:
+    """``attach`` with settings of any origin, which are enabled.
+
+    Args:
+        engine: What ``deepspeed.initialize`` returned.
+        section: The settings, unchecked.
+        sees_losses: Whether the losses given to ``engine.backward`` are those to judge by; False if the caller
+            gives them to the attachment itself.
+    """
+    if _hooks.get(engine) is not None:
+        raise ConfigError("sidecast.attach was called twice on this engine; once is enough")
+    if not dist.is_initialized():
+        raise ConfigError("sidecast.attach needs torch.distributed; call deepspeed.initialize first")
+    attachment = start(section, _trainee(engine))
+    _hooks[engine] = attachment.hook
+    wrap(engine, attachment, sees_losses=sees_losses)
+    return attachment
+
+
+def _trainee(engine: Any) -> Trainee:
+    # Weakly: the hook, which may hold this, must not keep alive the engine that it is filed under.
+    engine_ref = weakref.ref(engine)
+    return Trainee(
+        map_partition=lambda: partition_of(engine_ref()),
+        applied_steps=lambda: applied_steps(engine_ref()),
+        model_config=model_config_of(engine.module),
+        local_rank=int(engine.local_rank),
+        stage=str(zero_stage(engine)),
+    )
+
+
+def wrap(engine: Any, attachment: Attachment, *, sees_losses: bool = True) -> None:
+    """Makes the engine's methods tell the hook of steps, losses and checkpoints."""
+    step, backward = engine.step, engine.backward
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+
+    def step_and_nowcast(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        if engine.was_step_applied():
+            attachment.after_step()
+        return result
+
+    def observe_and_backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
+        if sees_losses and torch.is_tensor(loss):
+            attachment.observe(loss)
+        return backward(loss, *args, **kwargs)
+
+    def save_checkpoint(
+        save_dir: Any, tag: Any = None, client_state: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        tag = f"global_step{engine.global_steps}" if tag is None else tag
+        state = attachment.state_dict()
+        if state is not None:
+            client_state = {**(client_state or {}), CLIENT_STATE_KEY: state}
+        result = save(save_dir, tag, client_state or {}, *args, **kwargs)
+        attachment.save_rollback_copy(Path(save_dir) / str(tag))
+        return result
+
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        path, client_state = load(*args, **kwargs)
+        if path is not None:
+            state = (client_state or {}).pop(CLIENT_STATE_KEY, None)
+            attachment.resume(state, Path(path).parent)
+        return path, client_state
+
+    engine.step, engine.backward = step_and_nowcast, observe_and_backward
+    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint

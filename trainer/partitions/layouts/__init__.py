@@ -1,0 +1,1 @@
+"""How each kind of DeepSpeed optimizer keeps the master weights of one rank."""

@@ -1,0 +1,103 @@
+"""Plain torch: whole fp32 parameters that a torch optimizer updates in place, in one process or as DDP's replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidecast.errors import ConfigError
+from sidecast.trainer.partitions.contract import Partition
+from sidecast.trainer.partitions.layouts.replicated import ReplicatedLayout
+from sidecast.trainer.partitions.masters import MasterPartition
+from sidecast.trainer.partitions.optimizer_state import OptimizerState
+from sidecast.trainer.partitions.trainable import TrainableParameters, trainable_parameters
+
+# By name, so that nothing of torch.distributed is imported for a script that does not use it.
+_SHARDING_MODULES = ("FullyShardedDataParallel",)
+_SHARDED_TENSORS = ("DTensor", "FlatParameter")
+_SHARDING_OPTIMIZERS = ("ZeroRedundancyOptimizer",)
+
+
+def plain_partition(
+    module: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int = 0, world_size: int = 1
+) -> Partition:
+    """Maps what a rank holds of a model that no engine shards.
+
+    The parameters are their own masters, in the order of ``module.named_parameters()`` whatever the optimizer's
+    groups are, so that a single process uploads the parameter vector itself.
+
+    Args:
+        module: The model, without DDP's wrapper, whose prefix would be part of the names.
+        optimizer: What trains it.
+        rank: This rank.
+        world_size: Number of ranks, each with a replica.
+
+    Raises:
+        ConfigError: The optimizer or a parameter is not one that can be nowcasted; one line says why.
+    """
+    _require_unsharded(module, optimizer)
+    trainable = trainable_parameters(module, _held(optimizer))
+    _require_named(trainable, optimizer)
+    _require_masters(trainable)
+    layout = ReplicatedLayout(
+        trainable,
+        [[parameter] for parameter in trainable.tensors],
+        lambda: _in_order(trainable, optimizer),
+        rank=rank,
+        world_size=world_size,
+    )
+    return MasterPartition(trainable, layout, OptimizerState([optimizer], None))
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    held = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return [parameter for parameter in held if parameter.requires_grad and parameter.numel() > 0]
+
+
+def _in_order(trainable: TrainableParameters, optimizer: torch.optim.Optimizer) -> Sequence[Tensor]:
+    """What the optimizer trains now, in the model's order; others at the end, where they are noticed."""
+    return sorted(_held(optimizer), key=lambda item: trainable.index_of.get(id(item), len(trainable.tensors)))
+
+
+def _require_unsharded(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    names = [type(part).__name__ for part in module.modules()]
+    names += [kind.__name__ for parameter in module.parameters() for kind in type(parameter).__mro__]
+    for name in (*_SHARDING_MODULES, *_SHARDED_TENSORS):
+        if name in names:
+            raise ConfigError(
+                f"the model is sharded ({name}); nowcasting supports whole parameters (one process or DDP) and "
+                "DeepSpeed's ZeRO stages 0 to 3"
+            )
+    if type(optimizer).__name__ in _SHARDING_OPTIMIZERS:
+        raise ConfigError(
+            f"the optimizer is a {type(optimizer).__name__}, which shards its state; nowcasting supports whole "
+            "optimizers and DeepSpeed's"
+        )
+
+
+def _require_named(trainable: TrainableParameters, optimizer: torch.optim.Optimizer) -> None:
+    unnamed: list[Any] = [tuple(item.shape) for item in _held(optimizer) if id(item) not in trainable.index_of]
+    if unnamed:
+        raise ConfigError(
+            f"the optimizer trains a parameter of shape {unnamed[0]} that the model does not have; "
+            "pass the model whose parameters the optimizer was made from"
+        )
+    if not trainable.specs:
+        raise ConfigError("the optimizer trains no parameter of the model; nowcasting needs at least one")
+
+
+def _require_masters(trainable: TrainableParameters) -> None:
+    for spec, tensor in zip(trainable.specs, trainable.tensors, strict=True):
+        if tensor.dtype != torch.float32:
+            raise ConfigError(
+                f"parameter {spec.fqn!r} is {tensor.dtype} and has no fp32 master; nowcasting needs torch.float32 "
+                "parameters: train them under autocast (bf16 or fp16), or with DeepSpeed, which keeps fp32 masters"
+            )
+        if not tensor.is_contiguous():
+            raise ConfigError(
+                f"parameter {spec.fqn!r} is not contiguous in memory (channels_last?); nowcasting needs contiguous ones"
+            )

@@ -1,0 +1,1 @@
+"""The report on a run, or on two side by side."""
