@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sidecast
-from sidecast.trainer.hook.boundary import Nowcaster
-from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from sidecast.trainer.hook.boundary import NowcastHook
+from sidecast.trainer.integrations.deepspeed import hook_of
 
 CONTEXT_LEN = 5
 
@@ -128,8 +128,8 @@ def main(settings: dict[str, Any]) -> None:
     )
     deepspeed.init_distributed(dist_backend="gloo")
     engine = build_engine(settings)
-    hook = nowcaster_of(engine)
-    assert isinstance(hook, Nowcaster)
+    hook = hook_of(engine)
+    assert isinstance(hook, NowcastHook)
     generator = torch.Generator().manual_seed(rank)
     shape = (settings["batch_size"], settings["sequence_length"])
     vocab_size = engine.module.config.vocab_size

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import sidecast
-from sidecast.trainer.integrations.deepspeed import nowcaster_of
 
 
 def main() -> None:
@@ -54,10 +53,10 @@ def main() -> None:
         if step % 50 == 0 and engine.global_rank == 0:
             print(f"step {step}: loss {loss.item():.4f}")
 
-    nowcaster = nowcaster_of(engine)
-    if nowcaster is not None:
-        summary = nowcaster.summary()
-        nowcaster.close()
+    hook = sidecast.hook_of(engine)
+    if hook is not None:
+        summary = hook.summary()
+        hook.close()
         if engine.global_rank == 0:
             print(f"{summary['num_applied']} nowcasts applied, {summary['num_rolled_back']} of them undone")
     engine.destroy()

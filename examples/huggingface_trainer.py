@@ -82,7 +82,7 @@ def main() -> None:
     )
     trainer.add_callback(nowcasts)
     trainer.train(resume_from_checkpoint=args.resume)
-    summary = nowcasts.nowcaster.summary()
+    summary = nowcasts.hook.summary()
     print(f"{summary['num_applied']} nowcasts applied, {summary['num_rolled_back']} of them undone")
 
 

@@ -61,7 +61,7 @@ def main() -> None:
     )
     data = DataLoader(TensorDataset(torch.randn(1024, 16)), batch_size=32, shuffle=True)
     trainer.fit(Regression(), data)
-    summary = nowcasts.nowcaster.summary()
+    summary = nowcasts.hook.summary()
     print(f"{summary['num_applied']} nowcasts applied, {summary['num_rolled_back']} of them undone")
 
 

@@ -34,8 +34,8 @@ def train(predictor: str | None, num_steps: int, period_steps: int) -> tuple[flo
 
     if not isinstance(optimizer, NowcastOptimizer):
         return loss.item(), "no nowcasts"
-    summary = optimizer.nowcaster.summary()
-    optimizer.nowcaster.close()
+    summary = optimizer.hook.summary()
+    optimizer.hook.close()
     return loss.item(), f"{summary['num_applied']} nowcasts applied, {summary['num_rolled_back']} of them undone"
 
 

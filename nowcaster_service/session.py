@@ -27,7 +27,7 @@ from sidecast.nowcaster_service.session_events import (
     SnapshotEvent,
 )
 from sidecast.nowcaster_service.session_settings import MAX_RECEIVING, SessionSettings
-from sidecast.nowcaster_service.snapshots import Part, Snapshot, SnapshotState
+from sidecast.nowcaster_service.snapshots import RankPart, Snapshot, SnapshotState
 from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, buffer_digest
@@ -65,7 +65,7 @@ class Session:
         # The newest prediction that the run has reported on.
         self._settled_version = -1
         # The session of a resumed run that goes on with the nowcast that is being made here.
-        self._heir: Session | None = None
+        self._successor: Session | None = None
         self._is_closed = False
         self._shared: dict[int, tuple[memoryview, ...]] = {}
 
@@ -147,7 +147,7 @@ class Session:
         part = snapshot.parts.get(key.rank)
         if part is None or (part.dtype, part.base_step) != (key.dtype, key.base_step):
             # A rank that turns from changes to states, because the base is gone, begins anew.
-            part = snapshot.parts[key.rank] = Part(key.dtype, key.base_step)
+            part = snapshot.parts[key.rank] = RankPart(key.dtype, key.base_step)
         plan, vector = self._upload_plans[key.rank], snapshot.vector.view
         if key.dtype == pb.BF16:
             plan.scatter_changes(vector, self._base(snapshot, key).vector.view, frame.offset_bytes, data)
@@ -199,7 +199,7 @@ class Session:
         snapshot = self._receiving(step, epoch)
         part = snapshot.parts.get(rank)
         if part is None or (part.dtype, part.base_step) != (request.dtype, request.base_step):
-            part = Part(request.dtype, request.base_step)
+            part = RankPart(request.dtype, request.base_step)
         ranges = part.ranges
         position = ranges[0][1] if ranges and ranges[0][0] == 0 else 0
         if position != num_bytes:
@@ -306,8 +306,8 @@ class Session:
 
     def finish(self, task: NowcastTask, prediction: Prediction | None, reason: str = "") -> None:
         """Takes a nowcast's result: publishes the prediction, or counts the failure."""
-        if self._heir is not None:
-            self._heir.finish(task, prediction, reason)
+        if self._successor is not None:
+            self._successor.finish(task, prediction, reason)
             return
         self._nowcast = None
         if prediction is None:
@@ -374,7 +374,7 @@ class Session:
         if earlier.prediction is not None and is_kept(earlier.prediction.task):
             self.prediction, earlier.prediction = earlier.prediction, None
         if earlier._nowcast is not None and is_kept(earlier._nowcast):
-            self._nowcast, earlier._heir = earlier._nowcast, self
+            self._nowcast, earlier._successor = earlier._nowcast, self
 
     def close(self) -> None:
         """Refuses everything from now on and gives all space back."""

@@ -16,7 +16,7 @@ class SnapshotState(Enum):
 
 
 @dataclass
-class Part:
+class RankPart:
     """What has arrived of one rank's part.
 
     Attributes:
@@ -49,7 +49,7 @@ class Snapshot:
     epoch: int
     vector: VectorFile
     state: SnapshotState = SnapshotState.RECEIVING
-    parts: dict[int, Part] = field(default_factory=dict)
+    parts: dict[int, RankPart] = field(default_factory=dict)
     rank_digests: dict[int, bytes] = field(default_factory=dict)
 
     @property

@@ -7,17 +7,31 @@ the Hugging Face Trainer, ``LightningNowcastCallback`` for Lightning, ``NowcastO
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sidecast.errors import ConfigError as ConfigError
+
 if TYPE_CHECKING:
+    from sidecast.trainer.hook.reporting import NowcastEvent as NowcastEvent
     from sidecast.trainer.integrations.deepspeed import attach as attach
+    from sidecast.trainer.integrations.deepspeed import hook_of as hook_of
     from sidecast.trainer.integrations.huggingface import NowcastCallback as NowcastCallback
     from sidecast.trainer.integrations.lightning import LightningNowcastCallback as LightningNowcastCallback
     from sidecast.trainer.integrations.optimizer import NowcastOptimizer as NowcastOptimizer
 
-__all__ = ["LightningNowcastCallback", "NowcastCallback", "NowcastOptimizer", "attach"]
+__all__ = [
+    "ConfigError",
+    "LightningNowcastCallback",
+    "NowcastCallback",
+    "NowcastEvent",
+    "NowcastOptimizer",
+    "attach",
+    "hook_of",
+]
 
 # Lazy, because the service and the courier import this package without torch or DeepSpeed.
 _HOMES = {
     "attach": ("sidecast.trainer.integrations.deepspeed", "trainer"),
+    "hook_of": ("sidecast.trainer.integrations.deepspeed", "trainer"),
+    "NowcastEvent": ("sidecast.trainer.hook.reporting", "trainer"),
     "NowcastCallback": ("sidecast.trainer.integrations.huggingface", "huggingface"),
     "LightningNowcastCallback": ("sidecast.trainer.integrations.lightning", "lightning"),
     "NowcastOptimizer": ("sidecast.trainer.integrations.optimizer", "trainer"),

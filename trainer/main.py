@@ -193,9 +193,9 @@ def _attach(engine: Any, config: JobConfig, stack: ExitStack) -> Any:
     section = config.deepspeed.get("nowcaster")
     if section is None or section.get("enabled") is False:
         return None
-    from sidecast.trainer.integrations.deepspeed import nowcaster_of
+    from sidecast.trainer.integrations.deepspeed import hook_of
 
-    nowcaster = nowcaster_of(sidecast.attach(engine))
+    nowcaster = hook_of(sidecast.attach(engine))
     if nowcaster is not None:
         stack.callback(nowcaster.close)
     return nowcaster

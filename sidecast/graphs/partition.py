@@ -21,7 +21,7 @@ _DENSE, _DIAGONAL = 1, 0
 
 
 @dataclass(frozen=True, eq=False)
-class Partition:
+class EquitablePartition:
     """An equitable partition into cells.
 
     Attributes:
@@ -39,7 +39,7 @@ class Partition:
         return len(self.size_A)
 
 
-def atoms(topology: Topology) -> Partition:
+def atoms(topology: Topology) -> EquitablePartition:
     """The coarsest equitable partition into contiguous ranges: no block separates two nodes of a cell.
 
     Cells are in node order.
@@ -128,7 +128,7 @@ class _AtomPairs:
         low, high = np.minimum(source, target), np.maximum(source, target)
         self._keys.append((low * self._num_atoms + high) * 2 + kind)
 
-    def partition(self) -> Partition:
+    def partition(self) -> EquitablePartition:
         keys = np.unique(np.concatenate([*self._keys, np.empty(0, dtype=np.int64)]))
         pair, kind = keys // 2, keys % 2
         # A pair that is joined completely as well as node by node comes twice, the complete one last.
@@ -145,10 +145,12 @@ class _AtomPairs:
         count = np.where(dense, self._size_A[column] - (row == column), 1).astype(np.float64)
         neighbours_AA = csr_array((count, (row, column)), shape=shape)
         ones = np.ones(np.count_nonzero(~dense))
-        return Partition(self._size_A, neighbours_AA, csr_array((ones, (row[~dense], column[~dense])), shape=shape))
+        return EquitablePartition(
+            self._size_A, neighbours_AA, csr_array((ones, (row[~dense], column[~dense])), shape=shape)
+        )
 
 
-def coarsest(fine: Partition) -> NDArray[np.int64]:
+def coarsest(fine: EquitablePartition) -> NDArray[np.int64]:
     """The coarsest equitable partition, by colour refinement of a finer one.
 
     Every automorphism of the undirected graph maps each of its classes onto itself.
@@ -213,7 +215,7 @@ def _renumbered(label_A: NDArray[np.int64]) -> NDArray[np.int64]:
     return rank[inverse]
 
 
-def merge(fine: Partition, class_A: NDArray[np.int64]) -> Partition:
+def merge(fine: EquitablePartition, class_A: NDArray[np.int64]) -> EquitablePartition:
     """The partition whose cells are the classes of another's cells; ``diagonal_AA`` is left empty."""
     num_classes = int(class_A.max()) + 1 if len(class_A) else 0
     size = np.bincount(class_A, weights=fine.size_A, minlength=num_classes).astype(np.int64)
@@ -222,4 +224,4 @@ def merge(fine: Partition, class_A: NDArray[np.int64]) -> Partition:
         (np.ones(fine.num_cells), (np.arange(fine.num_cells), class_A)), shape=(fine.num_cells, num_classes)
     )
     neighbours = csr_array(fine.neighbours_AA[representative] @ indicator)
-    return Partition(size, neighbours, csr_array((num_classes, num_classes)))
+    return EquitablePartition(size, neighbours, csr_array((num_classes, num_classes)))

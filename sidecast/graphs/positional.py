@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from sidecast.graphs.eigen import EIGENVALUE_TOLERANCE, EigenPairs, lowest_eigenpairs
-from sidecast.graphs.partition import Partition, atoms, coarsest, merge
+from sidecast.graphs.partition import EquitablePartition, atoms, coarsest, merge
 from sidecast.graphs.topology import Topology
 
 _NUM_CACHED_TOPOLOGIES = 8
@@ -110,14 +110,14 @@ def _summary(topology: Topology, num_vectors: int) -> _Summary:
     return _Summary(fine.size_A, constant_AK, tuple(contrasts))
 
 
-def _constant_vectors(cells: Partition, pairs: EigenPairs, num_vectors: int) -> NDArray[np.float64]:
+def _constant_vectors(cells: EquitablePartition, pairs: EigenPairs, num_vectors: int) -> NDArray[np.float64]:
     constant = np.zeros((cells.num_cells, num_vectors))
     kept = pairs.vector_AK[:, :num_vectors] / np.sqrt(cells.size_A)[:, None]
     constant[:, : kept.shape[1]] = kept
     return constant
 
 
-def _degree(cells: Partition) -> NDArray[np.float64]:
+def _degree(cells: EquitablePartition) -> NDArray[np.float64]:
     degree: NDArray[np.float64] = cells.neighbours_AA.sum(axis=1)
     return degree
 
@@ -126,7 +126,7 @@ def _inverse_sqrt(value: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(1.0, np.sqrt(value), out=np.zeros_like(value), where=value > 0)
 
 
-def _nontrivial(cells: Partition, num_vectors: int) -> EigenPairs:
+def _nontrivial(cells: EquitablePartition, num_vectors: int) -> EigenPairs:
     """The lowest eigenpairs of the quotient but the constant one, each eigenspace in its canonical basis."""
     if not cells.num_cells:
         return EigenPairs(np.empty(0), np.empty((0, 0)))
@@ -143,7 +143,7 @@ def _nontrivial(cells: Partition, num_vectors: int) -> EigenPairs:
 
 
 def _contrasts(
-    fine: Partition, constant_value_K: NDArray[np.float64], num_vectors: int
+    fine: EquitablePartition, constant_value_K: NDArray[np.float64], num_vectors: int
 ) -> list[tuple[float, _Contrast]]:
     """The lowest eigenpairs that sum to zero on every atom, if any can be among the lowest of all."""
     inverse = _inverse_sqrt(_degree(fine))

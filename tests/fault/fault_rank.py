@@ -24,7 +24,7 @@ from sidecast.errors import ConfigError
 from sidecast.protos.shards import ShardSpec, total_elements
 from sidecast.trainer.hook.reporting import NowcastEvent
 from sidecast.trainer.hook.vote import NO_VERSION, Ballot, Decision, VoteBox
-from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from sidecast.trainer.integrations.deepspeed import hook_of
 from sidecast.trainer.partitions import partition_of
 from sidecast.trainer.partitions.masters import MasterPartition
 from tests.support.pacing import Pacer
@@ -101,10 +101,10 @@ class TrainingRank:
             **transfers,
         }
         self.engine = sidecast.attach(self._new_engine())
-        self.nowcaster = nowcaster_of(self.engine)
-        assert self.nowcaster is not None
-        self.nowcaster.add_listener(self._on_event)
-        self._pacer = Pacer.of_group(self.nowcaster)
+        self.hook = hook_of(self.engine)
+        assert self.hook is not None
+        self.hook.add_listener(self._on_event)
+        self._pacer = Pacer.of_group(self.hook)
         self._watch_votes()
         self._watch_jumps()
 
@@ -136,7 +136,7 @@ class TrainingRank:
             self._link.send(("event", event.kind, event.step, dict(event.details)))
 
     def _keep_state(self, step: int) -> None:
-        masters = torch.empty(total_elements(self.nowcaster.shards[0]))
+        masters = torch.empty(total_elements(self.hook.shards[0]))
         partition_of(self.engine).read(masters)
         self._states[step] = masters
         # Nothing older is ever applied: it would be too stale.
@@ -146,13 +146,13 @@ class TrainingRank:
     def _state_error(self, digest: str, base_step: int) -> float:
         """How far the states that the service made a prediction from are from what this rank staged, at most."""
         offsets = [0]
-        for spec in self.nowcaster.parameters:
+        for spec in self.hook.parameters:
             offsets.append(offsets[-1] + spec.numel)
         path = self._published / f"{digest}-states.f32"
         window = torch.from_file(str(path), size=CONTEXT_LEN * offsets[-1]).view(CONTEXT_LEN, -1)
         errors = []
         for index, held in enumerate(window):
-            parts = [held[offsets[item.parameter] :][item.start : item.stop] for item in self.nowcaster.shards[0]]
+            parts = [held[offsets[item.parameter] :][item.start : item.stop] for item in self.hook.shards[0]]
             staged = self._states[base_step - (CONTEXT_LEN - 1 - index) * INTERVAL_STEPS]
             errors.append(float((torch.cat(parts) - staged).abs().max()))
         return max(errors)
@@ -196,17 +196,17 @@ class TrainingRank:
 
     def serve(self) -> None:
         """Does what the conductor asks for until it goes away."""
-        self._link.send(("ready", self.shards, list(self.nowcaster.parameters)))
+        self._link.send(("ready", self.shards, list(self.hook.parameters)))
         while (command := self._link.recv()) is not None:
             what, of_what = command
             self._link.send(("done", self.train(of_what) if what == "train" else self.attach_without_memory(of_what)))
-        self.nowcaster.close()
+        self.hook.close()
         dist.destroy_process_group()
 
     @property
     def shards(self) -> Sequence[ShardSpec]:
         """What this rank owns."""
-        return self.nowcaster.shards[1]
+        return self.hook.shards[1]
 
     def train(self, fault: Fault | None) -> Passage:
         """Trains until a nowcast has been applied whose base is of after the conductor's word that all may heal."""

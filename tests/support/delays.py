@@ -19,7 +19,7 @@ from typing import Any
 
 # Setting: the method that each call of is delayed.
 DELAYED = {
-    "SIDECAST_TEST_STEP_DELAY_MS": ("sidecast.trainer.hook.boundary", "Nowcaster", "after_step"),
+    "SIDECAST_TEST_STEP_DELAY_MS": ("sidecast.trainer.hook.boundary", "NowcastHook", "after_step"),
     "SIDECAST_TEST_UPLOAD_DELAY_MS": ("sidecast.trainer.courier.client", "NowcastClient", "upload"),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.hook.boundary import Nowcaster
+from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.hook.vote import Ballot, Decision, decide
 from sidecast.trainer.pipe.buffers import SharedBuffer
@@ -124,13 +124,13 @@ class OneVoter:
         return is_ready
 
 
-def hook_of(
+def new_hook(
     courier: FakeCourier, partition: FakePartition, step: int, *, is_linked: bool = True, **settings: Any
-) -> Nowcaster:
+) -> NowcastHook:
     config = NowcasterConfig(
         context_len=2, period_steps=20, vote_interval_steps=1, vote_lag_steps=0, rollback="off", **settings
     )
-    return Nowcaster(
+    return NowcastHook(
         config,
         partition,  # type: ignore[arg-type]
         courier,  # type: ignore[arg-type]

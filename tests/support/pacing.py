@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sidecast.trainer.hook.boundary import Nowcaster
+from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.courier_handle import CourierHandle
 from sidecast.trainer.hook.reporting import NowcastEvent
 
@@ -30,21 +30,21 @@ class Pacer:
         all_ranks: Reduces a tensor of integers to the largest ones of all ranks; None where ranks train alone.
     """
 
-    def __init__(self, nowcaster: Nowcaster, all_ranks: Callable[[torch.Tensor], Any] | None = None) -> None:
-        self._nowcaster = nowcaster
+    def __init__(self, nowcaster: NowcastHook, all_ranks: Callable[[torch.Tensor], Any] | None = None) -> None:
+        self._hook = nowcaster
         self._all_ranks = all_ranks
         self._is_due = False
         self._is_lost = False
         nowcaster.add_listener(self._on_event)
 
     @classmethod
-    def of_group(cls, nowcaster: Nowcaster) -> Pacer:
+    def of_group(cls, nowcaster: NowcastHook) -> Pacer:
         """For one of the ranks of the default process group."""
         return cls(nowcaster, lambda flags: dist.all_reduce(flags, dist.ReduceOp.MAX))
 
     def _on_event(self, event: NowcastEvent) -> None:
         if event.kind == "staged":
-            self._is_due = event.step % self._nowcaster.config.period_steps == 0
+            self._is_due = event.step % self._hook.config.period_steps == 0
             self._is_lost = False
         elif event.kind == "applied":
             self._is_due = False
@@ -53,7 +53,7 @@ class Pacer:
 
     def wait(self) -> None:
         """Returns once the next step may be made."""
-        courier, inbox = self._nowcaster._courier, self._nowcaster._inbox
+        courier, inbox = self._hook._courier, self._hook._inbox
         assert isinstance(courier, CourierHandle)
         while True:
             is_sending = len(courier._free_slots) < len(courier.slots)

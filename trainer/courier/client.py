@@ -16,7 +16,7 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, decode_chunk, encode_chunk
 from sidecast.protos.shards import ShardSpec
 from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
-from sidecast.trainer.courier.fetch import Download, Part
+from sidecast.trainer.courier.fetch import Download, FetchPart
 from sidecast.trainer.courier.handover import hand_over
 from sidecast.trainer.courier.refusals import CorruptError, UnavailableError, translated
 from sidecast.trainer.courier.throttle import Throttle
@@ -219,7 +219,7 @@ class NowcastClient:
             for future in [pool.submit(self._fetch_part, download, part, channel) for part, channel in work]:
                 future.result()
 
-    def _fetch_part(self, download: Download, part: Part, channel: grpc.Channel) -> None:
+    def _fetch_part(self, download: Download, part: FetchPart, channel: grpc.Channel) -> None:
         version = download.key.id
         stream = channel.unary_stream(
             f"/{SERVICE_NAME}/Fetch",

@@ -14,7 +14,7 @@ FP32_BYTES = 4
 
 
 @dataclass
-class Part:
+class FetchPart:
     """A piece of the buffer that one stream fills, in order; bytes as they travel."""
 
     position: int
@@ -45,7 +45,7 @@ class Download:
         self.num_bytes = len(buffer) // (FP32_BYTES // BF16_BYTES if key.dtype == pb.BF16 else 1)
         part_bytes = max(1, math.ceil(self.num_bytes / chunk_bytes / num_parts)) * chunk_bytes
         self.parts = [
-            Part(start, min(start + part_bytes, self.num_bytes)) for start in range(0, self.num_bytes, part_bytes)
+            FetchPart(start, min(start + part_bytes, self.num_bytes)) for start in range(0, self.num_bytes, part_bytes)
         ]
 
     def put(self, offset_bytes: int, data: memoryview) -> None:

@@ -25,7 +25,7 @@ from sidecast.trainer.courier.fetcher import Fetcher
 from sidecast.trainer.courier.link import Link
 from sidecast.trainer.courier.metrics import CourierMetrics
 from sidecast.trainer.courier.reconstruction import Reconstruction
-from sidecast.trainer.courier.snapshot_outcomes import SnapshotFates
+from sidecast.trainer.courier.snapshot_outcomes import SnapshotOutcomes
 from sidecast.trainer.courier.uploader import Uploader
 from sidecast.trainer.pipe.apply_log import Recorder
 from sidecast.trainer.pipe.buffers import map_inherited
@@ -63,7 +63,7 @@ class Courier:
         shards = tuple([ShardSpec(*item) for item in hello[name]] for name in ("upload_shards", "fetch_shards"))
         opening = None if hello["opening"] is None else functools.partial(_announcement, hello["opening"])
         sends_changes = hello["wire_dtype"] == "bf16_delta"
-        self._fates = SnapshotFates()
+        self._outcomes = SnapshotOutcomes()
         self._link = Link(
             client,
             self._rank,
@@ -78,7 +78,7 @@ class Courier:
             self._rank,
             slots,
             self._link,
-            self._fates,
+            self._outcomes,
             self._metrics,
             self._tell,
             Reconstruction(hello["upload_bytes"]) if sends_changes else None,
@@ -166,12 +166,12 @@ class Courier:
     def _on_event(self, session_id: str, event: pb.SessionEvent) -> None:
         match event.WhichOneof("event"):
             case "committed":
-                self._fates.commit(session_id, event.committed.epoch, event.committed.step)
+                self._outcomes.commit(session_id, event.committed.epoch, event.committed.step)
                 self._metrics.snapshots.labels(*self._metrics.labels, "committed").inc()
                 self._tell({"type": "committed", "step": event.committed.step})
             case "aborted":
                 # Not if this rank could not send its part: that loss has been counted.
-                if self._fates.lose(session_id, event.aborted.epoch, event.aborted.step):
+                if self._outcomes.lose(session_id, event.aborted.epoch, event.aborted.step):
                     self._metrics.snapshots.labels(*self._metrics.labels, "aborted").inc()
                     self._tell({"type": "dropped", "step": event.aborted.step, "reason": event.aborted.reason})
             case "published":

@@ -10,7 +10,7 @@ from collections import OrderedDict
 MAX_REMEMBERED = 256
 
 
-class SnapshotFates:
+class SnapshotOutcomes:
     """Shared by the threads of a courier."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class SnapshotFates:
             return is_news
 
     def is_committed(self, session_id: str, epoch: int, step: int, timeout_s: float) -> bool:
-        """Whether the service has a whole snapshot; waits so long to hear of its fate."""
+        """Whether the service has a whole snapshot; waits so long to hear of it."""
         snapshot = (session_id, epoch, step)
         deadline_s = time.monotonic() + timeout_s
         with self._changed:

@@ -23,7 +23,7 @@ from sidecast.trainer.courier.refusals import (
     ResendError,
     UnavailableError,
 )
-from sidecast.trainer.courier.snapshot_outcomes import SnapshotFates
+from sidecast.trainer.courier.snapshot_outcomes import SnapshotOutcomes
 from sidecast.trainer.courier.upload import Upload
 from sidecast.trainer.pipe.messages import Message
 
@@ -42,7 +42,7 @@ class Uploader:
         rank: This rank.
         slots: The staging buffers.
         link: Says whether the service is there.
-        fates: What becomes of snapshots.
+        outcomes: What becomes of snapshots.
         metrics: The rank's series.
         tell: Tells the trainer.
         reconstruction: For sending changes; None to send states always.
@@ -54,7 +54,7 @@ class Uploader:
         rank: int,
         slots: Sequence[memoryview],
         link: Link,
-        fates: SnapshotFates,
+        outcomes: SnapshotOutcomes,
         metrics: CourierMetrics,
         tell: Callable[[Message], None],
         reconstruction: Reconstruction | None,
@@ -63,7 +63,7 @@ class Uploader:
         self._rank = rank
         self._slots = slots
         self._link = link
-        self._fates = fates
+        self._outcomes = outcomes
         self._metrics = metrics
         self._tell = tell
         self._reconstruction = reconstruction
@@ -115,7 +115,7 @@ class Uploader:
             self._metrics.upload_seconds.labels(*self._metrics.labels).observe(seconds)
             if self._reconstruction is not None:
                 self._reconstruction.follow(upload.key, buffer, upload.digest)
-        elif self._fates.lose(session_id, epoch, step):
+        elif self._outcomes.lose(session_id, epoch, step):
             self._metrics.snapshots.labels(*self._metrics.labels, "unsent").inc()
         else:
             # The service has told of its end before: that loss has been counted.
@@ -150,7 +150,7 @@ class Uploader:
         base = self._reconstruction.base
         if base is None or (base.session_id, base.epoch) != (session_id, epoch):
             return None
-        return base if self._fates.is_committed(session_id, epoch, base.step, BASE_WAIT_S) else None
+        return base if self._outcomes.is_committed(session_id, epoch, base.step, BASE_WAIT_S) else None
 
     def _state(
         self, session_id: str, message: Message, buffer: memoryview, *, shared_buffer: int | None = None

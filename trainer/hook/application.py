@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 ANOTHER_RANK = "another rank could not prepare for it"
 
 
-class Application:
+class JumpApplier:
     """What is done to one rank's weights.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sidecast.errors import ConfigError, SidecastError
-from sidecast.trainer.hook.boundary import Nowcaster, rollback_path
+from sidecast.trainer.hook.boundary import NowcastHook, rollback_path
 from sidecast.trainer.hook.courier_handle import CourierHandle
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.replay import Replayer
@@ -27,7 +27,7 @@ class Attachment(Protocol):
     """What a training loop does with the hook."""
 
     @property
-    def hook(self) -> Nowcaster | Replayer:
+    def hook(self) -> NowcastHook | Replayer:
         """The hook itself, for listeners and summaries."""
 
     def observe(self, loss: Tensor | float) -> None:
@@ -73,7 +73,7 @@ class NowcastAttachment:
         ranks: Of the run.
     """
 
-    def __init__(self, trainee: Trainee, hook: Nowcaster, courier: CourierHandle, ranks: Ranks) -> None:
+    def __init__(self, trainee: Trainee, hook: NowcastHook, courier: CourierHandle, ranks: Ranks) -> None:
         self.hook = hook
         self._trainee = trainee
         self._courier = courier
@@ -172,7 +172,7 @@ def new_session(ranks: Ranks, step: int, state: Mapping[str, Any] | None = None)
 
 
 def load_rollback_copy(
-    hook: Nowcaster, checkpoint: Path | None, rollback: Mapping[str, Any] | None, ranks: Ranks
+    hook: NowcastHook, checkpoint: Path | None, rollback: Mapping[str, Any] | None, ranks: Ranks
 ) -> None:
     """A jump on probation can only stay so if every rank can still undo it."""
     if not hook.is_on_probation:

@@ -18,7 +18,7 @@ from torch import Tensor
 from sidecast.errors import SidecastError
 from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.hook.application import Application
+from sidecast.trainer.hook.application import JumpApplier
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.hook.inbox import Inbox
 from sidecast.trainer.hook.jump import LearningRateWindow, jump_weight
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 VOTE_END_TIMEOUT_S = 2.0
 
 
-class Nowcaster:
+class NowcastHook:
     """One rank's hook.
 
     Args:
@@ -75,7 +75,7 @@ class Nowcaster:
         self._inbox = Inbox(
             courier, self._reporter, self._windows, config.resolved_max_staleness_steps, is_linked=is_linked
         )
-        self._application = Application(config, partition, votes, rollback_copy)
+        self._applier = JumpApplier(config, partition, votes, rollback_copy)
         self._probation = Probation(config)
         self._learning_rates = LearningRateWindow(config.context_len)
         self._meter = LossMeter()
@@ -161,8 +161,8 @@ class Nowcaster:
 
     def _stage(self, deadline_s: float) -> bool:
         """Hands the courier a snapshot; False if it could not."""
-        self._learning_rates.add(self._application.partition.learning_rates())
-        self._application.after_snapshot(self.step, is_base=self._schedule.is_base(self.step))
+        self._learning_rates.add(self._applier.partition.learning_rates())
+        self._applier.after_snapshot(self.step, is_base=self._schedule.is_base(self.step))
         # Not for snapshots of which nothing can come any more.
         is_patient = self.config.mode == "sync" and not self._probation.is_suspended
         self._windows.pass_snapshot(time.monotonic())
@@ -171,7 +171,7 @@ class Nowcaster:
             slot = self._inbox.take_slot(deadline_s if is_patient else None)
             if slot is None:
                 self._windows.outrun()
-            reason = self._stager.stage(self._application.partition, self.step, self.epoch, slot)
+            reason = self._stager.stage(self._applier.partition, self.step, self.epoch, slot)
             self.totals.staging_s = self._stager.seconds
         if self._schedule.is_base(self.step) and (warning := self._windows.end_window()):
             log.warning("%s", warning)
@@ -198,7 +198,7 @@ class Nowcaster:
         if self._inbox.held is not None and weight_scale == 0.0:
             self._inbox.reject("the learning rate decays")
         held = self._inbox.held if self._probation.allows_jumps else None
-        can_jump = held is not None and not self._application.why_stale()
+        can_jump = held is not None and not self._applier.why_stale()
         version, digest, epoch = (held.version, held.digest, held.epoch) if held and can_jump else (NO_VERSION, 0, 0)
         self._vote_step = self.step
         self._windows.has_room = self._courier.has_free_slot
@@ -219,7 +219,7 @@ class Nowcaster:
         """What the learning rate leaves of a jump."""
         if self.config.during_decay == "allow":
             return 1.0
-        remaining = self._learning_rates.remaining(self._application.partition.learning_rates())
+        remaining = self._learning_rates.remaining(self._applier.partition.learning_rates())
         return remaining if self.config.during_decay == "scale" else float(remaining == 1.0)
 
     def _on_decision(self, decision: Decision) -> None:
@@ -247,11 +247,11 @@ class Nowcaster:
                 f"and the learning rate leaves {weight_scale:.3g} of it"
             )
             return
-        if reason := self._application.apply(self._inbox.delta, weight, base_step=held.base_step):
+        if reason := self._applier.apply(self._inbox.delta, weight, base_step=held.base_step):
             log.warning("the prediction of step %d is not applied: %s", held.base_step, reason)
             self._inbox.reject(reason)
             return
-        if self._application.rollback_copy is not None:
+        if self._applier.rollback_copy is not None:
             self._probation.begin(held.version, self.step)
         self._reporter.epoch += 1
         self.totals.num_applied += 1
@@ -284,7 +284,7 @@ class Nowcaster:
             self._reporter.report("accepted", jump.version, reason=reason)
             self._reporter.emit("accepted", version=jump.version, reason=reason)
             return
-        if obstacle := self._application.undo():
+        if obstacle := self._applier.undo():
             # Tried again at every vote; until then no other jump is applied.
             if self._probation.postpone(reason):
                 log.error("the jump of step %d must be undone (%s), but cannot: %s", jump.step, reason, obstacle)
@@ -333,7 +333,7 @@ class Nowcaster:
         """
         if self._votes.is_open:
             self._votes.read()
-        self._application.resume(partition)
+        self._applier.resume(partition)
         self._windows.forget()
         self._reporter.step = step
         self._meter = LossMeter()
@@ -352,7 +352,7 @@ class Nowcaster:
     @property
     def parameters(self) -> tuple[ParameterSpec, ...]:
         """What is nowcasted, in the order of the parameter vector."""
-        return self._application.partition.parameters
+        return self._applier.partition.parameters
 
     @property
     def session_id(self) -> str:
@@ -362,11 +362,11 @@ class Nowcaster:
     @property
     def shards(self) -> tuple[tuple[ShardSpec, ...], tuple[ShardSpec, ...]]:
         """What this rank uploads and what it applies."""
-        return self._application.partition.upload_shards, self._application.partition.owned_shards
+        return self._applier.partition.upload_shards, self._applier.partition.owned_shards
 
     def rollback_state(self) -> dict[str, Any] | None:
         """What a checkpoint keeps for undoing the jump on probation; None if there is no such jump, or no such copy."""
-        copy = self._application.rollback_copy
+        copy = self._applier.rollback_copy
         if copy is None or not self.is_on_probation:
             return None
         try:
@@ -378,7 +378,7 @@ class Nowcaster:
 
     def load_rollback_copy(self, state: Mapping[str, Any]) -> None:
         """Takes the rollback copy of a checkpoint that was saved during probation."""
-        self._application.load_rollback_copy(state)
+        self._applier.load_rollback_copy(state)
 
     def end_probation(self) -> None:
         """Keeps a jump for good whose rollback copy is lost."""

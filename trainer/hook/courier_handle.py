@@ -77,7 +77,7 @@ class CourierHandle:
         self._channel: Channel | None = None
         self._last_status: int | None = None
         self._unconfirmed: deque[Message] = deque()
-        self._obituaries: deque[Message] = deque()
+        self._death_notices: deque[Message] = deque()
 
     @property
     def is_alive(self) -> bool:
@@ -141,7 +141,7 @@ class CourierHandle:
             if self._channel is not None:
                 is_posted = self._channel.post(message, may_be_lost=may_be_lost)
         except ChannelClosedError:
-            self._bury()
+            self._replace_dead()
         if message["type"] == "snapshot":
             if is_posted:
                 self._filling.discard(message["slot"])
@@ -179,8 +179,8 @@ class CourierHandle:
             timeout_s: How long to wait for the first message.
         """
         channel = self._channel
-        if channel is None or self._obituaries:
-            yield from self._take_obituaries()
+        if channel is None or self._death_notices:
+            yield from self._take_death_notices()
             return
         try:
             if timeout_s > 0:
@@ -204,14 +204,14 @@ class CourierHandle:
         except ChannelClosedError:
             # Unless a post in between has noticed first: the one that is there now is then another.
             if self._channel is channel:
-                self._bury()
-        yield from self._take_obituaries()
+                self._replace_dead()
+        yield from self._take_death_notices()
 
-    def _take_obituaries(self) -> Iterator[Message]:
-        while self._obituaries:
-            yield self._obituaries.popleft()
+    def _take_death_notices(self) -> Iterator[Message]:
+        while self._death_notices:
+            yield self._death_notices.popleft()
 
-    def _bury(self) -> None:
+    def _replace_dead(self) -> None:
         """Takes note of a courier's death and starts another; nothing of the training run depends on it."""
         if self._channel is None or self._process is None:
             return
@@ -224,7 +224,7 @@ class CourierHandle:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._last_status = self._process.wait(END_TIMEOUT_S)
         # Told with the next messages, whoever has noticed: a post that failed tells nobody.
-        self._obituaries.append({"type": "died", "reason": f"the courier ended with status {self._last_status}"})
+        self._death_notices.append({"type": "died", "reason": f"the courier ended with status {self._last_status}"})
         if self._num_deaths_in_a_row > MAX_DEATHS_IN_A_ROW:
             log.error(
                 "the courier died %d times without bringing a prediction; nowcasting is off for the rest of the run",

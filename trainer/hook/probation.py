@@ -47,7 +47,7 @@ def judge(before: Sequence[LossPoint], after: Sequence[LossPoint], sigmas: float
         sigmas: How sure to be before undoing a jump.
 
     Returns:
-        The verdict and one sentence with the numbers.
+        The verdict and one undo_reason with the numbers.
     """
     if not all(math.isfinite(point.loss) for point in after):
         return Verdict.ROLL_BACK, "the loss is not finite"
@@ -112,12 +112,12 @@ class Jump:
     Attributes:
         version: Of the prediction.
         step: At which it was applied.
-        sentence: Why it must be undone, once that is decided; empty until then.
+        undo_reason: Why it must be undone, once that is decided; empty until then.
     """
 
     version: int
     step: int
-    sentence: str = ""
+    undo_reason: str = ""
 
 
 class Probation:
@@ -168,8 +168,8 @@ class Probation:
         """
         if self.jump is None:
             return None
-        if self.jump.sentence:
-            return Verdict.ROLL_BACK, self.jump.sentence
+        if self.jump.undo_reason:
+            return Verdict.ROLL_BACK, self.jump.undo_reason
         if mean_loss is not None and not math.isfinite(mean_loss):
             return Verdict.ROLL_BACK, f"the loss is {mean_loss}"
         if step < self.jump.step + self._length_steps:
@@ -179,7 +179,7 @@ class Probation:
     def postpone(self, reason: str) -> bool:
         """Keeps a verdict of ROLL_BACK until it can be carried out; True the first time."""
         assert self.jump is not None
-        is_first = not self.jump.sentence
+        is_first = not self.jump.undo_reason
         self.jump = Jump(self.jump.version, self.jump.step, reason)
         return is_first
 
@@ -209,7 +209,7 @@ class Probation:
         """Plain values for a checkpoint."""
         return {
             "trend": self._trend.state(),
-            "probation": None if self.jump is None else [self.jump.version, self.jump.step, self.jump.sentence],
+            "probation": None if self.jump is None else [self.jump.version, self.jump.step, self.jump.undo_reason],
             "num_rollbacks_in_a_row": self._num_rollbacks_in_a_row,
             "is_suspended": self.is_suspended,
         }

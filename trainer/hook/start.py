@@ -14,7 +14,7 @@ from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.hook.attachment import Attachment, NowcastAttachment, ReplayAttachment, new_session
-from sidecast.trainer.hook.boundary import Nowcaster, dump_config
+from sidecast.trainer.hook.boundary import NowcastHook, dump_config
 from sidecast.trainer.hook.config import NowcasterConfig, parse_section
 from sidecast.trainer.hook.courier_handle import CourierHandle
 from sidecast.trainer.hook.memory_budget import rank_memory, require_room
@@ -63,7 +63,7 @@ def start(section: Any, trainee: Trainee) -> Attachment:
             undo.callback(courier.close)
         undo.pop_all()
     is_linked = _await_link(config, courier, ranks)
-    hook = Nowcaster(
+    hook = NowcastHook(
         config,
         partition,
         courier,

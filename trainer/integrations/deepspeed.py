@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from sidecast.errors import ConfigError
 from sidecast.trainer.hook.attachment import Attachment
-from sidecast.trainer.hook.boundary import Nowcaster
+from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.hook.start import is_disabled, start
 from sidecast.trainer.hook.training_run import Trainee, model_config_of
@@ -20,10 +20,10 @@ from sidecast.trainer.partitions.deepspeed import applied_steps, nowcaster_secti
 
 CLIENT_STATE_KEY = "sidecast"
 
-_hooks: weakref.WeakKeyDictionary[Any, Nowcaster | Replayer] = weakref.WeakKeyDictionary()
+_hooks: weakref.WeakKeyDictionary[Any, NowcastHook | Replayer] = weakref.WeakKeyDictionary()
 
 
-def nowcaster_of(engine: Any) -> Nowcaster | Replayer | None:
+def hook_of(engine: Any) -> NowcastHook | Replayer | None:
     """The hook that ``attach`` put around an engine; None if nowcasting is not enabled."""
     return _hooks.get(engine)
 

@@ -17,7 +17,7 @@ from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import Predictor
 from sidecast.predictors.registry import create_predictor
 from sidecast.trainer.hook.attachment import load_rollback_copy
-from sidecast.trainer.hook.boundary import Nowcaster
+from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import NowcasterConfig, parse_section
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
@@ -108,7 +108,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         self._messenger = InProcessNowcaster(config, manifest, predictor)
         self._num_steps = 0
         self._has_seen_loss = False
-        self.nowcaster = Nowcaster(
+        self.hook = NowcastHook(
             config,
             partition,
             self._messenger,
@@ -122,7 +122,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
     def observe(self, loss: Tensor | float) -> None:
         """Gives the mean loss of one micro-batch, before ``step``; not needed with a closure that returns it."""
         self._has_seen_loss = True
-        self.nowcaster.observe(loss)
+        self.hook.observe(loss)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes the inner optimizer's step, and what is due after it."""
@@ -130,14 +130,14 @@ class NowcastOptimizer(torch.optim.Optimizer):
         if loss is not None:
             self.observe(loss)
         self._num_steps += 1
-        config = self.nowcaster.config
+        config = self.hook.config
         if self._num_steps == config.period_steps and config.resolved_probation_steps and not self._has_seen_loss:
             warnings.warn(
                 "NowcastOptimizer has seen no loss, so it cannot tell whether jumps pay: call observe(loss) before "
                 "step(), or set probation_steps=0",
                 stacklevel=2,
             )
-        self.nowcaster.after_step(self._num_steps)
+        self.hook.after_step(self._num_steps)
         return loss
 
     # --- the optimizer inside
@@ -161,7 +161,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.nowcaster.config.predictor!r}, {self.optimizer!r})"
+        return f"{type(self).__name__}({self.hook.config.predictor!r}, {self.optimizer!r})"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
@@ -183,9 +183,9 @@ class NowcastOptimizer(torch.optim.Optimizer):
         """
         own = {
             "num_steps": self._num_steps,
-            "hook": self.nowcaster.state_dict(),
+            "hook": self.hook.state_dict(),
             "window": self._messenger.state_dict(),
-            "rollback": self.nowcaster.rollback_state(),
+            "rollback": self.hook.rollback_state(),
         }
         return {**self.optimizer.state_dict(), STATE_KEY: own}
 
@@ -198,7 +198,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         own = state_dict.get(STATE_KEY)
         self._num_steps = 0 if own is None else own["num_steps"]
         state = None if own is None else own["hook"]
-        hook = self.nowcaster
+        hook = self.hook
         partition = RemappingPartition(lambda: plain_partition(self._model, self.optimizer))
         hook.resume(state, partition, self._num_steps, hook.run_id)
         self._messenger.load_state_dict(None if own is None else own["window"])

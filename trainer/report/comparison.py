@@ -92,7 +92,7 @@ def nowcast_cost(curves: RunCurves) -> NowcastCost | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class RunComparison:
     """Whether nowcasting paid, by steps to reach the baseline's best validation loss.
 
     Attributes:
@@ -143,7 +143,7 @@ class Verdict:
         return f"{verdict}. The run with nowcasts reached {target} at step {self.steps:,.0f}."
 
 
-def verdict(curves: RunCurves, baseline: RunCurves) -> Verdict | None:
+def verdict(curves: RunCurves, baseline: RunCurves) -> RunComparison | None:
     """Compares two runs; None if either has no validation."""
     if not curves.validation or not baseline.validation:
         return None
@@ -155,7 +155,7 @@ def verdict(curves: RunCurves, baseline: RunCurves) -> Verdict | None:
         baseline_crossing = first_crossing(baseline.validation, best_loss)
         assert baseline_crossing is not None
         behind_steps = best_step - baseline_crossing
-    return Verdict(
+    return RunComparison(
         target_loss=target_loss,
         baseline_steps=baseline_steps,
         steps=steps,

@@ -20,7 +20,7 @@ from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest, ParameterSpec
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.hook.attachment import load_rollback_copy
-from sidecast.trainer.hook.boundary import Nowcaster, rollback_path
+from sidecast.trainer.hook.boundary import NowcastHook, rollback_path
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.replay import Replayer
@@ -128,7 +128,7 @@ class Run:
         courier.is_pacing = config.mode == "async"
         until(courier, "connected")
         dist.barrier(self.group)
-        hook = Nowcaster(
+        hook = NowcastHook(
             config,
             partition,
             courier,

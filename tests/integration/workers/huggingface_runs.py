@@ -94,7 +94,7 @@ class _Listener(TrainerCallback):
         self._callback, self._events = callback, events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._callback.nowcaster.add_listener(lambda event: self._events.append((event.kind, event.step)))
+        self._callback.hook.add_listener(lambda event: self._events.append((event.kind, event.step)))
 
 
 def straight_and_resumed(folder: Path, endpoint: str, zero: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import deepspeed
 
 import sidecast
 from sidecast.trainer.hook.vote import NO_VERSION, Ballot, VoteBox
-from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from sidecast.trainer.integrations.deepspeed import hook_of
 from tests.integration.workers.tiny_job import new_engine, pacer_of, start_process_group, train
 
 PERIOD_STEPS = 20
@@ -50,7 +50,7 @@ def main(endpoint: str, folder: Path, mode: str) -> None:
         "max_relative_norm": 10.0,
     }
     engine = sidecast.attach(new_engine(section))
-    nowcaster: Any = nowcaster_of(engine)
+    nowcaster: Any = hook_of(engine)
     jumps: list[dict[str, Any]] = []
     nowcaster.add_listener(
         lambda event: jumps.append({**event.details, "step": event.step}) if event.kind == "applied" else None

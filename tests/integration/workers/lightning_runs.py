@@ -47,7 +47,7 @@ class Listener(lightning.Callback):  # type: ignore[misc,name-defined]
         self.events: list[tuple[str, int]] = []
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        self.nowcasts.nowcaster.add_listener(lambda event: self.events.append((event.kind, event.step)))
+        self.nowcasts.hook.add_listener(lambda event: self.events.append((event.kind, event.step)))
 
 
 def train(

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 import sidecast
-from sidecast.trainer.hook.boundary import Nowcaster
+from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.hook.reporting import NowcastEvent
-from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from sidecast.trainer.integrations.deepspeed import hook_of
 from tests.integration.workers.tiny_job import new_engine, start_process_group, train
 
 PERIOD_STEPS = 50
@@ -33,8 +33,8 @@ def run(rank: int, address: str, folder: Path, mode: str) -> None:
         where: str(folder / "record"),
     }
     engine = sidecast.attach(new_engine(section))
-    nowcaster = nowcaster_of(engine)
-    assert isinstance(nowcaster, Nowcaster | Replayer)
+    nowcaster = hook_of(engine)
+    assert isinstance(nowcaster, NowcastHook | Replayer)
     applied: list[int] = []
 
     def on_event(event: NowcastEvent) -> None:

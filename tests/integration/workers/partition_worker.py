@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 import sidecast
 from sidecast.protos.shards import total_elements
-from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from sidecast.trainer.integrations.deepspeed import hook_of
 from sidecast.trainer.partitions import partition_of
 from tests.integration.workers.partition_account import module_weights, of_all_ranks, optimizer_state_of, same_bits
 from tests.integration.workers.partition_cases import ATTACHED_CASES, ATTACHED_WORLD_SIZE, CASES_OF_WORLD_SIZE, Case
@@ -46,7 +46,7 @@ def trained(case: Case, nowcaster: dict[str, Any] | None) -> tuple[list[Any], in
     """Everything that eight steps leave on this rank, and how many snapshots were staged on the way."""
     engine = sidecast.attach(build_engine(case, nowcaster))
     losses = train(engine, range(8))
-    hook = nowcaster_of(engine)
+    hook = hook_of(engine)
     num_staged = 0
     if hook is not None:
         num_staged = hook.summary()["num_staged"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import sidecast
-from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from sidecast.trainer.integrations.deepspeed import hook_of
 from tests.integration.workers.tiny_job import new_engine, pacer_of, train
 
 PERIOD_STEPS = 50
@@ -27,7 +27,7 @@ def attached(address: str, events: list[dict[str, Any]]) -> Any:
         "mode": "sync",
     }
     engine = sidecast.attach(new_engine(section))
-    nowcaster = nowcaster_of(engine)
+    nowcaster = hook_of(engine)
     assert nowcaster is not None
     nowcaster.add_listener(lambda event: events.append({"kind": event.kind, "step": event.step, **event.details}))
     return engine
@@ -50,20 +50,20 @@ def compare_with_a_resume(rank: int, address: str, folder: Path) -> None:
 
     engine = attached(address, events["straight"])
     losses["straight"] = train_on(engine, rank, 0, NUM_STEPS)
-    nowcaster_of(engine).close()
+    hook_of(engine).close()
 
     engine = attached(address, events["restarted"])
     losses["restarted"] = train_on(engine, rank, 0, SAVE_STEP)
     engine.save_checkpoint(str(folder / "checkpoints"), tag="middle")
-    nowcaster_of(engine).close()
+    hook_of(engine).close()
 
     engine = attached(address, events["restarted"])
     num_before = len(events["restarted"])
     engine.load_checkpoint(str(folder / "checkpoints"), tag="middle")
     while all(event["kind"] != "connected" for event in events["restarted"][num_before:]):
-        nowcaster_of(engine)._inbox.poll(1.0)
+        hook_of(engine)._inbox.poll(1.0)
     losses["restarted"] += train_on(engine, rank, SAVE_STEP, NUM_STEPS - SAVE_STEP)
-    nowcaster_of(engine).close()
+    hook_of(engine).close()
 
     if rank == 0:
         (folder / "resume.json").write_text(json.dumps({"losses": losses, "events": events}))

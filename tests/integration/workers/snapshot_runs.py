@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 import sidecast
-from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from sidecast.trainer.integrations.deepspeed import hook_of
 from tests.integration.workers.snapshot_cases import CASES, SNAPSHOT_STEP
 from tests.integration.workers.tiny_job import new_engine, train
 
@@ -46,7 +46,7 @@ def compare_snapshots(rank: int, address: str, folder: Path) -> None:
     for seed, (name, (stage, dtype)) in enumerate(CASES.items()):
         section = {"endpoint": address, "require": True, "period_steps": 5 * SNAPSHOT_STEP}
         engine = sidecast.attach(new_engine(section, stage=stage, dtype=dtype, seed=seed))
-        nowcaster = nowcaster_of(engine)
+        nowcaster = hook_of(engine)
         assert nowcaster is not None
         committed: list[int] = []
         nowcaster.add_listener(

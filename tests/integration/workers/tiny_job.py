@@ -11,8 +11,8 @@ import deepspeed
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sidecast.trainer.hook.boundary import Nowcaster
-from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from sidecast.trainer.hook.boundary import NowcastHook
+from sidecast.trainer.integrations.deepspeed import hook_of
 from tests.support.pacing import Pacer
 
 VOCABULARY = 31
@@ -69,6 +69,6 @@ def train(engine: Any, rank: int, first_step: int = 0) -> Iterator[float]:
 
 def pacer_of(engine: Any) -> Pacer:
     """Holds an attached engine's steps back until what they have set going has ended on all ranks."""
-    nowcaster = nowcaster_of(engine)
-    assert isinstance(nowcaster, Nowcaster)
+    nowcaster = hook_of(engine)
+    assert isinstance(nowcaster, NowcastHook)
     return Pacer.of_group(nowcaster)

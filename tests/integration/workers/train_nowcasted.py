@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import sidecast
-from sidecast.trainer.integrations.deepspeed import nowcaster_of
+from sidecast.trainer.integrations.deepspeed import hook_of
 
 
 def main(folder: Path, num_steps: int, section: dict[str, object]) -> None:
@@ -47,7 +47,7 @@ def main(folder: Path, num_steps: int, section: dict[str, object]) -> None:
         engine.backward((engine(inputs) - inputs[:, :3]).square().mean())
         engine.step()
     sys.stdin.read()
-    nowcaster = nowcaster_of(engine)
+    nowcaster = hook_of(engine)
     assert nowcaster is not None
     nowcaster.close()
     torch.distributed.destroy_process_group()

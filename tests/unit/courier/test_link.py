@@ -12,7 +12,7 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.trainer.courier.link import Link
 from sidecast.trainer.courier.metrics import CourierMetrics
 from sidecast.trainer.courier.refusals import RefusedError, ReopenError, UnavailableError
-from sidecast.trainer.courier.snapshot_outcomes import SnapshotFates
+from sidecast.trainer.courier.snapshot_outcomes import SnapshotOutcomes
 from sidecast.trainer.courier.uploader import Uploader
 
 WAIT_S = 20.0
@@ -117,7 +117,7 @@ class Outgoing:
             1,
             [memoryview(bytes(NUM_BYTES))],
             self.link,
-            SnapshotFates(),
+            SnapshotOutcomes(),
             CourierMetrics("test", 1, "2"),
             self._tell,
             None,

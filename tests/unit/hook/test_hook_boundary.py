@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from sidecast.trainer.hook.boundary import Nowcaster
+from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.partitions import RollbackCopy
-from tests.support.hook_harness import PREDICTION, FakeCourier, FakePartition, OneVoter, hook_of
+from tests.support.hook_harness import PREDICTION, FakeCourier, FakePartition, OneVoter, new_hook
 
 
 @pytest.mark.parametrize(("session_id", "weight"), [("now", 0.94), ("before the checkpoint was loaded", 0.0)])
 def test_a_prediction_of_an_earlier_session_is_given_back_unapplied(session_id: str, weight: float) -> None:
     courier, partition = FakeCourier(), FakePartition()
-    hook = hook_of(courier, partition, step=22)
+    hook = new_hook(courier, partition, step=22)
     courier.unread.append({**PREDICTION, "session_id": session_id})
     hook.after_step(23)
     assert partition.weights.tolist() == pytest.approx([weight, weight])
@@ -28,7 +28,7 @@ def test_a_prediction_of_an_earlier_session_is_given_back_unapplied(session_id: 
 @pytest.mark.parametrize(("is_suspended", "num_waits"), [(False, 1), (True, 0)])
 def test_sync_mode_waits_only_for_what_it_would_apply(is_suspended: bool, num_waits: int) -> None:
     courier = FakeCourier()
-    hook = hook_of(courier, FakePartition(), step=19, mode="sync")
+    hook = new_hook(courier, FakePartition(), step=19, mode="sync")
     hook._probation.is_suspended = is_suspended
     hook.after_step(20)
     assert len(courier.waited_s) == num_waits
@@ -37,7 +37,7 @@ def test_sync_mode_waits_only_for_what_it_would_apply(is_suspended: bool, num_wa
 @pytest.mark.parametrize(("said_then", "num_waits"), [([], 0), (["connected"], 1)])
 def test_sync_mode_does_not_wait_for_a_service_that_is_known_to_be_gone(said_then: list[str], num_waits: int) -> None:
     courier = FakeCourier()
-    hook = hook_of(courier, FakePartition(), step=18, mode="sync")
+    hook = new_hook(courier, FakePartition(), step=18, mode="sync")
     courier.unread += [{"type": kind, "reason": "gone"} for kind in ("disconnected", *said_then)]
     hook.after_step(19)
     hook.after_step(20)
@@ -90,11 +90,11 @@ class BusyCourier(FakeCourier):
             yield word
 
 
-def busy_hook(courier: BusyCourier, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Nowcaster:
+def busy_hook(courier: BusyCourier, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> NowcastHook:
     clock = SimpleNamespace(perf_counter=courier.clock, monotonic=courier.clock)
     for module in ("boundary", "inbox"):
         monkeypatch.setattr(f"sidecast.trainer.hook.{module}.time", clock)
-    return hook_of(courier, FakePartition(), step=9, sync_deadline_s=10.0, **settings)
+    return new_hook(courier, FakePartition(), step=9, sync_deadline_s=10.0, **settings)
 
 
 def test_sync_mode_waits_for_a_slot_and_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_sync_mode_waits_for_no_slot_of_which_nothing_would_come(
 
 def test_a_nowcast_that_was_never_made_is_failed_and_not_rejected() -> None:
     courier = FakeCourier()
-    hook = hook_of(courier, FakePartition(), step=22)
+    hook = new_hook(courier, FakePartition(), step=22)
     kinds: list[str] = []
     hook.add_listener(lambda event: kinds.append(event.kind))
     courier.unread.append({"type": "failed", "step": 20, "reason": "none today"})
@@ -200,7 +200,7 @@ def test_a_prediction_that_a_resume_leaves_of_use_is_not_rejected_but_applied_wh
     step: int, changes: dict[str, Any], reported: list[str]
 ) -> None:
     courier, partition = FakeCourier(), FakePartition()
-    hook = hook_of(courier, partition, step=21)
+    hook = new_hook(courier, partition, step=21)
     state: Any = {**hook.state_dict(), "step": step, **changes}
     courier.unread.append({**PREDICTION, "session_id": "now"})
     hook._inbox.poll()
@@ -221,7 +221,7 @@ BASE_STEP, JUMP_STEP = 20, 25
 def jumped(partition: FakePartition, **settings: Any) -> tuple[list[float], list[str]]:
     """The weights after a jump of (1, 1), and the events: they were 1 at its base and 3 five steps later."""
     courier = FakeCourier()
-    hook = hook_of(courier, partition, step=BASE_STEP - 1, **settings)
+    hook = new_hook(courier, partition, step=BASE_STEP - 1, **settings)
     kinds: list[str] = []
     hook.add_listener(lambda event: kinds.append(event.kind))
     partition.weights = torch.ones(2)
@@ -255,7 +255,7 @@ def test_what_becomes_of_a_jump_while_the_learning_rate_decays(
 
 def test_without_its_base_a_prediction_replaces_nothing() -> None:
     courier, partition = FakeCourier(), FakePartition()
-    hook = hook_of(courier, partition, step=22, merge="replace")
+    hook = new_hook(courier, partition, step=22, merge="replace")
     reasons: list[Any] = []
     hook.add_listener(lambda event: reasons.append((event.kind, event.details.get("reason"))))
     courier.unread.append({**PREDICTION, "session_id": "now"})
@@ -267,7 +267,7 @@ def test_without_its_base_a_prediction_replaces_nothing() -> None:
 @pytest.mark.parametrize(("is_resumed", "weight", "kind"), [(False, 2.0, "applied"), (True, 1.0, "rejected")])
 def test_a_base_from_before_a_checkpoint_was_loaded_is_not_replaced(is_resumed: bool, weight: float, kind: str) -> None:
     courier, partition = FakeCourier(), FakePartition()
-    hook = hook_of(courier, partition, step=BASE_STEP - 1, merge="replace")
+    hook = new_hook(courier, partition, step=BASE_STEP - 1, merge="replace")
     kinds: list[str] = []
     hook.add_listener(lambda event: kinds.append(event.kind))
     partition.weights = torch.ones(2)
@@ -291,8 +291,8 @@ def test_a_copy_that_turns_out_too_small_is_made_anew_at_the_next_snapshot() -> 
     partition = FakePartition()
     config = NowcasterConfig(context_len=2, period_steps=20, vote_interval_steps=1)
     copy = RollbackCopy.allocate(4)
-    hook = Nowcaster(config, partition, FakeCourier(), OneVoter(), step=9, run_id="r", rollback_copy=copy)  # type: ignore[arg-type]
+    hook = NowcastHook(config, partition, FakeCourier(), OneVoter(), step=9, run_id="r", rollback_copy=copy)  # type: ignore[arg-type]
     hook.after_step(10)
-    made_anew = hook._application.rollback_copy
+    made_anew = hook._applier.rollback_copy
     assert made_anew is not None
     assert made_anew.num_bytes == partition.rollback_bytes()

@@ -8,7 +8,7 @@ import pytest
 
 from sidecast.trainer.hook.vote import Ballot, decide
 from sidecast.trainer.hook.windows import MIN_WINDOWS, WindowLosses
-from tests.support.hook_harness import FakeCourier, FakePartition, hook_of
+from tests.support.hook_harness import FakeCourier, FakePartition, new_hook
 
 PERIOD_STEPS = 20
 IN_TIME = {"type": "sent", "slot": 0, "seconds": 0.25, "bytes": 8, "reason": ""}
@@ -111,7 +111,7 @@ def test_a_hook_whose_steps_outrun_its_uploads_leaves_snapshots_out_and_warns_on
 ) -> None:
     courier = SlowCourier()
     # Windows of two snapshots, ten steps apart.
-    hook = hook_of(courier, FakePartition(), step=0)
+    hook = new_hook(courier, FakePartition(), step=0)
     dropped: list[tuple[int, str]] = []
     hook.add_listener(
         lambda event: dropped.append((event.step, str(event.details["reason"]))) if event.kind == "dropped" else None
@@ -133,7 +133,7 @@ def test_a_hook_whose_steps_outrun_its_uploads_leaves_snapshots_out_and_warns_on
 
 def test_a_snapshot_that_was_not_sent_ends_its_window() -> None:
     courier = FakeCourier()
-    hook = hook_of(courier, FakePartition(), step=0)
+    hook = new_hook(courier, FakePartition(), step=0)
     hook.after_step(10)
     courier.unread = [{**IN_TIME, "step": 10, "reason": "not connected"}]
     hook.after_step(11)

@@ -46,7 +46,7 @@ class Training:
         if is_nowcasted:
             settings = {"context_len": CONTEXT_LEN, "period_steps": PERIOD_STEPS, "max_relative_norm": 1e3} | settings
             self.optimizer = NowcastOptimizer(inner, self.model, **settings)
-            self.optimizer.nowcaster.add_listener(lambda event: self.events.append((event.kind, event.step)))
+            self.optimizer.hook.add_listener(lambda event: self.events.append((event.kind, event.step)))
         self.num_steps = 0
         self.losses: list[float] = []
 
@@ -85,7 +85,7 @@ def test_nothing_applied_changes_nothing(name: str) -> None:
     for training in (plain, nowcasted):
         training.train(2 * PERIOD_STEPS + 3)
     assert len(nowcasted.steps_of("staged")) == 2 * CONTEXT_LEN
-    assert nowcasted.optimizer.nowcaster.totals.num_failed == 2
+    assert nowcasted.optimizer.hook.totals.num_failed == 2
     assert nowcasted.losses == plain.losses
     assert_equal(nowcasted.inner_state(), plain.inner_state())
 
@@ -154,13 +154,13 @@ def test_a_rollback_copy_whose_pages_are_gone_costs_a_checkpoint_no_more_than_th
     failing = first if access == "save" else second
     second.model.load_state_dict(first.model.state_dict())
     with monkeypatch.context() as patch:
-        patch.setattr(failing.optimizer.nowcaster._application.rollback_copy, "_require_pages", refuse)
+        patch.setattr(failing.optimizer.hook._applier.rollback_copy, "_require_pages", refuse)
         saved = deepcopy(first.optimizer.state_dict())
         second.optimizer.load_state_dict(saved)
     assert (saved["sidecast"]["rollback"] is None) == (access == "save")
     assert ("cannot undo the jump on probation: no pages" in caplog.text) == (access == "save")
-    assert first.optimizer.nowcaster.is_on_probation
-    assert not second.optimizer.nowcaster.is_on_probation
+    assert first.optimizer.hook.is_on_probation
+    assert not second.optimizer.hook.is_on_probation
     assert "the jump on probation cannot be undone: " in caplog.text
     second.num_steps = PERIOD_STEPS + 3
     second.train(1, spoil_from=PERIOD_STEPS + 4)
@@ -221,7 +221,7 @@ def test_training_goes_on_while_a_thread_predicts() -> None:
     training.optimizer._messenger._thread.submit(int).result()
     training.train(1)
     assert training.steps_of("applied") == [PERIOD_STEPS + 3]
-    training.optimizer.nowcaster.close()
+    training.optimizer.hook.close()
 
 
 class FaultyPredictor(LinearPredictor):
@@ -236,7 +236,7 @@ def test_a_predictor_that_fails_costs_its_nowcast_only(caplog: pytest.LogCapture
     for training in (plain, nowcasted):
         training.train(PERIOD_STEPS + 1)
     assert nowcasted.losses == plain.losses
-    assert nowcasted.optimizer.nowcaster.totals.num_failed == 1
+    assert nowcasted.optimizer.hook.totals.num_failed == 1
     assert "out of ideas" in caplog.text
 
 
@@ -256,7 +256,7 @@ def test_schedulers_and_gradient_scalers_take_it_for_an_optimizer() -> None:
         scheduler.step()
         rates.append(optimizer.optimizer.param_groups[0]["lr"])
     # The step with infinite gradients was not made, so it does not count either.
-    assert optimizer.nowcaster.step == 2
+    assert optimizer.hook.step == 2
     assert rates[0] < rates[1] < rates[2]
 
 
