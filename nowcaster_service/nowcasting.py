@@ -154,14 +154,16 @@ class Nowcasting:
         try:
             files = HistoryFiles(manifest=manifest, paths=request.state_paths)
             predictor = self._predictor(request.predictor)
+            # Before anything is computed, and not again: what is checked and named below is what was predicted.
+            history = files.open()
+            delta_P = map_vector(request.delta_path, manifest, torch.float32, writable=True)
             self._runner.predict(predictor, files, request.horizon_intervals, request.delta_path)
         except SidecastError as error:
             return NowcastAnswer(refusal=str(error))
         if request.rounds_to_bf16:
             # What is checked, named by the digest and sent is what every rank will apply.
-            round_in_place(map_vector(request.delta_path, manifest, torch.float32, writable=True).numpy())
-        delta_P = map_vector(request.delta_path, manifest, torch.float32)
-        relative_norm = jump_norm(delta_P, files.open().states[-1])
+            round_in_place(delta_P.numpy())
+        relative_norm = jump_norm(delta_P, history.states[-1])
         if not math.isfinite(relative_norm):
             return NowcastAnswer(refusal=f"the prediction is not finite: {_first_bad_tensor(manifest, delta_P)}")
         if relative_norm > request.max_relative_norm:

@@ -21,6 +21,7 @@ import psutil
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, read_token, require_ray_token
 from sidecast.nowcaster_service.errors import AddressError
+from sidecast.nowcaster_service.vector_store import FolderLock
 
 GIB = 1 << 30
 PR_SET_PDEATHSIG = 1
@@ -40,7 +41,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--port-file", type=Path, help="write the bound HOST:PORT here once the service is ready")
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on this port (default: none)")
     parser.add_argument("--weights", type=Path, help="weights file for the predictors that need one (nino, wnn_plus)")
-    parser.add_argument("--history-dir", type=Path, help="folder for histories; emptied (default: a temporary one)")
+    parser.add_argument(
+        "--history-dir", type=Path, help="folder of this service alone, for histories (default: in /tmp)"
+    )
     parser.add_argument("--history-gib", type=float, default=16.0, help="history budget in GiB (default: %(default)s)")
     parser.add_argument("--chunk-kib", type=int, default=1024, help="message size in KiB (default: %(default)s)")
     parser.add_argument("--engines", type=int, default=1, help="processes per nowcast (default: %(default)s)")
@@ -70,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
             )
         config = service_config(args, history_dir / "vectors")
         _check_ports(config)
+        # Another running service's folder is told of before Ray takes seconds to start; the ingress keeps the lock.
+        FolderLock(config.history_dir).release()
         return _supervise(lambda: _serve(config, args.ray_address, args.port_file), stack.close)
 
 
