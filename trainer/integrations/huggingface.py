@@ -56,7 +56,7 @@ class NowcastCallback(TrainerCallback):
         self._wrap_accelerator()
 
     @property
-    def nowcaster(self) -> Any:
+    def hook(self) -> Any:
         """The hook, for listeners and summaries; None before training begins and where settings disable it."""
         return None if self._attachment is None else self._attachment.hook
 

@@ -41,7 +41,7 @@ class LightningNowcastCallback(Callback):
         self._last_step = 0
 
     @property
-    def nowcaster(self) -> Any:
+    def hook(self) -> Any:
         """The hook, for listeners and summaries; None before training begins and where settings disable it."""
         return None if self._attachment is None else self._attachment.hook
 
