@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from sidecast.errors import ConfigError
+from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.hook.attachment import Attachment, rollback_path
 from sidecast.trainer.hook.ranks import Ranks
+from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.integrations.deepspeed import wrap
 from sidecast.trainer.partitions import StalePartitionError
+from sidecast.trainer.pipe.apply_log import Recorder
 
 
 def attachment_at(step: int, resumed: list[Any], moved: str = "") -> Attachment:
@@ -71,3 +74,29 @@ def test_a_checkpoint_without_a_jump_on_probation_keeps_no_older_rollback_copy(t
         attachment.save_rollback_copy(tmp_path)
         # Other ranks' copies are theirs to remove.
         assert list(tmp_path.iterdir()) == [others]
+
+
+def test_a_replay_resumes_by_the_step_of_the_checkpoint_whoever_saved_it(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "log", 0)
+    for step in (2, 5):
+        entry = {"action": "applied", "step": step, "weight": 1.0, "merge": "age_weighted", "moments": "keep"}
+        recorder.record(entry, memoryview(b"\0" * 8), {"session_id": "s", "resume_step": 0})
+    steps = [0]
+    run: Any = SimpleNamespace(applied_steps=lambda: steps[-1])
+    jumps: list[int] = []
+    partition: Any = SimpleNamespace(
+        owned_shards=(ShardSpec(0, 0, 2),), map_anew=lambda: None, apply=lambda *_, **__: jumps.append(steps[-1])
+    )
+    replayer = Replayer(tmp_path / "log", partition, rank=0, step=0)
+    attachment = Attachment(run, replayer, partition, Ranks(None))
+    attachment.save_rollback_copy(tmp_path)
+    assert (attachment.state_dict(), attachment.rollback_state()) == (None, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+    for resumed_at in (4, 1):
+        steps.append(resumed_at)
+        attachment.resume({"run_id": "live", "step": resumed_at, "epoch": 1}, tmp_path)
+        for step in range(resumed_at + 1, 7):
+            steps.append(step)
+            attachment.after_step()
+    assert jumps == [5, 2, 5]
+    assert replayer.summary()["num_applied"] == 3
