@@ -59,7 +59,7 @@ class FakePartition:
     def read_owned(self, out: torch.Tensor) -> None:
         out.copy_(self.weights)
 
-    def apply(self, delta: torch.Tensor, weight: float, *, mode: str = "add", base: torch.Tensor | None = None) -> None:
+    def apply(self, delta: torch.Tensor, weight: float, *, base: torch.Tensor | None = None) -> None:
         self.weights = (self.weights if base is None else base) + weight * delta
 
 

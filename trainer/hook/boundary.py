@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +38,7 @@ VOTE_END_TIMEOUT_S = 2.0
 
 
 class NowcastHook:
-    """One rank's hook.
+    """One rank's hook; implements ``Hook`` with a service, or with what takes its place.
 
     Args:
         config: Settings.
@@ -313,27 +312,18 @@ class NowcastHook:
             **self._probation.state(),
         }
 
-    def resume(
-        self,
-        state: Mapping[str, Any] | None,
-        partition: Partition,
-        step: int,
-        run_id: str,
-        *,
-        is_kept: bool = False,
-    ) -> None:
+    def resume(self, state: Mapping[str, Any] | None, step: int, run_id: str, *, is_kept: bool = False) -> None:
         """Goes on from a loaded checkpoint.
 
         Args:
             state: What ``state_dict`` gave; None if the checkpoint was saved without the hook.
-            partition: Mapped anew.
             step: Optimizer steps applied in the checkpoint.
             run_id: The run's identity if the checkpoint has none.
             is_kept: Whether a prediction whose base is not after the checkpoint will be brought anew.
         """
         if self._votes.is_open:
             self._votes.read()
-        self._applier.resume(partition)
+        self._applier.resume()
         self._windows.forget()
         self._reporter.step = step
         self._meter = LossMeter()
@@ -388,11 +378,6 @@ class NowcastHook:
     def is_on_probation(self) -> bool:
         """Whether a jump may still be undone, so that a checkpoint must hold the rollback copy."""
         return self._probation.jump is not None
-
-
-def rollback_path(checkpoint: Path, rank: int) -> Path:
-    """Where a checkpoint saved during probation keeps a rank's rollback copy."""
-    return checkpoint / f"sidecast_rollback_rank{rank}.pt"
 
 
 def dump_config(config: NowcasterConfig) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.hook.attachment import Attachment, NowcastAttachment, ReplayAttachment, new_session
+from sidecast.trainer.hook.attachment import Attachment, new_session
 from sidecast.trainer.hook.boundary import NowcastHook, dump_config
 from sidecast.trainer.hook.config import NowcasterConfig, parse_section
 from sidecast.trainer.hook.courier_handle import CourierHandle
@@ -21,8 +21,8 @@ from sidecast.trainer.hook.memory_budget import rank_memory, require_room
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
-from sidecast.trainer.hook.training_run import Trainee
-from sidecast.trainer.partitions import Partition, RemappingPartition
+from sidecast.trainer.hook.training_run import TrainingRun
+from sidecast.trainer.partitions import Partition
 
 FP32_BYTES = 4
 
@@ -32,12 +32,12 @@ def is_disabled(section: Any) -> bool:
     return isinstance(section, Mapping) and section.get("enabled") is False
 
 
-def start(section: Any, trainee: Trainee) -> Attachment:
+def start(section: Any, run: TrainingRun) -> Attachment:
     """Puts the hook on a training run, which must not have made a step since its weights were last loaded; collective.
 
     Args:
         section: The ``"nowcaster"`` settings, unchecked; they are enabled.
-        trainee: The run.
+        run: To put it on.
 
     Returns:
         The hook on the run; the caller calls it at every step boundary.
@@ -47,18 +47,18 @@ def start(section: Any, trainee: Trainee) -> Attachment:
             there is no service although ``require`` is set. All ranks raise together.
     """
     ranks = Ranks.of_world()
-    config, partition, manifest = _agree(section, trainee, ranks)
-    step = trainee.applied_steps()
+    config, partition, manifest = _agree(section, run, ranks)
+    step = run.applied_steps()
     if config.replay_dir is not None:
         with ranks.refused_together():
             replayer = Replayer(Path(config.replay_dir), partition, rank=ranks.rank, step=step)
-        return ReplayAttachment(trainee, replayer)
+        return Attachment(run, replayer, partition, ranks)
     require_room(ranks.gather(rank_memory(config, partition)), config.max_host_memory_gib)
     session = new_session(ranks, step)
     with contextlib.ExitStack() as undo:
         with ranks.refused_together():
             rollback_copy = reserve_rollback_copy(config, partition)
-            courier = _start_courier(config, trainee, partition, manifest, session, ranks)
+            courier = _start_courier(config, run, partition, manifest, session, ranks)
             # What another rank refuses ends this one's courier, too.
             undo.callback(courier.close)
         undo.pop_all()
@@ -73,15 +73,15 @@ def start(section: Any, trainee: Trainee) -> Attachment:
         rollback_copy=rollback_copy,
         is_linked=is_linked,
     )
-    return NowcastAttachment(trainee, hook, courier, ranks)
+    return Attachment(run, hook, partition, ranks, courier)
 
 
-def _agree(section: Any, trainee: Trainee, ranks: Ranks) -> tuple[NowcasterConfig, Partition, ModelManifest]:
+def _agree(section: Any, run: TrainingRun, ranks: Ranks) -> tuple[NowcasterConfig, Partition, ModelManifest]:
     """Reads settings and model; if any rank cannot, or ranks differ, all raise."""
     with ranks.refused_together():
         config = parse_section(section)
-        partition = RemappingPartition(trainee.map_partition)
-        manifest = ModelManifest(partition.parameters, trainee.model_config, partition.aliases)
+        partition = Partition(run.map_layout)
+        manifest = ModelManifest(partition.parameters, run.model_config, partition.aliases)
     fingerprints = ranks.gather(dump_config(config) + manifest.schema_hash)
     for rank, fingerprint in enumerate(fingerprints):
         if fingerprint != fingerprints[0]:
@@ -91,7 +91,7 @@ def _agree(section: Any, trainee: Trainee, ranks: Ranks) -> tuple[NowcasterConfi
 
 def _start_courier(
     config: NowcasterConfig,
-    trainee: Trainee,
+    run: TrainingRun,
     partition: Partition,
     manifest: ModelManifest,
     session: dict[str, Any],
@@ -99,7 +99,7 @@ def _start_courier(
 ) -> CourierHandle:
     metrics_port = config.metrics_port
     if metrics_port:
-        metrics_port += trainee.local_rank
+        metrics_port += run.local_rank
     opening = {
         "fields": {
             "world_size": ranks.world_size,
@@ -124,7 +124,7 @@ def _start_courier(
     }
     hello = {
         "rank": ranks.rank,
-        "stage": trainee.stage,
+        "stage": run.stage,
         "run_name": config.run_name,
         "client": {
             "endpoint": config.endpoint,

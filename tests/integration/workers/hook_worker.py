@@ -19,8 +19,8 @@ from torch import Tensor
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest, ParameterSpec
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.hook.attachment import load_rollback_copy
-from sidecast.trainer.hook.boundary import NowcastHook, rollback_path
+from sidecast.trainer.hook.attachment import load_rollback_copy, rollback_path
+from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.replay import Replayer
@@ -66,9 +66,6 @@ class FakePartition:
 
     def apply(self, delta: Tensor, weight: float, **_: Any) -> None:
         self.weights += weight * delta
-
-    def write(self, values: Tensor) -> None:
-        self.weights.copy_(values)
 
     def capture(self, copy: RollbackCopy) -> None:
         copy.save({"weights": self.weights}, {})

@@ -204,7 +204,7 @@ def test_a_prediction_that_a_resume_leaves_of_use_is_not_rejected_but_applied_wh
     state: Any = {**hook.state_dict(), "step": step, **changes}
     courier.unread.append({**PREDICTION, "session_id": "now"})
     hook._inbox.poll()
-    hook.resume(state.get("state", state), partition, step, "new", is_kept=True)
+    hook.resume(state.get("state", state), step, "new", is_kept=True)
     assert courier.num_released == 1
     assert [message["outcome"] for message in courier.posted if message["type"] == "report"] == reported
     courier.session_id = "later"
@@ -273,7 +273,7 @@ def test_a_base_from_before_a_checkpoint_was_loaded_is_not_replaced(is_resumed: 
     partition.weights = torch.ones(2)
     hook.after_step(BASE_STEP)
     if is_resumed:
-        hook.resume({**hook.state_dict(), "step": BASE_STEP}, partition, BASE_STEP, "run", is_kept=True)
+        hook.resume({**hook.state_dict(), "step": BASE_STEP}, BASE_STEP, "run", is_kept=True)
     courier.unread = [{**PREDICTION, "session_id": "now"}]
     hook.after_step(JUMP_STEP)
     assert partition.weights.tolist() == [weight, weight]

@@ -42,7 +42,7 @@ class FakePartition:
     def read_owned(self, out: torch.Tensor) -> None:
         out.copy_(self.weights)
 
-    def apply(self, delta: torch.Tensor, weight: float, *, mode: str = "add", base: torch.Tensor | None = None) -> None:
+    def apply(self, delta: torch.Tensor, weight: float, *, base: torch.Tensor | None = None) -> None:
         self.weights = (self.weights if base is None else base) + weight * delta
 
     def scale_momentum(self, factor: float) -> None:
@@ -121,7 +121,7 @@ def test_a_replay_goes_on_from_a_checkpoint_but_cannot_undo_what_it_did_not_do(t
     partition = FakePartition()
     replayer = Replayer(tmp_path, partition, rank=0, step=0)  # type: ignore[arg-type]
     replayer.after_step(2)
-    replayer.resume(partition, 3)  # type: ignore[arg-type]
+    replayer.resume(None, 3, "run")
     with pytest.raises(ConfigError, match="the log undoes a jump at step 5"):
         replayer.after_step(5)
 
