@@ -24,7 +24,7 @@ OTHER_CODE = ("tests", "benchmarks", "examples", "docs")
 MAX_MODULES = 25
 MAX_LINES = 400
 
-CORE = {"errors", "horizon", "manifest", "scaling"}
+CORE = {"atomic_files", "errors", "horizon", "manifest", "mapped_memory", "scaling"}
 PREDICTING = CORE | {"graphs", "predictors", "predictors.nino"}
 # It offers what lies in the uppermost rooms, by names that are looked up when they are asked for.
 FRONT_DOOR = "sidecast"
@@ -39,8 +39,8 @@ ROOMS = {
     "protos": set[str](),
     "nowcaster_service": PREDICTING | {"protos"},
     "nowcaster_service.commands": CORE | {"nowcaster_service", "protos"},
-    "trainer.pipe": {"errors"},
-    "trainer.courier": {"errors", "protos", "trainer.pipe"},
+    "trainer.pipe": {"atomic_files", "errors"},
+    "trainer.courier": {"atomic_files", "errors", "protos", "trainer.pipe"},
     "trainer.partitions": CORE | {"protos"},
     "trainer.settings": {"errors"},
     "trainer.hook": CORE | {"protos", "trainer.partitions", "trainer.pipe", "trainer.settings"},
