@@ -20,7 +20,7 @@ from torch import Tensor
 from sidecast.errors import SidecastError
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
-from sidecast.predictors.base import ModelPredictor, Predictor
+from sidecast.predictors.base import ModelPredictor, Predictor, check_context_len
 from sidecast.predictors.file_workspace import predict_with_files
 from sidecast.predictors.jump_norm import jump_norm
 from sidecast.predictors.passes import PassPredictor
@@ -137,11 +137,7 @@ class Nowcasting:
         """Builds the predictor and everything that it derives from the model, or says why it cannot."""
         try:
             predictor = self._predictor(request)
-            if predictor.context_len not in (None, request.context_len):
-                return PredictorAnswer(
-                    refusal=f"context_len is {request.context_len}; predictor {request.predictor!r} needs "
-                    f"{predictor.context_len}"
-                )
+            check_context_len(predictor, request.context_len)
             self._runner.prepare(predictor, ModelManifest.from_json(request.manifest_json), request.max_horizon)
         except SidecastError as error:
             return PredictorAnswer(refusal=str(error))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
-import mmap
 import os
 import shutil
 import tempfile
@@ -13,7 +12,8 @@ import threading
 import time
 from pathlib import Path
 
-from sidecast.errors import ConfigError
+from sidecast.errors import ConfigError, NoRoomError
+from sidecast.mapped_memory import map_new_file
 from sidecast.nowcaster_service.errors import SaturatedError
 
 FP32_BYTES = 4
@@ -40,17 +40,10 @@ class VectorFile:
         self._num_pins = 0
         self._is_deleted = False
         self._may_be_reused = True
-        # Never a file that is there: whoever has that mapped would see other bytes, or none.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            # Allocated at once, so that a full disk is an error here and not a SIGBUS at some later store.
-            os.posix_fallocate(descriptor, 0, num_bytes)
-            self._map = mmap.mmap(descriptor, num_bytes)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise SaturatedError(f"no room for {num_bytes} bytes at {path}: {error.strerror}") from error
-        finally:
-            os.close(descriptor)
+            self._map = map_new_file(path, num_bytes)
+        except NoRoomError as error:
+            raise SaturatedError(str(error)) from error
         self.view = memoryview(self._map)
 
     def pin(self) -> None:

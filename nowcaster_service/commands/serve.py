@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from sidecast.atomic_files import replacing
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, read_token, require_ray_token
 from sidecast.nowcaster_service.errors import AddressError
@@ -94,7 +95,9 @@ def _serve(config: ServiceConfig, ray_address: str | None, port_file: Path | Non
         sys.stdout.write(f"sidecast serves at {address}\n")
         sys.stdout.flush()
         if port_file is not None:
-            _write_whole(port_file, address)
+            # Readers poll for the file: it must never be there half-written.
+            with replacing(port_file) as partial:
+                partial.write_text(address)
         stop.wait()
     finally:
         application.stop()
@@ -181,13 +184,6 @@ def _is_cuda(device: str | None) -> bool:
 def _free_port(host: str) -> int:
     with socket.create_server((host, 0)) as probe:
         return int(probe.getsockname()[1])
-
-
-def _write_whole(path: Path, text: str) -> None:
-    # Readers poll for the file: it must never be there half-written.
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _reap_children() -> None:

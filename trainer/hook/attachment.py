@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sidecast.atomic_files import replacing
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.trainer.hook.courier_handle import CourierHandle
 from sidecast.trainer.hook.ranks import Ranks
@@ -126,9 +126,8 @@ class Attachment:
             # Where checkpoints overwrite one another, there may be the copy of an earlier jump.
             path.unlink(missing_ok=True)
             return
-        partial = path.with_suffix(".partial")
-        torch.save(rollback, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            torch.save(rollback, partial)
 
     def resume(
         self, state: Mapping[str, Any] | None, checkpoint: Path | None, rollback: Mapping[str, Any] | None = None

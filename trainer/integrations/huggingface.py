@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from sidecast.atomic_files import replacing
 from sidecast.trainer.hook.attachment import Attachment
 from sidecast.trainer.hook.start import start
 from sidecast.trainer.integrations.deepspeed import put_on
@@ -103,9 +103,8 @@ class NowcastCallback(TrainerCallback):
             return
         self._attachment.save_rollback_copy(folder)
         if state.is_world_process_zero:
-            partial = folder / f"{STATE_FILE}.partial"
-            partial.write_text(json.dumps(own))
-            os.replace(partial, folder / STATE_FILE)
+            with replacing(folder / STATE_FILE) as partial:
+                partial.write_text(json.dumps(own))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

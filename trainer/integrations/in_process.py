@@ -21,7 +21,7 @@ from torch import Tensor
 from sidecast.errors import ConfigError
 from sidecast.horizon import horizon_at, resolve_horizons
 from sidecast.manifest import ModelManifest
-from sidecast.predictors.base import History, ModelPredictor, Predictor
+from sidecast.predictors.base import History, ModelPredictor, Predictor, check_context_len
 from sidecast.predictors.jump_norm import jump_norm
 from sidecast.predictors.passes import PassPredictor
 from sidecast.trainer.hook.config import NowcasterConfig
@@ -230,10 +230,7 @@ def _failure(step: int, reason: str) -> Message:
 
 def _prepared_horizons(config: NowcasterConfig, manifest: ModelManifest, predictor: Predictor) -> Sequence[int]:
     """The horizons of the run, after the predictor has said that it can work on this model so far ahead."""
-    if predictor.context_len not in (None, config.context_len):
-        raise ConfigError(
-            f"context_len is {config.context_len}; predictor {predictor.name!r} needs {predictor.context_len}"
-        )
+    check_context_len(predictor, config.context_len)
     horizons = resolve_horizons(
         config.horizon.schedule or "",
         config.horizon.max or 0,

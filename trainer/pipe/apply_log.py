@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from sidecast.atomic_files import replacing
 from sidecast.errors import ConfigError
 
 
@@ -61,7 +61,8 @@ class Recorder:
         try:
             if delta is not None:
                 name = f"delta-step{entry['step']:08d}-rank{self._rank}.f32"
-                _write_whole(self._folder / name, delta)
+                with replacing(self._folder / name) as partial:
+                    partial.write_bytes(delta)
                 line |= {"file": name, "crc32": crc32(delta)}
             self._write([*kept, line])
         except OSError:
@@ -86,19 +87,9 @@ class Recorder:
         ]
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        partial = self._path.with_suffix(".partial")
-        _write_whole(partial, "".join(json.dumps(item) + "\n" for item in entries).encode())
-        os.replace(partial, self._path)
+        with replacing(self._path) as partial:
+            partial.write_bytes("".join(json.dumps(item) + "\n" for item in entries).encode())
         self._lost.clear()
-
-
-def _write_whole(path: Path, data: memoryview | bytes) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError:
-        # Half of it is of no use, and takes room from what comes next.
-        path.unlink(missing_ok=True)
-        raise
 
 
 def read_log(folder: Path, rank: int) -> list[dict[str, Any]]:
