@@ -19,6 +19,7 @@ from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.hook.training_run import Trainee
 from sidecast.trainer.partitions import RemappingPartition
+from sidecast.trainer.pipe.messages import Session
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class NowcastAttachment:
             state = None
         session = new_session(self._ranks, step, state)
         # The service goes on with the run, and keeps what is of use to it.
-        self.hook.resume(state, partition, step, session["run_id"], is_kept=True)
+        self.hook.resume(state, partition, step, session.run_id, is_kept=True)
         load_rollback_copy(self.hook, checkpoint, rollback, self._ranks)
         self._courier.new_session(session)
 
@@ -159,16 +160,16 @@ class ReplayAttachment:
         self.hook.close()
 
 
-def new_session(ranks: Ranks, step: int, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def new_session(ranks: Ranks, step: int, state: Mapping[str, Any] | None = None) -> Session:
     """A session of a new run, or of the run that a loaded checkpoint belongs to; the same on all ranks."""
     session_id, run_id = ranks.from_first([uuid.uuid4().hex[:16], uuid.uuid4().hex[:16]])
-    return {
-        "session_id": session_id,
-        "run_id": run_id if state is None else state["run_id"],
-        "resumed": state is not None,
-        "resume_step": step,
-        "resume_epoch": 0 if state is None else state["epoch"],
-    }
+    return Session(
+        session_id=session_id,
+        run_id=run_id if state is None else state["run_id"],
+        resumed=state is not None,
+        resume_step=step,
+        resume_epoch=0 if state is None else state["epoch"],
+    )
 
 
 def load_rollback_copy(

@@ -26,7 +26,7 @@ def attachment_at(step: int, resumed: list[Any], shards: tuple[Any, ...] = ()) -
         is_on_probation=False,
         resume=lambda state, *_, is_kept: resumed.append(is_kept and state is not None),
     )
-    courier: Any = SimpleNamespace(new_session=lambda session: resumed.append(session["run_id"]))
+    courier: Any = SimpleNamespace(new_session=lambda session: resumed.append(session.run_id))
     return NowcastAttachment(trainee, hook, courier, Ranks(None))
 
 
