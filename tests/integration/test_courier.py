@@ -143,7 +143,7 @@ def test_changes_travel_in_half_the_bytes_and_both_sides_hold_the_same_state(ser
             held = held + from_bf16(round_to_bf16(values - held))
             vector = service.servicer.sessions.get("s1")._snapshots[step].vector.view
             assert bytes(vector) == held.tobytes()
-        # Where nothing is shared, nothing was handed over: not even an empty hand.
+        # Where nothing is shared, nothing was handed over, not even an empty list.
         assert 0 not in service.servicer.sessions.get("s1")._shared
         assert sent_bytes == [4 * MANIFEST.num_elements, *[2 * MANIFEST.num_elements] * 2]
         message = until(courier, Prediction)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +17,8 @@ import pytest
 from sidecast.trainer.hook.courier_handle import END_TIMEOUT_S, CourierHandle
 from sidecast.trainer.hook.messenger import Died
 from sidecast.trainer.pipe.apply_log import read_delta, read_log
-from sidecast.trainer.pipe.messages import Connected, Prediction, Stats, Totals
+from sidecast.trainer.pipe.channel import Channel
+from sidecast.trainer.pipe.messages import TO_HOOK, Connected, Prediction, Stats, ToCourier, ToHook, Totals
 from tests.support.courier_calls import applied, predicted, stage
 from tests.support.courier_harness import settings, start_courier, until
 from tests.support.service_harness import MANIFEST, RunningService, state
@@ -133,3 +137,19 @@ def test_an_end_leaves_no_process(courier: CourierHandle) -> None:
     courier.close()
     assert process.returncode == 0
     courier.close()
+
+
+def test_a_courier_that_does_not_understand_its_rank_says_why_in_one_line_and_ends() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        Channel[ToCourier, ToHook](ours, TO_HOOK).send(STATS)
+        result = subprocess.run(
+            [sys.executable, "-m", "sidecast.trainer.courier", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "sidecast courier: a rank introduces itself to its courier first, not with Stats\n"

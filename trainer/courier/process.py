@@ -248,7 +248,7 @@ def main(descriptor: int) -> None:
     try:
         hello = next(channel.receive())
         if not isinstance(hello, Hello):
-            raise MessageError(f"a rank introduces itself to its courier first, not with a {type(hello).__name__}")
+            raise MessageError(f"a rank introduces itself to its courier first, not with {type(hello).__name__}")
         Courier(channel, hello).run()
     except MessageError as error:
         sys.exit(f"sidecast courier: {error}")

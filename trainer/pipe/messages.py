@@ -15,7 +15,7 @@ Shard = tuple[int, int, int]
 Outcome = Literal["applied", "accepted", "rolled_back", "rejected"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Session:
     """One attach of a run to the service.
 
@@ -37,7 +37,7 @@ class Session:
 # --- what the courier is told
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ClientSettings:
     """How the courier reaches the service; times in seconds."""
 
@@ -51,7 +51,7 @@ class ClientSettings:
     max_bytes_per_s: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class HorizonSettings:
     """How far ahead nowcasts reach; an empty schedule and 0 intervals leave it to the predictor."""
 
@@ -60,7 +60,7 @@ class HorizonSettings:
     power: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Opening:
     """What rank 0 announces of the run besides its session; fields are named as in OpenRequest of the wire.
 
@@ -84,7 +84,7 @@ class Opening:
     config_json: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class CourierSettings:
     """What holds for a rank's couriers as long as the hook is attached.
 
@@ -115,7 +115,7 @@ class CourierSettings:
     opening: Opening | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Hello:
     """A rank's first message to each of its couriers.
 
@@ -134,14 +134,14 @@ class Hello:
     prediction_is_held: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class BeginSession:
     """The run goes on under another session."""
 
     session: Session
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """A staging slot holds a snapshot, and is the courier's until it says ``Sent``."""
 
@@ -150,7 +150,7 @@ class Snapshot:
     epoch: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What was done with a prediction, for the service."""
 
@@ -162,7 +162,7 @@ class Report:
     reason: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Release:
     """The prediction buffer may be written to again; the courier answers with ``Confirmed``.
 
@@ -173,7 +173,7 @@ class Release:
     record: Mapping[str, Any] | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Log:
     """An entry of the apply log; the courier answers with ``Confirmed``."""
 
@@ -201,7 +201,7 @@ class Totals:
     num_failed: int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Stats:
     """Brings the rank's metrics up to date.
 
@@ -225,28 +225,28 @@ class Stats:
 # --- what the courier tells
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Connected:
     """The session is joined."""
 
     session_id: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Disconnected:
     """The service is away; the courier goes on trying."""
 
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Refused:
     """The service refuses the session; the courier tries again only with another one."""
 
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Sent:
     """The courier is done with a slot.
 
@@ -265,14 +265,14 @@ class Sent:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Committed:
     """The service has all ranks' parts of a snapshot."""
 
     step: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Dropped:
     """The service has given up a snapshot."""
 
@@ -280,7 +280,7 @@ class Dropped:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """A prediction lies whole in the buffer, which is the rank's until it says ``Release``.
 
@@ -307,7 +307,7 @@ class Prediction:
     num_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Failed:
     """There will be no prediction from the base of this step."""
 
@@ -315,14 +315,14 @@ class Failed:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class MetricsServed:
     """The rank's metrics are served on this port."""
 
     port: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Confirmed:
     """The oldest ``Release`` or ``Log`` that was not confirmed is done."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ from sidecast.trainer.pipe.messages import (
     TO_COURIER,
     Confirmed,
     Failed,
+    Hello,
+    Prediction,
+    Release,
     Report,
     Sent,
     Snapshot,
@@ -26,6 +30,7 @@ from sidecast.trainer.pipe.messages import (
     ToHook,
 )
 from tests.support.courier_harness import session, settings
+from tests.support.hook_harness import PREDICTION
 
 # Of 64 bytes.
 MANIFEST = ModelManifest.from_shapes([("w", (16,))], {"model_type": "toy"})
@@ -202,3 +207,39 @@ def test_what_a_dead_courier_had_said_is_not_taken_for_its_successors_words(trai
     assert trainer.hear(Confirmed()) == []
     assert not trainer._unconfirmed
     assert trainer.take_all() == trainer.slots
+
+
+def test_a_courier_of_another_version_costs_a_courier_and_not_the_run(
+    trainer: Trainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer.start()
+    other = trainer.courier
+    for message in (Failed(step=10, reason=""), Snapshot(slot=0, step=10, epoch=0)):
+        other.channel.send(message)  # type: ignore[arg-type]
+    assert trainer.hear() == [Failed, Died]
+    assert "the courier is not of the hook's version: a message is of kind 'Snapshot'" in caplog.text
+    assert trainer.courier is not other
+    assert trainer.num_deaths == 1
+
+
+def test_a_courier_is_told_what_holds_now_and_what_was_not_confirmed(trainer: Trainer) -> None:
+    def told() -> list[ToCourier]:
+        trainer.courier.channel.set_blocking(False)
+        return list(trainer.courier.channel.receive())
+
+    trainer.start()
+    (first,) = told()
+    assert isinstance(first, Hello)
+    assert (first.session.session_id, first.prediction_is_held, len(first.slot_descriptors)) == ("s1", False, 2)
+    assert trainer.hear(PREDICTION) == [Prediction]
+    assert trainer.held == PREDICTION
+    trainer.new_session(session("s2"))
+    trainer.courier.kill()
+    assert trainer.hear() == [Died]
+    (second,) = told()
+    assert second == replace(first, session=session("s2"), prediction_is_held=True)
+    trainer.release_prediction({"action": "applied", "step": 24})
+    trainer.courier.kill()
+    assert trainer.hear() == [Died]
+    # It is the hook's no longer, but still to be recorded.
+    assert told() == [second, Release(record={"action": "applied", "step": 24})]
