@@ -18,6 +18,7 @@ from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.reporting import NowcastEvent
 from sidecast.trainer.hook.training_run import TrainingRun
 from sidecast.trainer.partitions import Partition, StalePartitionError
+from sidecast.trainer.pipe.messages import Session
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class Attachment:
             state = None
         session = new_session(self._ranks, step, state)
         # A service goes on with the run, and keeps what is of use to it.
-        self.hook.resume(state, step, session["run_id"], is_kept=self._courier is not None)
+        self.hook.resume(state, step, session.run_id, is_kept=self._courier is not None)
         load_rollback_copy(self.hook, checkpoint, rollback, self._ranks)
         if self._courier is not None:
             self._courier.new_session(session)
@@ -169,16 +170,16 @@ def rollback_path(checkpoint: Path, rank: int) -> Path:
     return checkpoint / f"sidecast_rollback_rank{rank}.pt"
 
 
-def new_session(ranks: Ranks, step: int, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def new_session(ranks: Ranks, step: int, state: Mapping[str, Any] | None = None) -> Session:
     """A session of a new run, or of the run that a loaded checkpoint belongs to; the same on all ranks."""
     session_id, run_id = ranks.from_first([uuid.uuid4().hex[:16], uuid.uuid4().hex[:16]])
-    return {
-        "session_id": session_id,
-        "run_id": run_id if state is None else state["run_id"],
-        "resumed": state is not None,
-        "resume_step": step,
-        "resume_epoch": 0 if state is None else state["epoch"],
-    }
+    return Session(
+        session_id=session_id,
+        run_id=run_id if state is None else state["run_id"],
+        resumed=state is not None,
+        resume_step=step,
+        resume_epoch=0 if state is None else state["epoch"],
+    )
 
 
 def load_rollback_copy(hook: Hook, checkpoint: Path | None, rollback: Mapping[str, Any] | None, ranks: Ranks) -> None:

@@ -17,6 +17,7 @@ from zlib import crc32
 
 from sidecast.atomic_files import replacing
 from sidecast.errors import ConfigError
+from sidecast.trainer.pipe.messages import Session
 
 
 def log_path(folder: Path, rank: int) -> Path:
@@ -42,7 +43,7 @@ class Recorder:
         # What could not be written, by step, so that a later line can say so.
         self._lost: list[dict[str, Any]] = []
 
-    def record(self, entry: Mapping[str, Any], delta: memoryview | None, session: Mapping[str, Any]) -> None:
+    def record(self, entry: Mapping[str, Any], delta: memoryview | None, session: Session) -> None:
         """Appends an entry, after writing the delta that it applied, if it did; the same entry again is harmless.
 
         Args:
@@ -54,7 +55,7 @@ class Recorder:
         Raises:
             OSError: The disk is full or failing. As soon as a line can be written again, the log says what it lacks.
         """
-        line = {**entry, "session": session["session_id"]}
+        line = {**entry, "session": session.session_id}
         kept = self._kept(session)
         if any((item["action"], item["step"]) == (line["action"], line["step"]) for item in kept):
             return
@@ -72,18 +73,18 @@ class Recorder:
                 self._write(self._kept(session))
             raise
 
-    def resume(self, session: Mapping[str, Any]) -> None:
+    def resume(self, session: Session) -> None:
         """Takes out the entries that a resumed session gives up, also if it never makes one of its own."""
         self._write(self._kept(session))
 
-    def _kept(self, session: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _kept(self, session: Session) -> list[dict[str, Any]]:
         text = self._path.read_text() if self._path.exists() else ""
         # Without its newline the last line is what a killed courier left.
         known = [json.loads(item) for item in text.splitlines(keepends=True) if item.endswith("\n")]
         return [
             item
             for item in (*known, *self._lost)
-            if item.get("session") == session["session_id"] or item["step"] <= session["resume_step"]
+            if item.get("session") == session.session_id or item["step"] <= session.resume_step
         ]
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.integrations.deepspeed import wrap
 from sidecast.trainer.partitions import StalePartitionError
 from sidecast.trainer.pipe.apply_log import Recorder
+from tests.support.courier_harness import session
 
 
 def attachment_at(step: int, resumed: list[Any], moved: str = "") -> Attachment:
@@ -32,7 +33,7 @@ def attachment_at(step: int, resumed: list[Any], moved: str = "") -> Attachment:
         is_on_probation=False,
         resume=lambda state, *_, is_kept: resumed.append(is_kept and state is not None),
     )
-    courier: Any = SimpleNamespace(new_session=lambda session: resumed.append(session["run_id"]))
+    courier: Any = SimpleNamespace(new_session=lambda session: resumed.append(session.run_id))
     return Attachment(run, hook, partition, Ranks(None), courier)
 
 
@@ -80,7 +81,7 @@ def test_a_replay_resumes_by_the_step_of_the_checkpoint_whoever_saved_it(tmp_pat
     recorder = Recorder(tmp_path / "log", 0)
     for step in (2, 5):
         entry = {"action": "applied", "step": step, "weight": 1.0, "merge": "age_weighted", "moments": "keep"}
-        recorder.record(entry, memoryview(b"\0" * 8), {"session_id": "s", "resume_step": 0})
+        recorder.record(entry, memoryview(b"\0" * 8), session("s"))
     steps = [0]
     run: Any = SimpleNamespace(applied_steps=lambda: steps[-1])
     jumps: list[int] = []

@@ -14,12 +14,13 @@ from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.partitions import RollbackCopy
 from sidecast.trainer.pipe.apply_log import Recorder, log_path, read_delta, read_log
+from sidecast.trainer.pipe.messages import Session
 
 DELTA = memoryview(torch.tensor([1.0, 2.0]).numpy().tobytes())
 
 
-def session(name: str, resume_step: int = 0) -> dict[str, Any]:
-    return {"session_id": name, "resume_step": resume_step}
+def session(name: str, resume_step: int = 0) -> Session:
+    return Session(session_id=name, run_id="run", resumed=resume_step > 0, resume_step=resume_step, resume_epoch=0)
 
 
 def applied(step: int, weight: float = 1.0) -> dict[str, Any]:
