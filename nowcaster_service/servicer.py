@@ -83,7 +83,7 @@ class Servicer:
                 self.sessions.begin(settings, request)
         elif known.settings.manifest.schema_hash != request.schema_hash:
             raise MalformedError(f"session {request.session_id} is already open for another model")
-        return pb.OpenReply(chunk_bytes=self.config.chunk_bytes, service_version=self._version)
+        return pb.OpenReply(chunk_bytes=self.config.chunk_bytes)
 
     async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
         session = self.sessions.get(request.session_id)
@@ -93,17 +93,15 @@ class Servicer:
         return pb.JoinReply(chunk_bytes=self.config.chunk_bytes, local_socket=path, local_ticket=ticket)
 
     async def upload(self, frames: AsyncIterator[ChunkFrame | None]) -> pb.UploadReply:
-        received_bytes = 0
         async for frame in frames:
             if frame is None:
                 raise MalformedError("an upload holds a message that is not a Chunk")
             session = self.sessions.get(frame.key.session_id)
             session.receive(frame)
             num_bytes = frame.shared_bytes or len(frame.data)
-            received_bytes += num_bytes
             self.metrics.received_bytes.labels(session.settings.run_id).inc(num_bytes)
             self.metrics.history_bytes.set(self._store.used_bytes)
-        return pb.UploadReply(received_bytes=received_bytes)
+        return pb.UploadReply()
 
     async def progress(self, request: pb.ProgressRequest) -> pb.ProgressReply:
         session = self.sessions.get(request.key.session_id)
@@ -112,11 +110,10 @@ class Servicer:
 
     async def commit(self, request: pb.CommitRequest) -> pb.CommitReply:
         session = self.sessions.get(request.session_id)
-        num_committed = session.counts.committed
         task = session.commit(request)
         if task is not None:
             self._dispatcher.start(session, task)
-        return pb.CommitReply(snapshot_committed=session.counts.committed > num_committed)
+        return pb.CommitReply()
 
     async def watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.SessionEvent, None]:
         async with aclosing(self.sessions.watch(request.session_id)) as events:

@@ -215,7 +215,7 @@ class Session:
         snapshot.parts.clear()
         self._last_ended_step = max(self._last_ended_step, step)
         self.counts.committed += 1
-        self._notify(SnapshotEvent(step, epoch, snapshot.digest))
+        self._notify(SnapshotEvent(step, epoch))
         self._discard_before(step)
         return self._due_nowcast(step)
 
@@ -248,7 +248,7 @@ class Session:
         snapshot.vector.delete()
         self._last_ended_step = max(self._last_ended_step, step)
         self.counts.aborted += 1
-        self._notify(SnapshotEvent(step, snapshot.epoch, b"", reason))
+        self._notify(SnapshotEvent(step, snapshot.epoch, reason))
 
     def _discard_before(self, newest: int) -> None:
         """Drops what no later window can use."""

@@ -174,12 +174,8 @@ class NowcastClient:
         reply = self._call("Progress", pb.ProgressRequest(key=key), pb.ProgressReply, self.call_s)
         return [(item.start, item.stop) for item in reply.received]
 
-    def commit(self, upload: Upload) -> bool:
-        """Seals an upload.
-
-        Returns:
-            Whether this completed the snapshot.
-        """
+    def commit(self, upload: Upload) -> None:
+        """Seals an upload."""
         key = upload.key
         request = pb.CommitRequest(
             session_id=key.session_id,
@@ -191,16 +187,16 @@ class NowcastClient:
             dtype=key.dtype,
             base_step=key.base_step,
         )
-        return bool(self._call("Commit", request, pb.CommitReply, self.call_s).snapshot_committed)
+        self._call("Commit", request, pb.CommitReply, self.call_s)
 
-    def watch(self, session_id: str, rank: int) -> EventStream:
+    def watch(self, session_id: str) -> EventStream:
         """Asks for the session's events."""
         stream = self._channel.unary_stream(
             f"/{SERVICE_NAME}/Watch",
             request_serializer=pb.WatchRequest.SerializeToString,
             response_deserializer=pb.SessionEvent.FromString,
         )
-        return EventStream(stream(pb.WatchRequest(session_id=session_id, rank=rank), metadata=self._metadata))
+        return EventStream(stream(pb.WatchRequest(session_id=session_id), metadata=self._metadata))
 
     def new_download(self, key: pb.ChunkKey, buffer: memoryview) -> Download:
         """A download with a part for each bulk connection."""

@@ -88,8 +88,13 @@ class Uploader:
                 self._upload(session_id, message)
 
     def _report(self, session_id: str, message: Message) -> None:
-        fields = {key: value for key, value in message.items() if key not in ("type", "outcome")}
-        request = pb.ReportRequest(session_id=session_id, rank=self._rank, outcome=message["outcome"].upper(), **fields)
+        request = pb.ReportRequest(
+            session_id=session_id,
+            rank=self._rank,
+            version=message["version"],
+            outcome=message["outcome"].upper(),
+            epoch=message["epoch"],
+        )
         try:
             if self._link.wait_connected(session_id, self._client.call_s, outlasts_outage=False):
                 self._client.report(request)

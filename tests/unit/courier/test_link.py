@@ -65,16 +65,15 @@ class FakeClient:
     def join(self, session_id: str, rank: int, *shards: Any) -> None:
         pass
 
-    def watch(self, session_id: str, rank: int) -> Events:
+    def watch(self, session_id: str) -> Events:
         self.watched.append(Events())
         return self.watched[-1]
 
     def upload(self, upload: Any) -> None:
         list(upload.frames())
 
-    def commit(self, upload: Any) -> bool:
+    def commit(self, upload: Any) -> None:
         self.sent.append((upload.key.session_id, upload.key.id))
-        return True
 
     def report(self, request: pb.ReportRequest) -> None:
         self.reported.append(request.session_id)
