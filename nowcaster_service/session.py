@@ -15,6 +15,7 @@ from sidecast.nowcaster_service.errors import (
     CorruptChunkError,
     MalformedError,
     MissingReferenceError,
+    NotJoinedError,
     SaturatedError,
     WrongStateError,
 )
@@ -107,7 +108,7 @@ class Session:
         if not 0 <= rank < self.settings.world_size:
             raise MalformedError(f"rank is {rank}; the session has ranks 0 to {self.settings.world_size - 1}")
         if must_have_joined and rank not in self._upload_plans:
-            raise WrongStateError(f"rank {rank} has not joined session {self.settings.session_id}")
+            raise NotJoinedError(f"rank {rank} has not joined session {self.settings.session_id}")
 
     # --- buffers of ranks on this host
 

@@ -7,10 +7,35 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class RefusalKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REFUSAL_KIND_UNSPECIFIED: _ClassVar[RefusalKind]
+    MALFORMED: _ClassVar[RefusalKind]
+    UNAUTHENTICATED: _ClassVar[RefusalKind]
+    INCOMPATIBLE: _ClassVar[RefusalKind]
+    UNKNOWN_SESSION: _ClassVar[RefusalKind]
+    OUTDATED: _ClassVar[RefusalKind]
+    NOT_JOINED: _ClassVar[RefusalKind]
+    MISSING_REFERENCE: _ClassVar[RefusalKind]
+    CORRUPT: _ClassVar[RefusalKind]
+    SATURATED: _ClassVar[RefusalKind]
+    FAILED: _ClassVar[RefusalKind]
+
 class WireDtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FP32: _ClassVar[WireDtype]
     BF16: _ClassVar[WireDtype]
+REFUSAL_KIND_UNSPECIFIED: RefusalKind
+MALFORMED: RefusalKind
+UNAUTHENTICATED: RefusalKind
+INCOMPATIBLE: RefusalKind
+UNKNOWN_SESSION: RefusalKind
+OUTDATED: RefusalKind
+NOT_JOINED: RefusalKind
+MISSING_REFERENCE: RefusalKind
+CORRUPT: RefusalKind
+SATURATED: RefusalKind
+FAILED: RefusalKind
 FP32: WireDtype
 BF16: WireDtype
 

@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos.refusals import REFUSAL_KEY
 from tests.support.service_harness import (
     WAIT_S,
     RunningService,
@@ -58,6 +59,13 @@ def refusal(call: Any, *args: Any) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.RpcError) as caught:
         call(*args)
     return caught.value.code(), caught.value.details()
+
+
+def refusal_name(call: Any, *args: Any) -> str:
+    """The kind of refusal that a call is answered with."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call(*args)
+    return str(dict(caught.value.trailing_metadata())[REFUSAL_KEY])
 
 
 def status(service: RunningService) -> pb.SessionStatus:
