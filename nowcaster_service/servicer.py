@@ -11,7 +11,7 @@ from zlib import crc32
 from sidecast.nowcaster_service.admission import PredictorChecks, admit
 from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.dispatch import Dispatcher, Predictions
-from sidecast.nowcaster_service.errors import MalformedError
+from sidecast.nowcaster_service.errors import IncompatibleError, MalformedError
 from sidecast.nowcaster_service.handover import Handover
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.session_table import SessionTable
@@ -19,6 +19,7 @@ from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame
 from sidecast.protos.shards import ShardSpec
+from sidecast.protos.version import version_fault
 
 # A rank hands over its prediction buffer last.
 PREDICTION_BUFFER = -1
@@ -75,6 +76,9 @@ class Servicer:
     # In the order of nowcast.proto.
 
     async def open(self, request: pb.OpenRequest) -> pb.OpenReply:
+        fault = version_fault("trainer", request.protocol_version)
+        if fault:
+            raise IncompatibleError(fault)
         known = self.sessions.find(request.session_id)
         if known is None:
             settings = await admit(request, self._engines)
@@ -83,7 +87,7 @@ class Servicer:
                 self.sessions.begin(settings, request)
         elif known.settings.manifest.schema_hash != request.schema_hash:
             raise MalformedError(f"session {request.session_id} is already open for another model")
-        return pb.OpenReply(chunk_bytes=self.config.chunk_bytes)
+        return pb.OpenReply(chunk_bytes=self.config.chunk_bytes, protocol_version=request.protocol_version)
 
     async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
         session = self.sessions.get(request.session_id)

@@ -75,7 +75,7 @@ class Horizon(_message.Message):
     def __init__(self, schedule: _Optional[str] = ..., max_intervals: _Optional[int] = ..., power: _Optional[float] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch", "wire_dtype")
+    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch", "wire_dtype", "protocol_version")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +93,7 @@ class OpenRequest(_message.Message):
     RESUME_STEP_FIELD_NUMBER: _ClassVar[int]
     RESUME_EPOCH_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     run_id: str
     world_size: int
@@ -110,13 +111,16 @@ class OpenRequest(_message.Message):
     resume_step: int
     resume_epoch: int
     wire_dtype: WireDtype
-    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ...) -> None: ...
+    protocol_version: int
+    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("chunk_bytes",)
+    __slots__ = ("chunk_bytes", "protocol_version")
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     chunk_bytes: int
-    def __init__(self, chunk_bytes: _Optional[int] = ...) -> None: ...
+    protocol_version: int
+    def __init__(self, chunk_bytes: _Optional[int] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Shard(_message.Message):
     __slots__ = ("parameter", "start", "stop")
