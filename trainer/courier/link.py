@@ -124,6 +124,15 @@ class Link:
                 self._changed.wait(left_s)
         return False
 
+    def rest(self, session_id: str, seconds: float) -> bool:
+        """Waits for so long, unless a session is over before; says whether it goes on."""
+
+        def is_over() -> bool:
+            return self._is_ending or self._session["session_id"] != session_id
+
+        with self._changed:
+            return not self._changed.wait_for(is_over, seconds)
+
     def run(self) -> None:
         """Opens, joins and watches, until the courier ends."""
         backoff_s = FIRST_BACKOFF_S
