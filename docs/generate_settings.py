@@ -10,6 +10,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = REPOSITORY / "trainer" / "hook" / "config.py"
 PAGE = REPOSITORY / "docs" / "settings.md"
+SERVE_BEGIN, SERVE_END = "<!-- generated: serve begin -->\n", "<!-- generated: serve end -->\n"
 BEGIN, END = "<!-- generated: begin -->\n", "<!-- generated: end -->\n"
 TITLES = {"NowcasterConfig": "nowcaster", "HorizonConfig": "nowcaster.horizon", "TimeoutConfig": "nowcaster.timeouts"}
 JSON_NAMES = {"None": "null", "True": "true", "False": "false", "field(default_factory=dict)": "{}"}
@@ -35,6 +36,18 @@ def _table(title: str, settings: ast.ClassDef) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_serve_options(page: str) -> str:
+    """The page with the table of `sidecast serve`'s options, from the declarations that the command reads itself."""
+    from sidecast.nowcaster_service.commands.serve import OPTIONS
+
+    lines = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for option in OPTIONS:
+        lines.append(f"| `{option.flag}` | {option.default or 'none'} | {option.help} |")
+    before, _, rest = page.partition(SERVE_BEGIN)
+    after = rest.partition(SERVE_END)[2]
+    return "\n".join([before + SERVE_BEGIN.rstrip("\n"), *lines, SERVE_END + after])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare; exit 1 if the page is stale")
@@ -42,7 +55,7 @@ def main() -> int:
     page = PAGE.read_text()
     before, _, rest = page.partition(BEGIN)
     after = rest.partition(END)[2]
-    current = f"{before}{BEGIN}{tables()}{END}{after}"
+    current = with_serve_options(f"{before}{BEGIN}{tables()}{END}{after}")
     if is_check and current != page:
         sys.stderr.write("docs/settings.md is stale; run `make docs`\n")
         return 1
