@@ -136,12 +136,10 @@ def _serve_in_threads(servicer: Servicer, loop: asyncio.AbstractEventLoop) -> in
         return lambda request, context: asyncio.run_coroutine_threadsafe(method(request), loop).result()
 
     def upload(messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.UploadReply:
-        received = 0
         for message in messages:
             frame = decode_chunk(message)
             servicer.sessions.get(frame.key.session_id).receive(frame)
-            received += len(frame.data)
-        return pb.UploadReply(received_bytes=received)
+        return pb.UploadReply()
 
     def from_loop(method: Callable[[Any], Any]) -> Callable[[Any, Any], Iterator[Any]]:
         def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
@@ -264,7 +262,7 @@ def transfer(case: Case, port: int, peer_port: int, service_pid: int) -> dict[st
 
     for step in range(1, CONTEXT_LEN + 1):
         send("down", step)
-    published = next(iter(client.watch("down", 0)))
+    published = next(iter(client.watch("down")))
     assert published.WhichOneof("event") == "published", published
     steps = iter(range(1, 1_000_000))
 

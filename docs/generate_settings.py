@@ -9,6 +9,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "settings.md"
+SERVE_BEGIN, SERVE_END = "<!-- generated: serve begin -->\n", "<!-- generated: serve end -->\n"
 BEGIN, END = "<!-- generated: begin -->\n", "<!-- generated: end -->\n"
 JSON_NAMES = {"None": "null", "True": "true", "False": "false", "field(default_factory=dict)": "{}"}
 HOOK, JOB = REPOSITORY / "trainer" / "hook", REPOSITORY / "trainer" / "job"
@@ -55,12 +56,24 @@ def _table(source: Path, name: str, title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_serve_options(page: str) -> str:
+    """The page with the table of `sidecast serve`'s options, from the declarations that the command reads itself."""
+    from sidecast.nowcaster_service.commands.serve import OPTIONS
+
+    lines = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for option in OPTIONS:
+        lines.append(f"| `{option.flag}` | {option.default or 'none'} | {option.help} |")
+    before, _, rest = page.partition(SERVE_BEGIN)
+    after = rest.partition(SERVE_END)[2]
+    return "\n".join([before + SERVE_BEGIN.rstrip("\n"), *lines, SERVE_END + after])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare; exit 1 if the page is stale")
     is_check = parser.parse_args().check
     page = PAGE.read_text()
-    current = written(page)
+    current = with_serve_options(written(page))
     if is_check and current != page:
         sys.stderr.write("docs/settings.md is stale; run `make docs`\n")
         return 1

@@ -1,67 +1,126 @@
-"""Settings of the service: parsed from argv in one place, validated here."""
+"""Settings of the service: declared, with their defaults and options, and validated here."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from sidecast.errors import ConfigError
-from sidecast.predictors.device import check_device
+from sidecast.nowcaster_service.options import option
 
+KIB, GIB = 1 << 10, 1 << 30
 MIN_CHUNK_BYTES = 64 << 10
 MAX_PORT = 65_535
 # gRPC's default limit for a received message is 4 MiB; a chunk's key and framing need room below it.
 MAX_CHUNK_BYTES = (4 << 20) - (64 << 10)
 
 
+def read_file(option: str, path: Path) -> bytes:
+    """Reads a file that the user named.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be read: {error.strerror}") from error
+
+
+def read_token(option: str, path: Path) -> str:
+    """Reads the shared secret.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds none: an empty secret would let everybody in.
+    """
+    token = read_file(option, path).decode("ascii", errors="replace").strip()
+    if not token or not token.isascii() or not token.isprintable():
+        raise ConfigError(f"{option} {path} holds no token; allowed: one line of printable ASCII characters")
+    return token
+
+
 @dataclass(frozen=True, kw_only=True)
 class TlsFiles:
     """PEM files for TLS."""
 
-    certificate: Path
-    private_key: Path
+    certificate: Path = field(metadata=option("--tls-cert", "PEM certificate; needed off loopback", kind=Path))
+    private_key: Path = field(metadata=option("--tls-key", "PEM private key; needed off loopback", kind=Path))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceConfig:
-    """Everything that ``sidecast serve`` needs to know.
+    """Everything that ``sidecast serve`` needs to know: each setting with its default, its option and what it means."""
 
-    Attributes:
-        host: Address to bind.
-        port: gRPC port; never 0 here, so that a restarted ingress comes back where clients look for it.
-        metrics_port: Port of the Prometheus endpoint; None for none.
-        weights: Predictor weights; None for predictors without.
-        history_dir: Folder of the memory-mapped history.
-        history_budget_bytes: Most bytes that all sessions' vectors may take together.
-        chunk_bytes: Size of the chunks that clients send and receive.
-        num_engines: Processes that share each nowcast.
-        engine_threads: CPU threads of one engine.
-        engine_gpus: GPUs of one engine.
-        device: Where predictors that can choose compute, unless a run says otherwise; None leaves it to them.
-        nowcast_timeout_s: A nowcast that takes longer is given up.
-        session_timeout_s: A session without any message for so long is closed.
-        token: Shared secret that every call must carry; None for none.
-        tls: Certificate and key; None for plain text.
-    """
-
-    host: str
-    port: int
-    metrics_port: int | None
-    weights: Path | None
-    history_dir: Path
-    history_budget_bytes: int
-    chunk_bytes: int
-    num_engines: int
-    engine_threads: int
-    engine_gpus: float
-    device: str | None
-    nowcast_timeout_s: float
-    session_timeout_s: float
-    token: str | None
-    tls: TlsFiles | None
+    host: str = field(default="127.0.0.1", metadata=option("--host", "address to bind"))
+    # Never 0 here, so that a restarted ingress comes back where clients look for it.
+    port: int = field(default=50051, metadata=option("--port", "gRPC port; 0 picks a free one", kind=int))
+    metrics_port: int | None = field(
+        default=None,
+        metadata=option("--metrics-port", "serve Prometheus metrics on this port", kind=int, default="none"),
+    )
+    weights: Path | None = field(
+        default=None,
+        metadata=option(
+            "--weights",
+            "weights file for the predictors that need one (nino, wnn_plus)",
+            kind=Path,
+            # Engines may run in another folder.
+            read=Path.resolve,
+        ),
+    )
+    history_dir: Path = field(
+        metadata=option(
+            "--history-dir", "folder of this service alone, for histories", kind=Path, default="a temporary one"
+        )
+    )
+    history_budget_bytes: int = field(
+        default=16 * GIB,
+        metadata=option("--history-gib", "history budget of all runs together, in GiB", kind=float, unit=GIB),
+    )
+    chunk_bytes: int = field(
+        default=1024 * KIB,
+        metadata=option("--chunk-kib", "message size in KiB, both ways", kind=int, unit=KIB),
+    )
+    num_engines: int = field(
+        default=1,
+        metadata=option("--engines", "processes that share each nowcast", kind=int),
+    )
+    engine_threads: int = field(default=1, metadata=option("--engine-threads", "CPU threads per engine", kind=int))
+    device: str | None = field(
+        default=None,
+        metadata=option(
+            "--device",
+            "where predictors compute that can choose: cpu or cuda, unless a run's own options say otherwise",
+        ),
+    )
+    engine_gpus: float = field(
+        default=0.0,
+        metadata=option("--engine-gpus", "GPUs per engine", kind=float, default="1 with --device cuda, 0 without"),
+    )
+    nowcast_timeout_s: float = field(
+        default=300.0,
+        metadata=option("--nowcast-timeout-s", "a nowcast that takes longer is given up", kind=float),
+    )
+    session_timeout_s: float = field(
+        default=3600.0,
+        metadata=option(
+            "--session-timeout-s", "runs that nobody uses or watches for so long are forgotten", kind=float
+        ),
+    )
+    token: str | None = field(
+        default=None,
+        metadata=option(
+            "--token-file",
+            "file holding the shared secret that clients must send; needed off loopback",
+            kind=Path,
+            read=partial(read_token, "--token-file"),
+        ),
+    )
+    tls: TlsFiles | None = None
 
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and (self.tls is None or self.token is None):
@@ -87,6 +146,9 @@ class ServiceConfig:
         if not self.engine_gpus >= 0:
             raise ConfigError(f"--engine-gpus is {self.engine_gpus:g}; it must be 0 or more")
         if self.device is not None:
+            # It brings PyTorch, which `sidecast status` and answers to wrong arguments need not wait for.
+            from sidecast.predictors.device import check_device
+
             check_device("--device", self.device)
         if not 0 < self.nowcast_timeout_s < self.session_timeout_s:
             raise ConfigError(
@@ -99,28 +161,9 @@ class ServiceConfig:
                 read_file(option, path)
 
 
-def read_file(option: str, path: Path) -> bytes:
-    """Reads a file that the user named.
-
-    Raises:
-        ConfigError: It cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{option} {path} cannot be read: {error.strerror}") from error
-
-
-def read_token(option: str, path: Path) -> str:
-    """Reads the shared secret.
-
-    Raises:
-        ConfigError: The file cannot be read, or holds none: an empty secret would let everybody in.
-    """
-    token = read_file(option, path).decode("ascii", errors="replace").strip()
-    if not token or not token.isascii() or not token.isprintable():
-        raise ConfigError(f"{option} {path} holds no token; allowed: one line of printable ASCII characters")
-    return token
+def default_engine_gpus(device: str | None) -> float:
+    """GPUs of one engine that computes on a device."""
+    return float(device is not None and device.startswith("cuda"))
 
 
 def require_ray_token() -> None:

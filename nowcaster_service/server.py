@@ -12,31 +12,15 @@ import grpc
 from google.protobuf.message import Message
 
 from sidecast.errors import SidecastError
-from sidecast.nowcaster_service.errors import (
-    AddressError,
-    CorruptChunkError,
-    MalformedError,
-    MissingReferenceError,
-    SaturatedError,
-    UnknownSessionError,
-    WrongStateError,
-)
+from sidecast.nowcaster_service.errors import AddressError, ServiceError, UnauthenticatedError
 from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, CodecError, decode_chunk, encode_chunk
+from sidecast.protos.refusals import REFUSAL_KEY, RefusalKind
 from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
 
 log = logging.getLogger(__name__)
 
-_STATUS: dict[type[SidecastError], grpc.StatusCode] = {
-    MalformedError: grpc.StatusCode.INVALID_ARGUMENT,
-    WrongStateError: grpc.StatusCode.FAILED_PRECONDITION,
-    MissingReferenceError: grpc.StatusCode.ABORTED,
-    UnknownSessionError: grpc.StatusCode.NOT_FOUND,
-    SaturatedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    CorruptChunkError: grpc.StatusCode.DATA_LOSS,
-    SidecastError: grpc.StatusCode.INVALID_ARGUMENT,
-}
 AUTHORIZATION = "authorization"
 KEEPALIVE_MS = 60_000
 
@@ -124,18 +108,18 @@ class GrpcFace:
         given_bytes = given if isinstance(given, bytes) else given.encode()
         # In constant time: the time of a plain comparison tells how much of a guess is right.
         if not hmac.compare_digest(given_bytes, f"Bearer {token}".encode()):
-            self._servicer.metrics.refused.labels("UNAUTHENTICATED").inc()
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the call carries no token, or a wrong one")
+            await self._refuse(context, UnauthenticatedError("the call carries no token, or a wrong one"))
 
     async def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
-        status, message = grpc.StatusCode.INTERNAL, "the call failed; the service's log says how"
+        kind, message = RefusalKind.FAILED, "the call failed; the service's log says how"
         if isinstance(error, SidecastError):
-            kind = next(item for item in type(error).__mro__ if item in _STATUS)
-            status, message = _STATUS[kind], str(error)
+            # What the core refuses (a manifest, a horizon), the request was wrong in.
+            kind = error.kind if isinstance(error, ServiceError) else RefusalKind.MALFORMED
+            message = str(error)
         else:
             log.error("a call failed", exc_info=error)
-        self._servicer.metrics.refused.labels(status.name).inc()
-        await context.abort(status, message)
+        self._servicer.metrics.refused.labels(kind.status).inc()
+        await context.abort(grpc.StatusCode[kind.status], message, ((REFUSAL_KEY, kind.name),))
         raise AssertionError("abort raises")
 
     def _answering(self, method: Callable[[Any], Awaitable[Message]]) -> Callable[..., Awaitable[Message]]:

@@ -11,7 +11,7 @@ from zlib import crc32
 from sidecast.nowcaster_service.admission import PredictorChecks, admit
 from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.dispatch import Dispatcher, Predictions
-from sidecast.nowcaster_service.errors import MalformedError
+from sidecast.nowcaster_service.errors import IncompatibleError, MalformedError
 from sidecast.nowcaster_service.handover import Handover
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.session_table import SessionTable
@@ -19,6 +19,7 @@ from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame
 from sidecast.protos.shards import ShardSpec
+from sidecast.protos.version import version_fault
 
 # A rank hands over its prediction buffer last.
 PREDICTION_BUFFER = -1
@@ -75,6 +76,9 @@ class Servicer:
     # In the order of nowcast.proto.
 
     async def open(self, request: pb.OpenRequest) -> pb.OpenReply:
+        fault = version_fault("trainer", request.protocol_version)
+        if fault:
+            raise IncompatibleError(fault)
         known = self.sessions.find(request.session_id)
         if known is None:
             settings = await admit(request, self._engines)
@@ -83,7 +87,7 @@ class Servicer:
                 self.sessions.begin(settings, request)
         elif known.settings.manifest.schema_hash != request.schema_hash:
             raise MalformedError(f"session {request.session_id} is already open for another model")
-        return pb.OpenReply(chunk_bytes=self.config.chunk_bytes, service_version=self._version)
+        return pb.OpenReply(chunk_bytes=self.config.chunk_bytes, protocol_version=request.protocol_version)
 
     async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
         session = self.sessions.get(request.session_id)
@@ -93,17 +97,15 @@ class Servicer:
         return pb.JoinReply(chunk_bytes=self.config.chunk_bytes, local_socket=path, local_ticket=ticket)
 
     async def upload(self, frames: AsyncIterator[ChunkFrame | None]) -> pb.UploadReply:
-        received_bytes = 0
         async for frame in frames:
             if frame is None:
                 raise MalformedError("an upload holds a message that is not a Chunk")
             session = self.sessions.get(frame.key.session_id)
             session.receive(frame)
             num_bytes = frame.shared_bytes or len(frame.data)
-            received_bytes += num_bytes
             self.metrics.received_bytes.labels(session.settings.run_id).inc(num_bytes)
             self.metrics.history_bytes.set(self._store.used_bytes)
-        return pb.UploadReply(received_bytes=received_bytes)
+        return pb.UploadReply()
 
     async def progress(self, request: pb.ProgressRequest) -> pb.ProgressReply:
         session = self.sessions.get(request.key.session_id)
@@ -112,11 +114,10 @@ class Servicer:
 
     async def commit(self, request: pb.CommitRequest) -> pb.CommitReply:
         session = self.sessions.get(request.session_id)
-        num_committed = session.counts.committed
         task = session.commit(request)
         if task is not None:
             self._dispatcher.start(session, task)
-        return pb.CommitReply(snapshot_committed=session.counts.committed > num_committed)
+        return pb.CommitReply()
 
     async def watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.SessionEvent, None]:
         async with aclosing(self.sessions.watch(request.session_id)) as events:

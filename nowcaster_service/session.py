@@ -15,6 +15,7 @@ from sidecast.nowcaster_service.errors import (
     CorruptChunkError,
     MalformedError,
     MissingReferenceError,
+    NotJoinedError,
     SaturatedError,
     WrongStateError,
 )
@@ -107,7 +108,7 @@ class Session:
         if not 0 <= rank < self.settings.world_size:
             raise MalformedError(f"rank is {rank}; the session has ranks 0 to {self.settings.world_size - 1}")
         if must_have_joined and rank not in self._upload_plans:
-            raise WrongStateError(f"rank {rank} has not joined session {self.settings.session_id}")
+            raise NotJoinedError(f"rank {rank} has not joined session {self.settings.session_id}")
 
     # --- buffers of ranks on this host
 
@@ -215,7 +216,7 @@ class Session:
         snapshot.parts.clear()
         self._last_ended_step = max(self._last_ended_step, step)
         self.counts.committed += 1
-        self._notify(SnapshotEvent(step, epoch, snapshot.digest))
+        self._notify(SnapshotEvent(step, epoch))
         self._discard_before(step)
         return self._due_nowcast(step)
 
@@ -248,7 +249,7 @@ class Session:
         snapshot.vector.delete()
         self._last_ended_step = max(self._last_ended_step, step)
         self.counts.aborted += 1
-        self._notify(SnapshotEvent(step, snapshot.epoch, b"", reason))
+        self._notify(SnapshotEvent(step, snapshot.epoch, reason))
 
     def _discard_before(self, newest: int) -> None:
         """Drops what no later window can use."""

@@ -36,7 +36,6 @@ class SnapshotEvent:
 
     step: int
     epoch: int
-    digest: bytes
     reason: str = ""
 
 
@@ -65,13 +64,11 @@ class SessionCounts:
 Event = SnapshotEvent | Prediction | FailureEvent
 
 
-def event_message(event: Event, predictor: str) -> pb.SessionEvent:
+def event_message(event: Event) -> pb.SessionEvent:
     """The event as couriers hear of it."""
     match event:
         case SnapshotEvent(reason=""):
-            return pb.SessionEvent(
-                committed=pb.SnapshotCommitted(step=event.step, epoch=event.epoch, digest=event.digest)
-            )
+            return pb.SessionEvent(committed=pb.SnapshotCommitted(step=event.step, epoch=event.epoch))
         case SnapshotEvent():
             return pb.SessionEvent(aborted=pb.SnapshotAborted(step=event.step, epoch=event.epoch, reason=event.reason))
         case Prediction():
@@ -84,7 +81,6 @@ def event_message(event: Event, predictor: str) -> pb.SessionEvent:
                     digest=event.digest,
                     relative_norm=event.relative_norm,
                     nowcast_seconds=event.nowcast_s,
-                    predictor=predictor,
                 )
             )
         case FailureEvent():

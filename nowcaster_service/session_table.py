@@ -176,7 +176,7 @@ class SessionTable:
         queues.append(queue)
         try:
             if session.prediction is not None:
-                yield event_message(session.prediction, session.settings.predictor)
+                yield event_message(session.prediction)
             while (event := await queue.get()) is not None:
                 yield event
         finally:
@@ -202,6 +202,6 @@ class SessionTable:
                 self._metrics.predictions.labels(run, "failed").inc()
                 log.warning("no nowcast at step %d: %s", event.base_step, event.reason)
         self._metrics.history_bytes.set(self._store.used_bytes)
-        message = event_message(event, session.settings.predictor)
+        message = event_message(event)
         for queue in self._watchers.get(session_id, []):
             queue.put_nowait(message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -51,11 +50,3 @@ class Snapshot:
     state: SnapshotState = SnapshotState.RECEIVING
     parts: dict[int, RankPart] = field(default_factory=dict)
     rank_digests: dict[int, bytes] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> bytes:
-        """Digest over all ranks' parts, 16 bytes."""
-        digest = hashlib.blake2b(digest_size=16)
-        for rank in sorted(self.rank_digests):
-            digest.update(self.rank_digests[rank])
-        return digest.digest()

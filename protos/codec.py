@@ -19,6 +19,11 @@ from sidecast.protos.nowcast_pb2 import ChunkKey
 # Field numbers and wire types of Chunk: key (1, length-delimited), offset_bytes (2, varint), crc32 (3, fixed32),
 # data (4, length-delimited), shared_bytes (5, varint), shared_buffer (6, varint).
 _KEY_TAG, _OFFSET_TAG, _CRC_TAG, _DATA_TAG, _SHARED_BYTES_TAG, _SHARED_BUFFER_TAG = 0x0A, 0x10, 0x1D, 0x22, 0x28, 0x30
+# The wire types of protobuf, the lower three bits of a tag.
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _GROUP_BEGIN, _GROUP_END, _FIXED32_TYPE = range(6)
+_MAX_TAG_BYTES = 5
+# Far less than the protobuf runtime takes, and far more than anybody sends.
+_MAX_GROUP_DEPTH = 16
 _FIXED32 = struct.Struct("<I")
 _DIGEST_ROW = struct.Struct("<QQI")
 
@@ -56,7 +61,8 @@ def _varint(value: int) -> bytes:
 def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        if position >= len(message) or shift > 63:
+        # Ten bytes hold 70 bits; the tenth may have but one.
+        if position >= len(message) or shift > 63 or (shift == 63 and message[position] > 1):
             raise CodecError(f"chunk message of {len(message)} bytes has a broken varint at byte {position}")
         byte = message[position]
         value |= (byte & 0x7F) << shift
@@ -64,6 +70,40 @@ def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
+
+
+def _skip_field(message: memoryview, tag: int, position: int, depth: int = 0) -> int:
+    """Where the next field begins after one that this version does not know, whatever its wire type."""
+    number, wire_type = tag >> 3, tag & 7
+    if number == 0:
+        raise CodecError(f"chunk message has a field tag {tag:#x} that names no field")
+    if wire_type == _VARINT:
+        position = _read_varint(message, position)[1]
+    elif wire_type == _FIXED64:
+        position += 8
+    elif wire_type == _FIXED32_TYPE:
+        position += 4
+    elif wire_type == _LENGTH_DELIMITED:
+        length, position = _read_varint(message, position)
+        position += length
+    elif wire_type == _GROUP_BEGIN and depth < _MAX_GROUP_DEPTH:
+        end = number << 3 | _GROUP_END
+        inner, position = _read_tag(message, position)
+        while inner != end:
+            position = _skip_field(message, inner, position, depth + 1)
+            inner, position = _read_tag(message, position)
+    else:
+        raise CodecError(f"chunk message has a field tag {tag:#x} that begins no field")
+    if position > len(message):
+        raise CodecError(f"chunk message of {len(message)} bytes ends inside field {number}")
+    return position
+
+
+def _read_tag(message: memoryview, position: int) -> tuple[int, int]:
+    tag, end = _read_varint(message, position)
+    if end - position > _MAX_TAG_BYTES or tag >= 1 << 32:
+        raise CodecError(f"chunk message of {len(message)} bytes has a broken field tag at byte {position}")
+    return tag, end
 
 
 def encode_chunk(frame: ChunkFrame) -> bytes:
@@ -90,16 +130,16 @@ def encode_chunk(frame: ChunkFrame) -> bytes:
 
 
 def decode_chunk(message: bytes) -> ChunkFrame:
-    """Parses a ``Chunk`` message without copying its data.
+    """Parses a ``Chunk`` message without copying its data; fields that a later version added are skipped.
 
     Raises:
-        CodecError: The bytes are not such a message.
+        CodecError: The bytes are not such a message, or end too early.
     """
     view = memoryview(message)
     key, offset_bytes, checksum, data = ChunkKey(), 0, 0, view[:0]
     shared_bytes = shared_buffer = position = 0
     while position < len(view):
-        tag, position = _read_varint(view, position)
+        tag, position = _read_tag(view, position)
         if tag == _OFFSET_TAG:
             offset_bytes, position = _read_varint(view, position)
         elif tag == _SHARED_BYTES_TAG:
@@ -125,7 +165,7 @@ def decode_chunk(message: bytes) -> ChunkFrame:
                 data = field
             position += length
         else:
-            raise CodecError(f"chunk message has an unknown field tag {tag:#x}")
+            position = _skip_field(view, tag, position)
     return ChunkFrame(key, offset_bytes, checksum, data, shared_bytes, shared_buffer)
 
 

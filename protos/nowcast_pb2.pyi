@@ -7,10 +7,35 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class RefusalKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REFUSAL_KIND_UNSPECIFIED: _ClassVar[RefusalKind]
+    MALFORMED: _ClassVar[RefusalKind]
+    UNAUTHENTICATED: _ClassVar[RefusalKind]
+    INCOMPATIBLE: _ClassVar[RefusalKind]
+    UNKNOWN_SESSION: _ClassVar[RefusalKind]
+    OUTDATED: _ClassVar[RefusalKind]
+    NOT_JOINED: _ClassVar[RefusalKind]
+    MISSING_REFERENCE: _ClassVar[RefusalKind]
+    CORRUPT: _ClassVar[RefusalKind]
+    SATURATED: _ClassVar[RefusalKind]
+    FAILED: _ClassVar[RefusalKind]
+
 class WireDtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FP32: _ClassVar[WireDtype]
     BF16: _ClassVar[WireDtype]
+REFUSAL_KIND_UNSPECIFIED: RefusalKind
+MALFORMED: RefusalKind
+UNAUTHENTICATED: RefusalKind
+INCOMPATIBLE: RefusalKind
+UNKNOWN_SESSION: RefusalKind
+OUTDATED: RefusalKind
+NOT_JOINED: RefusalKind
+MISSING_REFERENCE: RefusalKind
+CORRUPT: RefusalKind
+SATURATED: RefusalKind
+FAILED: RefusalKind
 FP32: WireDtype
 BF16: WireDtype
 
@@ -50,7 +75,7 @@ class Horizon(_message.Message):
     def __init__(self, schedule: _Optional[str] = ..., max_intervals: _Optional[int] = ..., power: _Optional[float] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch", "wire_dtype")
+    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch", "wire_dtype", "protocol_version")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +93,7 @@ class OpenRequest(_message.Message):
     RESUME_STEP_FIELD_NUMBER: _ClassVar[int]
     RESUME_EPOCH_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     run_id: str
     world_size: int
@@ -85,15 +111,16 @@ class OpenRequest(_message.Message):
     resume_step: int
     resume_epoch: int
     wire_dtype: WireDtype
-    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ...) -> None: ...
+    protocol_version: int
+    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("chunk_bytes", "service_version")
+    __slots__ = ("chunk_bytes", "protocol_version")
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
-    SERVICE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     chunk_bytes: int
-    service_version: str
-    def __init__(self, chunk_bytes: _Optional[int] = ..., service_version: _Optional[str] = ...) -> None: ...
+    protocol_version: int
+    def __init__(self, chunk_bytes: _Optional[int] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Shard(_message.Message):
     __slots__ = ("parameter", "start", "stop")
@@ -118,16 +145,14 @@ class JoinRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., upload_shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., fetch_shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("chunk_bytes", "endpoints", "local_socket", "local_ticket")
+    __slots__ = ("chunk_bytes", "local_socket", "local_ticket")
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
-    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_SOCKET_FIELD_NUMBER: _ClassVar[int]
     LOCAL_TICKET_FIELD_NUMBER: _ClassVar[int]
     chunk_bytes: int
-    endpoints: _containers.RepeatedScalarFieldContainer[str]
     local_socket: str
     local_ticket: bytes
-    def __init__(self, chunk_bytes: _Optional[int] = ..., endpoints: _Optional[_Iterable[str]] = ..., local_socket: _Optional[str] = ..., local_ticket: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, chunk_bytes: _Optional[int] = ..., local_socket: _Optional[str] = ..., local_ticket: _Optional[bytes] = ...) -> None: ...
 
 class ChunkKey(_message.Message):
     __slots__ = ("session_id", "rank", "id", "epoch", "dtype", "base_step")
@@ -162,10 +187,8 @@ class Chunk(_message.Message):
     def __init__(self, key: _Optional[_Union[ChunkKey, _Mapping]] = ..., offset_bytes: _Optional[int] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ..., shared_bytes: _Optional[int] = ..., shared_buffer: _Optional[int] = ...) -> None: ...
 
 class UploadReply(_message.Message):
-    __slots__ = ("received_bytes",)
-    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
-    received_bytes: int
-    def __init__(self, received_bytes: _Optional[int] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ProgressRequest(_message.Message):
     __slots__ = ("key",)
@@ -208,28 +231,22 @@ class CommitRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., step: _Optional[int] = ..., epoch: _Optional[int] = ..., num_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., dtype: _Optional[_Union[WireDtype, str]] = ..., base_step: _Optional[int] = ...) -> None: ...
 
 class CommitReply(_message.Message):
-    __slots__ = ("snapshot_committed",)
-    SNAPSHOT_COMMITTED_FIELD_NUMBER: _ClassVar[int]
-    snapshot_committed: bool
-    def __init__(self, snapshot_committed: _Optional[bool] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("session_id", "rank")
+    __slots__ = ("session_id",)
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
-    RANK_FIELD_NUMBER: _ClassVar[int]
     session_id: str
-    rank: int
-    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
 
 class SnapshotCommitted(_message.Message):
-    __slots__ = ("step", "epoch", "digest")
+    __slots__ = ("step", "epoch")
     STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    DIGEST_FIELD_NUMBER: _ClassVar[int]
     step: int
     epoch: int
-    digest: bytes
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class SnapshotAborted(_message.Message):
     __slots__ = ("step", "epoch", "reason")
@@ -242,7 +259,7 @@ class SnapshotAborted(_message.Message):
     def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PredictionPublished(_message.Message):
-    __slots__ = ("version", "base_step", "epoch", "horizon_intervals", "digest", "relative_norm", "nowcast_seconds", "predictor")
+    __slots__ = ("version", "base_step", "epoch", "horizon_intervals", "digest", "relative_norm", "nowcast_seconds")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -250,7 +267,6 @@ class PredictionPublished(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     RELATIVE_NORM_FIELD_NUMBER: _ClassVar[int]
     NOWCAST_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    PREDICTOR_FIELD_NUMBER: _ClassVar[int]
     version: int
     base_step: int
     epoch: int
@@ -258,8 +274,7 @@ class PredictionPublished(_message.Message):
     digest: int
     relative_norm: float
     nowcast_seconds: float
-    predictor: str
-    def __init__(self, version: _Optional[int] = ..., base_step: _Optional[int] = ..., epoch: _Optional[int] = ..., horizon_intervals: _Optional[int] = ..., digest: _Optional[int] = ..., relative_norm: _Optional[float] = ..., nowcast_seconds: _Optional[float] = ..., predictor: _Optional[str] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., base_step: _Optional[int] = ..., epoch: _Optional[int] = ..., horizon_intervals: _Optional[int] = ..., digest: _Optional[int] = ..., relative_norm: _Optional[float] = ..., nowcast_seconds: _Optional[float] = ...) -> None: ...
 
 class PredictionFailed(_message.Message):
     __slots__ = ("base_step", "reason")
@@ -300,7 +315,7 @@ class FetchRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., version: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ..., dtype: _Optional[_Union[WireDtype, str]] = ..., into_shared: _Optional[bool] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("session_id", "rank", "version", "outcome", "step", "epoch", "weight", "reason")
+    __slots__ = ("session_id", "rank", "version", "outcome", "epoch")
     class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         OUTCOME_UNSPECIFIED: _ClassVar[ReportRequest.Outcome]
@@ -317,19 +332,13 @@ class ReportRequest(_message.Message):
     RANK_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
-    STEP_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    WEIGHT_FIELD_NUMBER: _ClassVar[int]
-    REASON_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     rank: int
     version: int
     outcome: ReportRequest.Outcome
-    step: int
     epoch: int
-    weight: float
-    reason: str
-    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., version: _Optional[int] = ..., outcome: _Optional[_Union[ReportRequest.Outcome, str]] = ..., step: _Optional[int] = ..., epoch: _Optional[int] = ..., weight: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., version: _Optional[int] = ..., outcome: _Optional[_Union[ReportRequest.Outcome, str]] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ()

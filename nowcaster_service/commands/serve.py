@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import math
 import os
 import signal
 import socket
@@ -20,14 +19,21 @@ import psutil
 
 from sidecast.atomic_files import replacing
 from sidecast.errors import ConfigError, SidecastError
-from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, read_token, require_ray_token
+from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, default_engine_gpus, require_ray_token
 from sidecast.nowcaster_service.errors import AddressError
+from sidecast.nowcaster_service.options import Option, add_options, given_settings, options_of
 from sidecast.nowcaster_service.vector_store import FolderLock
 
-GIB = 1 << 30
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 REAP_TIMEOUT_S = 5.0
+OPTIONS = (
+    *options_of(ServiceConfig).values(),
+    *options_of(TlsFiles).values(),
+    # Of the command rather than of the service.
+    Option(flag="--port-file", help="write the bound HOST:PORT here once the service is ready", kind=Path),
+    Option(flag="--ray-address", help="join this Ray cluster instead of starting a local Ray"),
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,31 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Runs the nowcaster service: keeps parameter histories, makes nowcasts, sends them back. "
         "Training jobs find it under the address in their ds_config's nowcaster.endpoint. Ends on Ctrl-C or SIGTERM.",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=50051, help="gRPC port; 0 picks a free one (default: %(default)s)")
-    parser.add_argument("--port-file", type=Path, help="write the bound HOST:PORT here once the service is ready")
-    parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on this port (default: none)")
-    parser.add_argument("--weights", type=Path, help="weights file for the predictors that need one (nino, wnn_plus)")
-    parser.add_argument(
-        "--history-dir", type=Path, help="folder of this service alone, for histories (default: in /tmp)"
-    )
-    parser.add_argument("--history-gib", type=float, default=16.0, help="history budget in GiB (default: %(default)s)")
-    parser.add_argument("--chunk-kib", type=int, default=1024, help="message size in KiB (default: %(default)s)")
-    parser.add_argument("--engines", type=int, default=1, help="processes per nowcast (default: %(default)s)")
-    parser.add_argument("--engine-threads", type=int, default=1, help="CPU threads per engine (default: %(default)s)")
-    parser.add_argument(
-        "--device",
-        help="where predictors compute that can choose: cpu or cuda, unless a run's own options say otherwise",
-    )
-    parser.add_argument("--engine-gpus", type=float, help="GPUs per engine (default: 1 with --device cuda, 0 without)")
-    parser.add_argument("--nowcast-timeout-s", type=float, default=300.0, help="longest nowcast (default: %(default)s)")
-    parser.add_argument(
-        "--session-timeout-s", type=float, default=3600.0, help="forget idle runs after this (default: %(default)s)"
-    )
-    parser.add_argument("--token-file", type=Path, help="file holding the shared secret that clients must send")
-    parser.add_argument("--tls-cert", type=Path, help="PEM certificate; needed off loopback")
-    parser.add_argument("--tls-key", type=Path, help="PEM private key; needed off loopback")
-    parser.add_argument("--ray-address", help="join this Ray cluster instead of starting a local Ray")
+    add_options(parser, OPTIONS)
     parser.set_defaults(run=run)
 
 
@@ -145,24 +127,14 @@ def service_config(args: argparse.Namespace, history_dir: Path) -> ServiceConfig
     """Turns parsed arguments into checked settings."""
     if (args.tls_cert is None) != (args.tls_key is None):
         raise ConfigError("--tls-cert and --tls-key go together; one of them is missing")
-    tls = None if args.tls_cert is None else TlsFiles(certificate=args.tls_cert, private_key=args.tls_key)
-    return ServiceConfig(
-        host=args.host,
-        port=args.port if args.port != 0 else _free_port(args.host),
-        metrics_port=args.metrics_port,
-        weights=None if args.weights is None else args.weights.resolve(),
-        history_dir=history_dir,
-        history_budget_bytes=int(args.history_gib * GIB) if math.isfinite(args.history_gib) else 0,
-        chunk_bytes=args.chunk_kib << 10,
-        num_engines=args.engines,
-        engine_threads=args.engine_threads,
-        engine_gpus=args.engine_gpus if args.engine_gpus is not None else float(_is_cuda(args.device)),
-        device=args.device,
-        nowcast_timeout_s=args.nowcast_timeout_s,
-        session_timeout_s=args.session_timeout_s,
-        token=None if args.token_file is None else read_token("--token-file", args.token_file),
-        tls=tls,
-    )
+    settings = given_settings(ServiceConfig, args) | {"history_dir": history_dir}
+    if args.port == 0:
+        settings["port"] = _free_port(settings.get("host", ServiceConfig.host))
+    if args.engine_gpus is None:
+        settings["engine_gpus"] = default_engine_gpus(args.device)
+    if args.tls_cert is not None:
+        settings["tls"] = TlsFiles(**given_settings(TlsFiles, args))
+    return ServiceConfig(**settings)
 
 
 def _check_ports(config: ServiceConfig) -> None:
@@ -175,10 +147,6 @@ def _check_ports(config: ServiceConfig) -> None:
                 # Python's own text for this error says the address twice.
                 reason = os.strerror(error.errno) if error.errno else str(error)
                 raise AddressError(f"{option} {port} cannot be used on {config.host}: {reason}") from error
-
-
-def _is_cuda(device: str | None) -> bool:
-    return device is not None and device.startswith("cuda")
 
 
 def _free_port(host: str) -> int:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from sidecast.errors import SidecastError
-from sidecast.nowcaster_service.config import read_file, read_token
+from sidecast.nowcaster_service.config import ServiceConfig, read_file, read_token
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -16,7 +16,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="show what a running service is doing",
         description="Asks a running service for its sessions: history, nowcasts, jumps applied and rolled back.",
     )
-    parser.add_argument("endpoint", nargs="?", default="127.0.0.1:50051", help="HOST:PORT (default: %(default)s)")
+    default = f"{ServiceConfig.host}:{ServiceConfig.port}"
+    parser.add_argument("endpoint", nargs="?", default=default, help="HOST:PORT (default: %(default)s)")
     parser.add_argument("--token-file", type=Path, help="file holding the shared secret")
     parser.add_argument("--tls-ca", type=Path, help="PEM certificate of the authority that signed the service's")
     parser.add_argument("--timeout-s", type=float, default=5.0, help="how long to wait (default: %(default)s)")

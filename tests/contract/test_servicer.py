@@ -15,6 +15,7 @@ from tests.support.service_calls import (
     INVALID,
     UNKNOWN,
     WRONG_STATE,
+    commit,
     fetched,
     join,
     next_event,
@@ -54,7 +55,7 @@ def test_chunks_may_come_twice_and_in_any_order_even_after_the_commit(joined: Ru
     joined.stub.Commit(commit_request(messages))
     send(joined, 1, 10, ranks=(1,))
     joined.stub.Upload(iter(messages))
-    assert not joined.stub.Commit(commit_request(messages)).snapshot_committed
+    assert not commit(joined, messages)
     send(joined, 2, 20)
     next_event(watching(joined), "published")
     assert fetched(joined, 0, 1) == rank_bytes(state(2) - state(1), 0)
@@ -88,7 +89,7 @@ def test_corrupt_truncated_and_unfinished_uploads_are_no_snapshot(joined: Runnin
     short.num_bytes -= 4
     assert refusal(joined.stub.Commit, short)[0] is INVALID
     assert status(joined).num_committed == 0
-    assert not joined.stub.Commit(commit_request(messages)).snapshot_committed
+    assert not commit(joined, messages)
 
 
 def test_an_interrupted_upload_is_told_which_bytes_are_there(joined: RunningService) -> None:

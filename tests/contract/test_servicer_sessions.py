@@ -21,6 +21,7 @@ from tests.support.service_calls import (
     join,
     next_event,
     refusal,
+    refusal_name,
     send,
     status,
     watching,
@@ -29,6 +30,7 @@ from tests.support.service_harness import (
     MANIFEST,
     RunningService,
     chunks,
+    commit_request,
     join_request,
     open_request,
     rank_bytes,
@@ -261,3 +263,35 @@ def test_idle_sessions_expire_unless_somebody_watches(joined: RunningService) ->
     assert joined.store.used_bytes == 0
     # It may come back: nothing superseded it.
     joined.stub.Open(open_request())
+
+
+def test_a_refusal_names_its_kind_beside_the_status(tmp_path: Path) -> None:
+    needed_bytes = (2 + 5) * 4 * MANIFEST.num_elements
+    with RunningService(tmp_path, token="secret", history_budget_bytes=needed_bytes) as service:
+        stub = service.stub
+        entitled = {"metadata": (("authorization", "Bearer secret"),)}
+        part = chunks(rank_bytes(state(1), 0), 0, 10)
+        changed = pb.Chunk.FromString(part[0].SerializeToString())
+        changed.key.dtype, changed.key.base_step = pb.BF16, 20
+        damaged = pb.Chunk.FromString(part[0].SerializeToString())
+        damaged.crc32 ^= 1
+
+        def named(call: Any, request: Any) -> str:
+            return refusal_name(lambda: call(request, **entitled))
+
+        assert refusal_name(stub.Status, pb.StatusRequest()) == "UNAUTHENTICATED"
+        assert named(stub.Open, open_request(context_len=1)) == "MALFORMED"
+        # Refused by the core, which knows of no wire.
+        assert named(stub.Open, open_request(horizon=pb.Horizon(schedule="magic"))) == "MALFORMED"
+        assert named(stub.Join, join_request(0)) == "UNKNOWN_SESSION"
+        stub.Open(open_request(), **entitled)
+        assert named(stub.Upload, iter(part)) == "NOT_JOINED"
+        assert named(stub.Open, open_request(session_id="s2", run_id="other")) == "SATURATED"
+        for rank in (0, 1):
+            stub.Join(join_request(rank), **entitled)
+        assert named(stub.Commit, commit_request(part)) == "OUTDATED"
+        assert named(stub.Upload, iter([changed])) == "MISSING_REFERENCE"
+        assert named(stub.Upload, iter([damaged])) == "CORRUPT"
+        # What a fault of the service's is called.
+        service.servicer.sessions.get = None  # type: ignore[assignment]
+        assert named(stub.Join, join_request(0)) == "FAILED"

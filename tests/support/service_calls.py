@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos.refusals import REFUSAL_KEY
 from tests.support.service_harness import (
     WAIT_S,
     RunningService,
@@ -38,14 +39,33 @@ def send(service: RunningService, seed: int, step: int, ranks: tuple[int, ...] =
     for rank in ranks:
         messages = chunks(rank_bytes(state(seed), rank), rank, step, **key)
         service.stub.Upload(iter(messages))
-        done.append(service.stub.Commit(commit_request(messages)).snapshot_committed)
+        done.append(commit(service, messages))
     return done
+
+
+def commit(service: RunningService, messages: list[pb.Chunk]) -> bool:
+    """Seals a rank's part; returns whether this completed the snapshot."""
+
+    def num_committed() -> int:
+        sessions = service.stub.Status(pb.StatusRequest()).sessions
+        return sum(item.num_committed for item in sessions if item.session_id == messages[0].key.session_id)
+
+    before = num_committed()
+    service.stub.Commit(commit_request(messages))
+    return num_committed() > before
 
 
 def refusal(call: Any, *args: Any) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.RpcError) as caught:
         call(*args)
     return caught.value.code(), caught.value.details()
+
+
+def refusal_name(call: Any, *args: Any) -> str:
+    """The kind of refusal that a call is answered with."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call(*args)
+    return str(dict(caught.value.trailing_metadata())[REFUSAL_KEY])
 
 
 def status(service: RunningService) -> pb.SessionStatus:
@@ -61,7 +81,7 @@ def next_event(watch: Any, kind: str) -> Any:
 
 
 def watching(service: RunningService, session_id: str = "s1") -> Any:
-    return service.stub.Watch(pb.WatchRequest(session_id=session_id, rank=0), timeout=WAIT_S)
+    return service.stub.Watch(pb.WatchRequest(session_id=session_id), timeout=WAIT_S)
 
 
 def fetched(service: RunningService, rank: int, version: int, session_id: str = "s1") -> bytes:

@@ -72,21 +72,12 @@ class FakeEngines:
 def service_config(folder: Path, **changes: Any) -> ServiceConfig:
     """Valid settings."""
     settings: dict[str, Any] = {
-        "host": "127.0.0.1",
         "port": 1,
-        "metrics_port": None,
-        "weights": None,
         "history_dir": folder / "vectors",
         "history_budget_bytes": 64 << 20,
         "chunk_bytes": CHUNK_BYTES,
-        "num_engines": 1,
-        "engine_threads": 1,
-        "engine_gpus": 0.0,
-        "device": None,
         "nowcast_timeout_s": 20.0,
         "session_timeout_s": 60.0,
-        "token": None,
-        "tls": None,
     }
     return ServiceConfig(**(settings | changes))
 

@@ -10,15 +10,16 @@ from typing import Any
 from zlib import crc32
 
 import grpc
-from google.protobuf.message import Message
 
 from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos import nowcast_pb2_grpc
 from sidecast.protos.codec import ChunkFrame, decode_chunk, encode_chunk
 from sidecast.protos.shards import ShardSpec
 from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
+from sidecast.protos.version import PROTOCOL_VERSION, version_fault
 from sidecast.trainer.courier.fetch import Download, FetchPart
 from sidecast.trainer.courier.handover import hand_over
-from sidecast.trainer.courier.refusals import CorruptError, UnavailableError, translated
+from sidecast.trainer.courier.refusals import CorruptError, RefusedError, UnavailableError, translated
 from sidecast.trainer.courier.throttle import Throttle
 from sidecast.trainer.courier.upload import Upload
 
@@ -93,6 +94,7 @@ class NowcastClient:
         ]
         # Small calls and events have a connection of their own, where no bulk is before them.
         self._channel = self._connect()
+        self._stub = nowcast_pb2_grpc.NowcasterStub(self._channel)
         self._bulk_channels = [self._connect() for _ in range(config.channels)]
         self._throttle = Throttle(config.max_bytes_per_s)
         self.chunk_bytes = 1 << 20
@@ -114,15 +116,22 @@ class NowcastClient:
         """Raises UnavailableError unless the service answers within the connect timeout."""
         # A call and not a subscription to the channel's state: subscriptions that time out stay with the channel.
         try:
-            self._call("Status", pb.StatusRequest(), pb.StatusReply, self._config.connect_s, wait_for_ready=True)
+            self._call(self._stub.Status, pb.StatusRequest(), self._config.connect_s, wait_for_ready=True)
         except UnavailableError as error:
             raise UnavailableError(
                 f"no nowcaster service at {self._config.endpoint} within {self._config.connect_s:g} s"
             ) from error
 
     def open(self, request: pb.OpenRequest) -> None:
-        """Announces the run (rank 0). May take as long as the predictor needs to set itself up."""
-        reply = self._call("Open", request, pb.OpenReply, self.open_s)
+        """Announces the run (rank 0). May take as long as the predictor needs to set itself up.
+
+        Raises:
+            RefusedError: The run can never be served, or one side does not speak the other's version of the protocol.
+        """
+        reply = self._call(self._stub.Open, request, self.open_s)
+        fault = version_fault("service", reply.protocol_version)
+        if fault:
+            raise RefusedError(fault)
         self.chunk_bytes = reply.chunk_bytes
 
     def join(
@@ -135,7 +144,7 @@ class NowcastClient:
             upload_shards=[_shard(item) for item in upload_shards],
             fetch_shards=[_shard(item) for item in fetch_shards],
         )
-        reply = self._call("Join", request, pb.JoinReply, self.call_s)
+        reply = self._call(self._stub.Join, request, self.call_s)
         self.chunk_bytes = reply.chunk_bytes
         self.is_sharing = hand_over(self._config.endpoint, reply.local_socket, reply.local_ticket, self._shared)
 
@@ -171,15 +180,11 @@ class NowcastClient:
 
     def progress(self, key: pb.ChunkKey) -> list[tuple[int, int]]:
         """Which bytes of an upload have arrived: ``(start, stop)``, disjoint and rising."""
-        reply = self._call("Progress", pb.ProgressRequest(key=key), pb.ProgressReply, self.call_s)
+        reply = self._call(self._stub.Progress, pb.ProgressRequest(key=key), self.call_s)
         return [(item.start, item.stop) for item in reply.received]
 
-    def commit(self, upload: Upload) -> bool:
-        """Seals an upload.
-
-        Returns:
-            Whether this completed the snapshot.
-        """
+    def commit(self, upload: Upload) -> None:
+        """Seals an upload."""
         key = upload.key
         request = pb.CommitRequest(
             session_id=key.session_id,
@@ -191,16 +196,11 @@ class NowcastClient:
             dtype=key.dtype,
             base_step=key.base_step,
         )
-        return bool(self._call("Commit", request, pb.CommitReply, self.call_s).snapshot_committed)
+        self._call(self._stub.Commit, request, self.call_s)
 
-    def watch(self, session_id: str, rank: int) -> EventStream:
+    def watch(self, session_id: str) -> EventStream:
         """Asks for the session's events."""
-        stream = self._channel.unary_stream(
-            f"/{SERVICE_NAME}/Watch",
-            request_serializer=pb.WatchRequest.SerializeToString,
-            response_deserializer=pb.SessionEvent.FromString,
-        )
-        return EventStream(stream(pb.WatchRequest(session_id=session_id, rank=rank), metadata=self._metadata))
+        return EventStream(self._stub.Watch(pb.WatchRequest(session_id=session_id), metadata=self._metadata))
 
     def new_download(self, key: pb.ChunkKey, buffer: memoryview) -> Download:
         """A download with a part for each bulk connection."""
@@ -277,18 +277,11 @@ class NowcastClient:
 
     def report(self, request: pb.ReportRequest) -> None:
         """Tells what was done with a prediction."""
-        self._call("Report", request, pb.ReportReply, self.call_s)
+        self._call(self._stub.Report, request, self.call_s)
 
-    def _call(
-        self, method: str, request: Message, reply: Any, timeout_s: float, *, wait_for_ready: bool = False
-    ) -> Any:
-        call = self._channel.unary_unary(
-            f"/{SERVICE_NAME}/{method}",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=reply.FromString,
-        )
+    def _call(self, method: Any, request: Any, timeout_s: float, *, wait_for_ready: bool = False) -> Any:
         try:
-            return call(request, timeout=timeout_s, metadata=self._metadata, wait_for_ready=wait_for_ready)
+            return method(request, timeout=timeout_s, metadata=self._metadata, wait_for_ready=wait_for_ready)
         except grpc.RpcError as error:
             raise translated(error) from error
 
@@ -306,6 +299,7 @@ def open_request(
     scalars = {name: value for name, value in fields.items() if name not in ("horizon", "aliases")}
     return pb.OpenRequest(
         **scalars,
+        protocol_version=PROTOCOL_VERSION,
         horizon=pb.Horizon(**fields["horizon"]),
         manifest=pb.Manifest(
             parameters=[pb.Parameter(fqn=fqn, shape=shape) for fqn, shape in parameters],

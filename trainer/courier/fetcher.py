@@ -11,13 +11,13 @@ import numpy as np
 
 from sidecast.errors import SidecastError
 from sidecast.protos import nowcast_pb2 as pb
+from sidecast.trainer.courier.attempts import Attempts
 from sidecast.trainer.courier.client import NowcastClient
-from sidecast.trainer.courier.link import FIRST_BACKOFF_S, MAX_BACKOFF_S, Link
+from sidecast.trainer.courier.link import Link
 from sidecast.trainer.courier.metrics import CourierMetrics
 from sidecast.trainer.courier.refusals import CorruptError, UnavailableError
 from sidecast.trainer.pipe.messages import Failed, Prediction, ToHook
 
-MAX_CORRUPT = 3
 FINITE_BLOCK = 1 << 20
 
 
@@ -94,24 +94,20 @@ class Fetcher:
         key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=published.version, dtype=dtype)
         download = self._client.new_download(key, self._buffer)
         deadline_s = time.monotonic() + self._client.transfer_s(download.num_bytes)
-        backoff_s = FIRST_BACKOFF_S
-        num_corrupt = 0
+        attempts = Attempts(self._link, session_id, deadline_s)
         while True:
             try:
                 self._client.fetch(download)
                 break
             except CorruptError as error:
-                reason, num_corrupt = str(error), num_corrupt + 1
+                reason = str(error)
+                attempts.note_corrupt()
             except UnavailableError as error:
                 reason = str(error)
             except SidecastError as error:
                 return str(error)
-            left_s = deadline_s - time.monotonic()
-            is_over = num_corrupt == MAX_CORRUPT or left_s <= 0
-            if is_over or not self._link.wait_connected(session_id, left_s, outlasts_outage=True):
+            if not attempts.wait():
                 return reason
-            time.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
             self._metrics.resumed.labels(*self._metrics.labels, "fetch").inc()
         if not _is_finite(self._buffer):
             return "the prediction is not finite"

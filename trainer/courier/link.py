@@ -123,6 +123,15 @@ class Link:
                 self._changed.wait(left_s)
         return False
 
+    def rest(self, session_id: str, seconds: float) -> bool:
+        """Waits for so long, unless a session is over before; says whether it goes on."""
+
+        def is_over() -> bool:
+            return self._is_ending or self._session.session_id != session_id
+
+        with self._changed:
+            return not self._changed.wait_for(is_over, seconds)
+
     def run(self) -> None:
         """Opens, joins and watches, until the courier ends."""
         backoff_s = FIRST_BACKOFF_S
@@ -173,7 +182,7 @@ class Link:
         with self._changed:
             if self._session is not session:
                 return False
-            self._events = self._client.watch(session.session_id, self._rank)
+            self._events = self._client.watch(session.session_id)
             self._state = LinkState.CONNECTED
             self._changed.notify_all()
         self._tell(Connected(session_id=session.session_id))

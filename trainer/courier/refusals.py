@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import grpc
 
 from sidecast.errors import SidecastError
+from sidecast.protos.refusals import REFUSAL_KEY, Remedy, refusal_kind
 
 
 class RefusedError(SidecastError):
@@ -16,7 +20,7 @@ class UnavailableError(SidecastError):
 
 
 class ReopenError(SidecastError):
-    """The service does not know the session: it was restarted."""
+    """The service does not know the session, since it was restarted, or not yet this rank in it."""
 
 
 class OutdatedError(SidecastError):
@@ -31,18 +35,20 @@ class CorruptError(SidecastError):
     """Bytes were damaged on the way; they can be sent again."""
 
 
-_ERRORS: dict[grpc.StatusCode, type[SidecastError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: RefusedError,
-    grpc.StatusCode.UNAUTHENTICATED: RefusedError,
-    grpc.StatusCode.UNIMPLEMENTED: RefusedError,
-    grpc.StatusCode.NOT_FOUND: ReopenError,
-    grpc.StatusCode.FAILED_PRECONDITION: OutdatedError,
-    grpc.StatusCode.DATA_LOSS: CorruptError,
-    grpc.StatusCode.ABORTED: ResendError,
+ERRORS: dict[Remedy, type[SidecastError]] = {
+    Remedy.STOP: RefusedError,
+    Remedy.GIVE_UP: OutdatedError,
+    Remedy.REOPEN: ReopenError,
+    Remedy.RESEND_IN_FULL: ResendError,
+    Remedy.RESEND: CorruptError,
+    Remedy.RETRY: UnavailableError,
 }
 
 
 def translated(error: grpc.RpcError) -> SidecastError:
     """The error to raise instead of gRPC's."""
     code = error.code()
-    return _ERRORS.get(code, UnavailableError)(f"{error.details()} ({code.name})")
+    metadata: Iterable[Any] = error.trailing_metadata() or ()
+    kind = refusal_kind(code.name, dict(metadata).get(REFUSAL_KEY))
+    remedy = Remedy.RETRY if kind is None else kind.remedy
+    return ERRORS[remedy](f"{error.details()} ({code.name})")

@@ -60,10 +60,7 @@ class Sender:
             rank=self._rank,
             outcome=report.outcome.upper(),
             version=report.version,
-            step=report.step,
             epoch=report.epoch,
-            weight=report.weight,
-            reason=report.reason,
         )
         try:
             if self._link.wait_connected(session_id, self._client.call_s, outlasts_outage=False):

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from sidecast.errors import SidecastError
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.bf16 import BF16_BYTES
+from sidecast.trainer.courier.attempts import Attempts
 from sidecast.trainer.courier.client import NowcastClient
-from sidecast.trainer.courier.link import FIRST_BACKOFF_S, MAX_BACKOFF_S, Link
+from sidecast.trainer.courier.link import Link
 from sidecast.trainer.courier.metrics import CourierMetrics
 from sidecast.trainer.courier.reconstruction import FP32_BYTES, Base, Reconstruction
 from sidecast.trainer.courier.refusals import (
@@ -28,7 +29,6 @@ from sidecast.trainer.pipe.messages import Sent, Snapshot, ToHook
 
 log = logging.getLogger(__name__)
 
-MAX_CORRUPT = 3
 # For the slowest rank's part of the snapshot before; a change can only be sent once that is whole.
 BASE_WAIT_S = 2.0
 
@@ -153,8 +153,7 @@ class Uploader:
         Raises:
             ResendError: The service lacks what the upload refers to.
         """
-        backoff_s = FIRST_BACKOFF_S
-        num_corrupt = 0
+        attempts = Attempts(self._link, upload.key.session_id, deadline_s)
         upload.fill(self._client.chunk_bytes)
         while True:
             try:
@@ -162,20 +161,16 @@ class Uploader:
                 self._client.commit(upload)
                 return ""
             except CorruptError as error:
-                reason, num_corrupt = str(error), num_corrupt + 1
+                reason = str(error)
+                attempts.note_corrupt()
             except (UnavailableError, ReopenError) as error:
                 reason = str(error)
             except (OutdatedError, RefusedError) as error:
                 return str(error)
             received = None
             while received is None:
-                left_s = deadline_s - time.monotonic()
-                is_over = num_corrupt == MAX_CORRUPT or left_s <= 0
-                session_id = upload.key.session_id
-                if is_over or not self._link.wait_connected(session_id, left_s, outlasts_outage=True):
+                if not attempts.wait():
                     return reason
-                time.sleep(backoff_s)
-                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
                 received = self._received(upload)
             self._metrics.resumed.labels(*self._metrics.labels, "upload").inc()
             upload.fill(self._client.chunk_bytes, received)

@@ -277,7 +277,7 @@ class NowcastHook:
             "nowcast_s": held.nowcast_s,
         }
         self._inbox.release(details)
-        self._reporter.report("applied", held.version, weight=weight)
+        self._reporter.report("applied", held.version)
         self._reporter.emit("applied", **details)
 
     def _judge(self, mean_loss: float | None) -> None:
@@ -290,7 +290,7 @@ class NowcastHook:
         if verdict is Verdict.ACCEPT:
             self._probation.accepted()
             self.totals.num_accepted += 1
-            self._reporter.report("accepted", jump.version, reason=reason)
+            self._reporter.report("accepted", jump.version)
             self._reporter.emit("accepted", version=jump.version, reason=reason)
             return
         if obstacle := self._applier.undo():
@@ -303,7 +303,7 @@ class NowcastHook:
         self._trajectory.begin_epoch()
         self.totals.num_rolled_back += 1
         self._courier.log({"action": "rolled_back", "step": self.step})
-        self._reporter.report("rolled_back", jump.version, reason=reason)
+        self._reporter.report("rolled_back", jump.version)
         self._reporter.emit("rolled_back", version=jump.version, reason=reason)
         if why_suspended:
             self._reporter.emit("suspended", reason=why_suspended)

@@ -107,7 +107,7 @@ class Inbox:
         assert held is not None
         self._reporter.totals.num_rejected += 1
         self._messenger.release_prediction(None)
-        self._reporter.report("rejected", held.version, reason=reason)
+        self._reporter.report("rejected", held.version)
         self._reporter.emit("rejected", version=held.version, base_step=held.base_step, reason=reason)
 
     def close(self) -> None:

@@ -87,12 +87,10 @@ class Reporter:
         self.totals.num_dropped += 1
         self.emit("dropped", snapshot_step=snapshot_step, reason=reason)
 
-    def report(self, outcome: Outcome, version: int, *, weight: float = 0.0, reason: str = "") -> None:
+    def report(self, outcome: Outcome, version: int) -> None:
         """Tells the service what became of a prediction."""
         step, epoch = self._trajectory.step, self._trajectory.epoch
-        self._messenger.post(
-            Report(outcome=outcome, version=version, step=step, epoch=epoch, weight=weight, reason=reason)
-        )
+        self._messenger.post(Report(outcome=outcome, version=version, step=step, epoch=epoch))
 
     def post_stats(self, probation: Probation) -> None:
         """Brings the metrics up to date."""

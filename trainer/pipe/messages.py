@@ -158,8 +158,6 @@ class Report:
     version: int
     step: int
     epoch: int
-    weight: float = 0.0
-    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,16 +81,15 @@ class FakeClient:
     def join(self, session_id: str, rank: int, *shards: Any) -> None:
         pass
 
-    def watch(self, session_id: str, rank: int) -> Events:
+    def watch(self, session_id: str) -> Events:
         self.watched.append(Events())
         return self.watched[-1]
 
     def upload(self, upload: Any) -> None:
         list(upload.frames())
 
-    def commit(self, upload: Any) -> bool:
+    def commit(self, upload: Any) -> None:
         self.sent.append((upload.key.session_id, upload.key.id))
-        return True
 
     def report(self, request: pb.ReportRequest) -> None:
         self.reported.append(request.session_id)
@@ -288,7 +287,7 @@ def test_a_session_that_rank_0_never_opens_is_not_waited_for_without_end(outgoin
 
 
 def test_a_report_waits_for_the_link_as_snapshots_do(outgoing: Outgoing) -> None:
-    outgoing.sender.put("s1", Report(outcome="applied", version=1, step=24, epoch=1, weight=0.5))
+    outgoing.sender.put("s1", Report(outcome="applied", version=1, step=24, epoch=1))
     outgoing.stage("s1", 30)
     outgoing.await_waiter()
     outgoing.answer()

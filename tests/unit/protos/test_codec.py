@@ -34,7 +34,77 @@ def test_speaks_the_runtimes_language_both_ways(
     assert (frame.shared_bytes, frame.shared_buffer) == shared
 
 
-@given(st.binary(max_size=60))
+def varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*encoded, value])
+
+
+def field(number: int, wire_type: int, content: bytes) -> bytes:
+    return varint(number << 3 | wire_type) + content
+
+
+def group(number: int, fields: list[bytes]) -> bytes:
+    return field(number, 3, b"".join(fields)) + field(number, 4, b"")
+
+
+# Those of Chunk end with 6; protobuf allows numbers of 29 bits.
+LATER_NUMBERS = st.integers(7, 2**29 - 1)
+LATER_FIELDS = st.recursive(
+    st.builds(field, LATER_NUMBERS, st.just(0), UINT64.map(varint))
+    | st.builds(field, LATER_NUMBERS, st.just(1), st.binary(min_size=8, max_size=8))
+    | st.builds(field, LATER_NUMBERS, st.just(2), st.binary(max_size=200).map(lambda data: varint(len(data)) + data))
+    | st.builds(field, LATER_NUMBERS, st.just(5), st.binary(min_size=4, max_size=4)),
+    lambda fields: st.builds(group, LATER_NUMBERS, st.lists(fields, max_size=3)),
+    max_leaves=5,
+)
+
+
+@given(
+    key=KEYS, offset=UINT64, data=st.binary(max_size=100), before=st.lists(LATER_FIELDS), after=st.lists(LATER_FIELDS)
+)
+def test_fields_of_a_later_version_are_skipped(
+    key: ChunkKey, offset: int, data: bytes, before: list[bytes], after: list[bytes]
+) -> None:
+    plain = encode_chunk(ChunkFrame(key, offset, crc32(data), memoryview(data), 5, 1))
+    message = b"".join([*before, plain, *after])
+    assert Chunk.FromString(message).offset_bytes == offset
+    assert decode_chunk(message) == decode_chunk(plain)
+
+
+@given(later=LATER_FIELDS, data=st.data())
+def test_a_later_field_that_ends_too_early_is_refused(later: bytes, data: st.DataObject) -> None:
+    decode_chunk(later)
+    with pytest.raises(CodecError):
+        decode_chunk(later[: data.draw(st.integers(1, len(later) - 1))])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        field(7, 4, b""),
+        field(7, 6, b""),
+        field(7, 7, b""),
+        field(0, 0, b"\x01"),
+        field(7, 3, field(8, 4, b"")),
+        field(7, 3, b"") * 1000 + field(7, 4, b"") * 1000,
+        field(7, 0, b"\xff" * 9 + b"\x02"),
+        b"\x80\x80\x80\x80\x80\x01\x00",
+        b"\x90\x80\x80\x80\x80\x00\x00",
+    ],
+    ids=["group-end", "type-6", "type-7", "number-0", "other-group", "deep", "65-bits", "36-bit-tag", "tag-of-6-bytes"],
+)
+def test_what_begins_no_field_is_refused(message: bytes) -> None:
+    with pytest.raises(CodecError):
+        decode_chunk(message)
+
+
+@given(
+    st.binary(max_size=60)
+    | st.lists(LATER_FIELDS, max_size=3).flatmap(lambda fields: st.permutations(b"".join(fields))).map(bytes)
+)
 def test_any_bytes_are_a_chunk_or_a_codec_error(message: bytes) -> None:
     try:
         frame = decode_chunk(message)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from sidecast.commands.__main__ import build_parser, main
 from sidecast.errors import ConfigError
 from sidecast.nowcaster_service.commands import serve
 from sidecast.nowcaster_service.commands.status import render
-from sidecast.nowcaster_service.config import is_loopback
+from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, is_loopback
 from sidecast.protos import nowcast_pb2 as pb
 from tests.support.service_harness import service_config
 
@@ -62,6 +65,95 @@ def test_serve_turns_units_into_bytes(tmp_path: Path) -> None:
     args = build_parser(["serve"]).parse_args(["serve", "--port", "7", "--history-gib", "0.5", "--chunk-kib", "128"])
     config = serve.service_config(args, tmp_path)
     assert (config.history_budget_bytes, config.chunk_bytes, config.port) == (1 << 29, 1 << 17, 7)
+
+
+# Of every option but those for TLS (it takes both), what it sets and to what.
+GIVEN = {
+    "--host": ("localhost", "host", "localhost"),
+    "--port": ("7", "port", 7),
+    "--metrics-port": ("8", "metrics_port", 8),
+    "--weights": ("a-file", "weights", Path("a-file")),
+    "--history-gib": ("0.5", "history_budget_bytes", 1 << 29),
+    "--chunk-kib": ("128", "chunk_bytes", 1 << 17),
+    "--engines": ("2", "num_engines", 2),
+    "--engine-threads": ("3", "engine_threads", 3),
+    "--device": ("cpu", "device", "cpu"),
+    "--engine-gpus": ("0.5", "engine_gpus", 0.5),
+    "--nowcast-timeout-s": ("2.5", "nowcast_timeout_s", 2.5),
+    "--session-timeout-s": ("4000", "session_timeout_s", 4000.0),
+    "--token-file": ("a-file", "token", "secret"),
+}
+
+
+def parsed(folder: Path, *arguments: str) -> ServiceConfig:
+    return serve.service_config(build_parser(["serve"]).parse_args(["serve", *arguments]), folder)
+
+
+def test_without_options_every_setting_has_its_declared_default(tmp_path: Path) -> None:
+    assert parsed(tmp_path) == ServiceConfig(history_dir=tmp_path)
+
+
+def test_every_setting_has_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = {"--tls-cert", "--tls-key", "--history-dir", "--port-file", "--ray-address"}
+    assert set(GIVEN) | plain == {option.flag for option in serve.OPTIONS}
+    assert {name for _, name, _ in GIVEN.values()} | {"tls", "history_dir"} == {
+        item.name for item in dataclasses.fields(ServiceConfig)
+    }
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").write_text("secret\n")
+    for flag, (text, name, value) in GIVEN.items():
+        # Engines may run in another folder.
+        setting: Any = {name: value.resolve() if isinstance(value, Path) else value}
+        assert parsed(tmp_path, flag, text) == ServiceConfig(history_dir=tmp_path, **setting), flag
+    pair = TlsFiles(certificate=Path("a-file"), private_key=Path("a-file"))
+    assert parsed(tmp_path, "--tls-cert", "a-file", "--tls-key", "a-file").tls == pair
+
+
+def test_port_0_is_a_free_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "_free_port", lambda host: 12345 if host == "127.0.0.1" else 0)
+    assert parsed(tmp_path, "--port", "0").port == 12345
+
+
+def test_the_help_shows_defaults_in_the_options_own_units(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser(["serve"]).parse_args(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "address to bind (default: 127.0.0.1)",
+        "in GiB (default: 16)",
+        "both ways (default: 1024)",
+        "(default: a temporary one)",
+        "given up (default: 300)",
+        "must send; needed off loopback --tls-cert",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--port", "x"], "argument --port: invalid int value: 'x'"),
+        (["--history-gib", "much"], "argument --history-gib: invalid float value: 'much'"),
+        (["--chunk-kib", "0.5"], "argument --chunk-kib: invalid int value: '0.5'"),
+    ],
+)
+def test_what_is_no_number_is_answered_with_its_option(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", *arguments])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"sidecast serve: error: {words}"
+
+
+def test_status_asks_where_serve_listens_and_needs_no_pytorch_for_it() -> None:
+    # A container's health check runs it every few seconds.
+    code = (
+        "import sys; from sidecast.commands.__main__ import build_parser; "
+        "print(build_parser(['status']).parse_args(['status']).endpoint, 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["127.0.0.1:50051", "False"]
 
 
 def test_status_names_a_missing_token_file(capsys: pytest.CaptureFixture[str]) -> None:
