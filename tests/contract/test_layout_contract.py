@@ -223,6 +223,16 @@ def test_every_element_is_read_exactly_once(make: Make, size: tuple[str, int]) -
                 assert_same_bits(piece, flat[shard.parameter][shard.start : shard.stop])
 
 
+def test_pieces_are_listed_as_they_lie_in_memory_so_that_neighbours_are_one_copy(
+    make: Make, size: tuple[str, int]
+) -> None:
+    for held in make(*size):
+        layout = held.map_layout()
+        for fragments in (layout.owned, layout.upload):
+            places = [(fragment.master, fragment.offset) for fragment in fragments]
+            assert places == sorted(places)
+
+
 def test_a_jump_reaches_masters_and_model_bit_for_bit(make: Make, size: tuple[str, int]) -> None:
     for held in make(*size):
         counted = Counted(held)
