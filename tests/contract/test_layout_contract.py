@@ -20,7 +20,7 @@ from sidecast.protos.shards import ShardSpec, coverage_error, total_elements
 from sidecast.trainer.partitions import Layout, Partition, RollbackCopy, StalePartitionError
 from sidecast.trainer.partitions.fragments import Fragment
 from sidecast.trainer.partitions.optimizer_state import Master, OptimizerState
-from sidecast.trainer.partitions.rollback import RollbackError
+from sidecast.trainer.partitions.rollback import RollbackError, packed_bytes
 from sidecast.trainer.partitions.trainable import trainable_parameters
 from tests.support.layout_worlds import PADDING, WORLDS, Held, Make, Model, swap, true_weights
 
@@ -223,6 +223,16 @@ def test_every_element_is_read_exactly_once(make: Make, size: tuple[str, int]) -
                 assert_same_bits(piece, flat[shard.parameter][shard.start : shard.stop])
 
 
+def test_pieces_are_listed_as_they_lie_in_memory_so_that_neighbours_are_one_copy(
+    make: Make, size: tuple[str, int]
+) -> None:
+    for held in make(*size):
+        layout = held.map_layout()
+        for fragments in (layout.owned, layout.upload):
+            places = [(fragment.master, fragment.offset) for fragment in fragments]
+            assert places == sorted(places)
+
+
 def test_a_jump_reaches_masters_and_model_bit_for_bit(make: Make, size: tuple[str, int]) -> None:
     for held in make(*size):
         counted = Counted(held)
@@ -267,6 +277,9 @@ def test_a_rollback_puts_back_masters_and_optimizer_state_and_publishes(make: Ma
         held.step()
         copy = RollbackCopy.allocate(partition.rollback_bytes())
         before, weights = state_of(held), owned(partition)
+        locals_now, entries = before
+        kept = [*locals_now, *(value for entry in entries for value in entry.values())]
+        assert copy.num_bytes == packed_bytes(tensor.nbytes for tensor in kept)
         partition.capture(copy)
         partition.apply(invented(partition, 3), 1.0)
         held.step()
