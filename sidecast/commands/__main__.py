@@ -16,6 +16,7 @@ COMMANDS = {
     "status": "sidecast.nowcaster_service.commands.status",
     "predict": "sidecast.commands.predict",
     "graph": "sidecast.commands.graph",
+    "evaluate": "sidecast.commands.evaluate",
 }
 
 

@@ -1,0 +1,142 @@
+"""Pushes in a farm: the arithmetic of ``sidecast.policies.push``, with the delay that a service would have.
+
+Shape suffix: P elements of the parameter vector.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidecast.errors import ConfigError
+from sidecast.manifest import ModelManifest
+from sidecast.policies.loss_guard import LossGuard, LossGuardConfig
+from sidecast.policies.push import OwnMotion, PushConfig, age_weight, apply_, fold_, push_factor
+
+GUARD_LEAD_STEPS = 100
+"""Losses that the guard has seen when pushes begin."""
+
+
+class PushMethod:
+    """Implements ``Method``.
+
+    Args:
+        manifest: The model.
+        params_P: Where the run starts.
+        interval_steps: K.
+        time_constant_steps: Of the average of the run's own motion.
+        gain: Length of a push.
+        start_step: First step of a snapshot that leads to a push.
+        stop_step: First step of a snapshot that leads to none again.
+        max_relative_norm: The cap; None for none.
+        late_steps: Age of a push when it is applied.
+        damped: Whether late pushes are shortened by their age.
+        guard: Whether a rise of the loss ends pushing.
+        max_relative_rise: See ``LossGuardConfig``.
+    """
+
+    def __init__(
+        self,
+        manifest: ModelManifest,
+        params_P: Tensor,
+        *,
+        interval_steps: int = 20,
+        time_constant_steps: float = 100.0,
+        gain: float = 1.0,
+        start_step: int = 200,
+        stop_step: int | None = None,
+        max_relative_norm: float | None = 2.0,
+        late_steps: int = 10,
+        damped: bool = True,
+        guard: bool = True,
+        max_relative_rise: float = 0.01,
+    ) -> None:
+        if late_steps < 0:
+            raise ConfigError(f"push.late_steps is {late_steps}; it must be at least 0")
+        self._config = PushConfig(
+            interval_steps=interval_steps,
+            time_constant_steps=time_constant_steps,
+            gain=gain,
+            start_step=start_step,
+            stop_step=stop_step,
+            max_relative_norm=max_relative_norm,
+        )
+        self._late_steps = late_steps
+        self._damped = damped
+        self._guard = LossGuard(LossGuardConfig(max_relative_rise=max_relative_rise)) if guard else None
+        self._motion = OwnMotion(params_P)
+        self._carry_P = torch.zeros_like(params_P)
+        self._lr_sum = 0.0
+        self._in_flight: deque[tuple[int, Tensor]] = deque()
+        self._num_pushes = self._num_capped = 0
+        self._alarm_step = 0
+
+    def after_step(self, step: int, params_P: Tensor, lr: float, loss: float) -> None:
+        """See ``Method.after_step``."""
+        self._lr_sum += lr
+        # It knows the loss by the time that pushes begin, and nothing of what came long before.
+        is_watched = step > self._config.start_step - GUARD_LEAD_STEPS and not self._alarm_step
+        if self._guard is not None and is_watched and self._guard.observe(loss):
+            self._alarm_step = step
+            self._in_flight.clear()
+        self._apply_due(step, params_P)
+        if self._config.is_snapshot_step(step):
+            self._snapshot(step, params_P)
+            self._lr_sum = 0.0
+            self._apply_due(step, params_P)
+
+    def _apply_due(self, step: int, params_P: Tensor) -> None:
+        while self._in_flight and step - self._in_flight[0][0] >= self._late_steps:
+            base_step, push_P = self._in_flight.popleft()
+            weight = age_weight(step - base_step, self._config.interval_steps) if self._damped else 1.0
+            apply_(params_P, push_P, weight)
+            self._motion.applied(push_P, weight)
+            self._num_pushes += weight > 0
+
+    def _snapshot(self, step: int, params_P: Tensor) -> None:
+        own_P = self._motion.advance(params_P)
+        if own_P is None:
+            return
+        fold_(self._carry_P, own_P, self._lr_sum, self._config.momentum)
+        if self._alarm_step or not self._config.is_active(step):
+            return
+        carry_norm, own_norm = (float(torch.linalg.vector_norm(each_P)) for each_P in (self._carry_P, own_P))
+        factor = push_factor(self._config, step, self._lr_sum, carry_norm, own_norm)
+        if factor > 0.0:
+            self._num_capped += factor < self._config.gain * self._lr_sum
+            self._in_flight.append((step, factor * self._carry_P))
+
+    def report(self) -> dict[str, float | int | str]:
+        """See ``Method.report``."""
+        reason = "" if self._guard is None else self._guard.reason
+        return {
+            "num_pushes": self._num_pushes,
+            "num_capped": self._num_capped,
+            "alarm_step": self._alarm_step,
+            "alarm": reason,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """See ``Method.state``."""
+        return {
+            "anchor": self._motion.anchor_P,
+            "carry": self._carry_P,
+            "lr_sum": self._lr_sum,
+            "in_flight": list(self._in_flight),
+            "counts": [self._num_pushes, self._num_capped, self._alarm_step],
+            "guard": None if self._guard is None else self._guard.state(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """See ``Method.load``."""
+        self._motion.anchor_P.copy_(state["anchor"])
+        self._carry_P.copy_(state["carry"])
+        self._lr_sum = state["lr_sum"]
+        self._in_flight = deque((int(step), push_P) for step, push_P in state["in_flight"])
+        self._num_pushes, self._num_capped, self._alarm_step = state["counts"]
+        if self._guard is not None:
+            self._guard.load(state["guard"])

@@ -1,0 +1,1 @@
+"""Small models as functions of many parameter vectors at once."""

@@ -1,0 +1,1 @@
+"""What a farm has found, as tables, charts and pages."""

@@ -1,0 +1,1 @@
+"""How a prediction meets a run: the arithmetic that the hook, the service and the evaluation share."""

@@ -1,0 +1,155 @@
+"""Pushes: small, frequent additions along a long average of the run's own motion.
+
+Between two snapshots a run moves by its optimizer's steps and by the pushes that were applied to it. Its *own motion*
+is what is left without the pushes. Per unit of learning rate it is averaged over many snapshots (the *carry*), and
+every interval a push goes a little further along that average. An average over many intervals hardly turns while a
+push is on its way, so that a late push is as good as a punctual one.
+
+Everything here works element by element, on a whole vector or on any part of it, but the two norms of the cap, whose
+squares add up over parts.
+
+Shape suffix: P elements of the parameter vector, or of a part of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sidecast.errors import ConfigError
+
+DAMPED_FROM_INTERVALS = 0.5
+DROPPED_FROM_INTERVALS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Settings of the pushes of one run; steps are optimizer steps."""
+
+    interval_steps: int = 20
+    """K, the steps between two snapshots, and so between two pushes."""
+    time_constant_steps: float = 100.0
+    """How long the average of the own motion is; a time constant of T steps is a momentum of exp(-K / T)."""
+    gain: float = 1.0
+    """Length of a push in units of the averaged own motion of one interval: 1 doubles the steady speed."""
+    start_step: int = 0
+    """No push is made from a snapshot before this step."""
+    stop_step: int | None = None
+    """No push is made from a snapshot at or after this step; None: pushes go on to the end."""
+    max_relative_norm: float | None = 2.0
+    """Largest ||push|| / ||own motion of the interval||; longer pushes are shortened to it. None: no cap."""
+
+    def __post_init__(self) -> None:
+        if self.interval_steps < 1:
+            raise ConfigError(f"push.interval_steps is {self.interval_steps}; it must be at least 1")
+        if not self.time_constant_steps > 0:
+            raise ConfigError(f"push.time_constant_steps is {self.time_constant_steps}; it must be above 0")
+        if not (math.isfinite(self.gain) and self.gain >= 0):
+            raise ConfigError(f"push.gain is {self.gain}; it must be at least 0 and finite")
+        if self.start_step < 0:
+            raise ConfigError(f"push.start_step is {self.start_step}; it must be at least 0")
+        if self.stop_step is not None and self.stop_step < self.start_step:
+            raise ConfigError(f"push.stop_step is {self.stop_step}; it must be at least start_step, {self.start_step}")
+        if self.max_relative_norm is not None and not self.max_relative_norm > 0:
+            raise ConfigError(f"push.max_relative_norm is {self.max_relative_norm}; it must be above 0, or null")
+
+    @property
+    def momentum(self) -> float:
+        """The share of the carry that is kept from one snapshot to the next."""
+        return math.exp(-self.interval_steps / self.time_constant_steps)
+
+    def is_snapshot_step(self, step: int) -> bool:
+        """Whether a snapshot is taken after this many steps."""
+        return step % self.interval_steps == 0
+
+    def is_active(self, step: int) -> bool:
+        """Whether a snapshot of this step may lead to a push."""
+        return self.gain > 0 and step >= self.start_step and (self.stop_step is None or step < self.stop_step)
+
+
+class OwnMotion:
+    """Takes the applied pushes out of a run's motion, with one vector of memory.
+
+    The vector is the last state plus everything that has been applied since: where the run would be had its optimizer
+    stood still. What a new state differs from it by is the run's own motion, whatever was applied and whenever.
+
+    Args:
+        state_P: Where the run starts; it is copied.
+    """
+
+    def __init__(self, state_P: Tensor) -> None:
+        self.anchor_P = state_P.clone()
+        self._is_known = True
+
+    def applied(self, change_P: Tensor, weight: float) -> None:
+        """Takes note of ``weight * change_P`` having been added to the run."""
+        if weight != 0.0:
+            self.anchor_P.add_(change_P, alpha=weight)
+
+    def lose(self) -> None:
+        """Something was applied, or may have been, that is not known: the interval is to be left out."""
+        self._is_known = False
+
+    def advance(self, state_P: Tensor) -> Tensor | None:
+        """The own motion since the last snapshot; None if it is not known. Begins the next interval."""
+        own_P = state_P - self.anchor_P if self._is_known else None
+        self.anchor_P.copy_(state_P)
+        self._is_known = True
+        return own_P
+
+
+def fold_(carry_P: Tensor, own_P: Tensor, lr_sum: float, momentum: float) -> None:
+    """Averages one interval's own motion per unit of learning rate into the carry, in place.
+
+    An interval whose learning rate was 0 throughout says nothing and changes nothing.
+
+    Args:
+        carry_P: The average, which starts from zeros.
+        own_P: The interval's own motion.
+        lr_sum: The sum of the learning rates of its steps.
+        momentum: The share of the carry that is kept.
+    """
+    if lr_sum > 0.0:
+        carry_P.mul_(momentum).add_(own_P, alpha=(1.0 - momentum) / lr_sum)
+
+
+def push_factor(config: PushConfig, step: int, lr_sum: float, carry_norm: float, own_norm: float) -> float:
+    """What the carry is multiplied with to make a push.
+
+    Args:
+        config: Settings of the run.
+        step: Of the snapshot.
+        lr_sum: The sum of the learning rates of the interval that ends there.
+        carry_norm: Euclidean norm of the whole carry.
+        own_norm: Euclidean norm of the whole own motion of that interval.
+
+    Returns:
+        The factor; 0 where there is nothing to push.
+    """
+    if not config.is_active(step):
+        return 0.0
+    factor = config.gain * lr_sum
+    if not (math.isfinite(carry_norm) and math.isfinite(own_norm) and factor > 0.0):
+        return 0.0
+    if config.max_relative_norm is not None and factor * carry_norm > config.max_relative_norm * own_norm:
+        factor = config.max_relative_norm * own_norm / carry_norm
+    return factor
+
+
+def age_weight(age_steps: int, interval_steps: int) -> float:
+    """The part of a push that is applied by its age: all of it up to half an interval, nothing from two intervals on.
+
+    Args:
+        age_steps: Steps from its snapshot to its application.
+        interval_steps: K.
+    """
+    full, none = DAMPED_FROM_INTERVALS * interval_steps, DROPPED_FROM_INTERVALS * interval_steps
+    return min(1.0, max(0.0, (none - age_steps) / (none - full)))
+
+
+def apply_(params_P: Tensor, push_P: Tensor, weight: float) -> None:
+    """Adds a push to the weights in place; a weight of 0 leaves every bit alone."""
+    if weight != 0.0:
+        params_P.add_(push_P, alpha=weight)

@@ -1,0 +1,54 @@
+"""Own motion is exact, whatever was pushed, when, and how often."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidecast.policies.push import OwnMotion, apply_
+
+NUM_ELEMENTS = 7
+# What happens between two snapshots: a step of the optimizer of some size, or a push of some weight.
+EVENTS = st.lists(st.tuples(st.sampled_from(["step", "push"]), st.floats(-2, 2, width=32)), max_size=12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(intervals=st.lists(EVENTS, min_size=1, max_size=8), seed=st.integers(0, 2**16))
+def test_own_motion_equals_the_optimizers_steps(intervals: list[list[tuple[str, float]]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    params_P = torch.randn(NUM_ELEMENTS, generator=generator)
+    motion = OwnMotion(params_P)
+    for events in intervals:
+        # The reference knows everything, in double precision.
+        expected_P, largest = torch.zeros(NUM_ELEMENTS, dtype=torch.float64), params_P.abs()
+        for kind, size in events:
+            change_P = torch.randn(NUM_ELEMENTS, generator=generator)
+            if kind == "step":
+                params_P.add_(change_P, alpha=size)
+                expected_P += size * change_P.double()
+            else:
+                apply_(params_P, change_P, size)
+                motion.applied(change_P, size)
+            largest = torch.maximum(largest, params_P.abs()) + (size * change_P).abs()
+        own_P = motion.advance(params_P)
+        assert own_P is not None
+        # Each addition rounds the weights once and the anchor at most once.
+        round_off = 2.0**-24 * (2 * len(events) + 1) * largest
+        assert ((own_P.double() - expected_P).abs() <= round_off).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(pushes=st.lists(st.floats(-2, 2, width=32), max_size=6))
+def test_a_run_that_stands_still_has_no_own_motion_at_all(pushes: list[float]) -> None:
+    """The anchor is rounded exactly as the weights are: what only was pushed has not moved by one bit."""
+    generator = torch.Generator().manual_seed(0)
+    params_P = torch.randn(NUM_ELEMENTS, generator=generator)
+    motion = OwnMotion(params_P)
+    for weight in pushes:
+        change_P = torch.randn(NUM_ELEMENTS, generator=generator)
+        apply_(params_P, change_P, weight)
+        motion.applied(change_P, weight)
+    own_P = motion.advance(params_P)
+    assert own_P is not None
+    assert not own_P.any()
