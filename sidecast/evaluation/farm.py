@@ -163,7 +163,7 @@ class GroupRun:
             self._corpus.validation_tokens, task.num_validation_sequences, task.batch_size, task.sequence_length
         )
         on_device = [(tokens.to(self._engine.device), targets.to(self._engine.device)) for tokens, targets in batches]
-        losses = mean_losses(self._model, params_MP, on_device, self._engine)
+        losses = mean_losses(self._gradients, params_MP, on_device)
         return [loss if math.isfinite(loss) else math.inf for loss in losses]
 
     def state(self) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class Engine:
     """Members in one tile; None: one on a CPU, where more of them only drive each other out of its caches, else all."""
     tile_sequences: int | None = None
     """Sequences in one tile; None: all."""
+    is_native: bool = True
+    """Whether compiled arithmetic is used where there is any for the model and the machine."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -54,6 +56,10 @@ class Gradients(Protocol):
 
     def __call__(self, params_MP: Tensor, tokens_BL: Tensor, targets_BL: Tensor, out_MP: Tensor) -> Tensor:
         """Writes each member's gradient to ``out_MP``; returns each member's mean loss (M,)."""
+        ...
+
+    def losses(self, params_MP: Tensor, tokens_BL: Tensor, targets_BL: Tensor) -> Tensor:
+        """Each member's mean loss (M,), always in fp32."""
         ...
 
 
@@ -84,6 +90,12 @@ class AutogradGradients:
                 losses_M[members] += tile_losses_M.detach()
         return losses_M
 
+    @torch.no_grad()
+    def losses(self, params_MP: Tensor, tokens_BL: Tensor, targets_BL: Tensor) -> Tensor:
+        """See ``Gradients``."""
+        tiles = self._engine.member_tiles(len(params_MP))
+        return torch.cat([self._model.losses(self._views(params_MP[each]), tokens_BL, targets_BL) for each in tiles])
+
     def autocast(self) -> torch.autocast:
         """Matrix products in the engine's precision."""
         is_cast = self._engine.precision == "bf16"
@@ -93,16 +105,11 @@ class AutogradGradients:
         return views(self._model, vectors_MP)
 
 
-@torch.no_grad()
-def mean_losses(
-    model: Model, params_MP: Tensor, batches: Sequence[tuple[Tensor, Tensor]], engine: Engine
-) -> list[float]:
-    """The mean loss of each member over batches of equal size, always in fp32."""
+def mean_losses(gradients: Gradients, params_MP: Tensor, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+    """The mean loss of each member over batches of equal size."""
     sums_M = torch.zeros(len(params_MP), dtype=torch.float64, device=params_MP.device)
-    for members in engine.member_tiles(len(params_MP)):
-        weights = views(model, params_MP[members])
-        for tokens_BL, targets_BL in batches:
-            sums_M[members] += model.losses(weights, tokens_BL, targets_BL).double()
+    for tokens_BL, targets_BL in batches:
+        sums_M += gradients.losses(params_MP, tokens_BL, targets_BL).double()
     losses: list[float] = (sums_M / len(batches)).tolist()
     return losses
 

@@ -19,11 +19,12 @@ import torch
 
 from sidecast.evaluation.corpora import Corpus, load_corpus
 from sidecast.evaluation.farm import GroupRun
-from sidecast.evaluation.gradients import Engine
+from sidecast.evaluation.gradients import Engine, Gradients
 from sidecast.evaluation.grid import groups
+from sidecast.evaluation.native.llama_gradients import native_gradients
 from sidecast.evaluation.results import Finished, ResultStore
 from sidecast.evaluation.settings import MemberSettings
-from sidecast.evaluation.tasks import find_task
+from sidecast.evaluation.tasks import Task, find_task
 
 SLICE_STEPS = 25
 """Steps between two signs of life."""
@@ -100,7 +101,8 @@ def run_job(job: Job, store: ResultStore, engine: Engine, progress: Progress) ->
     task = find_task(job.members[0].task)
     # Time of the processor, not of the wall, on machines that are shared.
     clock = time.process_time if engine.device == "cpu" else time.perf_counter
-    run = GroupRun(task, _corpus(task.corpus, store.corpora), job.members, engine, clock=clock)
+    gradients = _native(task, engine, store.folder / "native")
+    run = GroupRun(task, _corpus(task.corpus, store.corpora), job.members, engine, clock=clock, gradients=gradients)
     saved = store.load_state(job.keys)
     if saved is not None:
         run.load(saved)
@@ -113,7 +115,7 @@ def run_job(job: Job, store: ResultStore, engine: Engine, progress: Progress) ->
         if run.step - saved_step >= STATE_INTERVAL_STEPS and not run.is_done:
             store.save_state(job.keys, run.state())
             saved_step = run.step
-    conditions = _conditions(engine, len(job.members))
+    conditions = _conditions(engine, len(job.members), "torch" if gradients is None else "native")
     return [
         Finished(key=key, settings=member, result=result, conditions=conditions)
         for key, member, result in zip(job.keys, job.members, run.results(), strict=True)
@@ -125,8 +127,16 @@ def _corpus(name: str, cache: Path) -> Corpus:
     return load_corpus(name, cache)
 
 
-def _conditions(engine: Engine, num_members: int) -> Mapping[str, Any]:
+def _native(task: Task, engine: Engine, folder: Path) -> Gradients | None:
+    """The compiled arithmetic where there is one; results differ in round-off only."""
+    if engine.device != "cpu" or engine.precision != "fp32" or not engine.is_native:
+        return None
+    return native_gradients(task.model.build(), task.sequence_length, folder)
+
+
+def _conditions(engine: Engine, num_members: int, arithmetic: str) -> Mapping[str, Any]:
     return {
+        "arithmetic": arithmetic,
         "torch": torch.__version__,
         "machine": platform.machine(),
         "device": engine.device,

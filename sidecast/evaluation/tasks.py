@@ -62,7 +62,7 @@ _TASKS = (
         name="english-deep",
         use="held-out",
         corpus="english",
-        model=LlamaConfig(width=48, hidden_width=128, num_layers=6, num_heads=4, num_kv_heads=4, head_dim=12),
+        model=LlamaConfig(width=48, hidden_width=128, num_layers=6, num_heads=3, num_kv_heads=3),
     ),
     Task(
         name="english-gpt2",
@@ -74,7 +74,7 @@ _TASKS = (
         name="smoke",
         use="tuning",
         corpus="python-source",
-        model=LlamaConfig(width=16, hidden_width=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8),
+        model=LlamaConfig(width=16, hidden_width=32, num_layers=1, num_heads=2, num_kv_heads=1),
         batch_size=4,
         sequence_length=16,
         num_validation_sequences=16,
