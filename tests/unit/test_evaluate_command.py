@@ -14,6 +14,7 @@ from sidecast.evaluation.grid import ARMS, Grid, groups, parse_arm
 from sidecast.evaluation.results import ResultStore
 from sidecast.evaluation.running import Workers, open_jobs, run_jobs
 from sidecast.evaluation.schedules import Schedule
+from sidecast.evaluation.tasks import TASKS
 from tests.support import farm_runs
 from tests.support.farm_runs import one_thread
 
@@ -149,3 +150,8 @@ def test_refusals_are_one_line(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("sidecast: ")
     assert message in error
+
+
+def test_the_page_names_every_method_and_task() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "evaluate.md").read_text()
+    assert [name for name in [*ARMS, *TASKS] if f"`{name}`" not in page] == []

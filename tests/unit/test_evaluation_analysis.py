@@ -105,6 +105,11 @@ def test_losses_out_of_order_are_pooled() -> None:
     assert curve.steps_for(0.9) == curve.steps_for(1.0).__class__(pytest.approx(400), True)
 
 
+def test_a_cut_value_has_no_interval() -> None:
+    text = markdown(comparison_tables(_results(2.0)))
+    assert "| over 23.1 % (cut) |" in text
+
+
 def test_reports_hold_every_arm() -> None:
     results = _results(1.15)
     text = markdown(comparison_tables(results))

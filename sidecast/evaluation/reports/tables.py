@@ -102,7 +102,9 @@ def _cells(row: Row) -> list[str]:
     is_itself = row.difference.mean == 0 and row.difference.low in (0, -math.inf)
     saved = "-"
     if row.saved is not None:
-        saved = _percent(row.saved) + (" (cut)" if row.is_saved_bounded else "")
+        # An interval of values that are cut would be too narrow.
+        side = "over" if row.difference.mean < 0 else "under"
+        saved = f"{side} {100 * row.saved.mean:.1f} % (cut)" if row.is_saved_bounded else _percent(row.saved)
     return [
         row.arm,
         f"{row.best[0]:g}, {row.best[1]:g}" + (" *" if row.is_edge else ""),
