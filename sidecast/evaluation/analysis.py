@@ -158,13 +158,20 @@ class Results:
         return runs if losses and runs.seeds else None
 
     def steps_of_loss(self, task: str, schedule: str, baseline: str, read_out: str) -> StepsOfLoss | None:
-        """The baseline's losses at all of its lengths; None with fewer than two lengths."""
-        by_length = {}
+        """The baseline's losses at all of its lengths, over the seeds that all of them have.
+
+        Returns:
+            None with fewer than two lengths, or without such a seed: other seeds have other losses, whatever the length.
+        """
+        by_length: dict[int, dict[int, float]] = {}
         for setting in self.settings():
             runs = self.runs(setting, baseline, read_out)
             if setting.task == task and setting.schedule == schedule and runs is not None:
-                by_length[setting.num_steps] = fmean(runs.tuned().values())
-        return StepsOfLoss(by_length) if len(by_length) > 1 else None
+                by_length[setting.num_steps] = runs.tuned()
+        seeds = set.intersection(*map(set, by_length.values())) if len(by_length) > 1 else set()
+        if not seeds:
+            return None
+        return StepsOfLoss({length: fmean(tuned[seed] for seed in seeds) for length, tuned in by_length.items()})
 
     def compare(
         self, setting: Setting, arm: str, read_out: str, baseline: str, baseline_read_out: str, schedule: str

@@ -105,6 +105,20 @@ def test_losses_out_of_order_are_pooled() -> None:
     assert curve.steps_for(0.9) == curve.steps_for(1.0).__class__(pytest.approx(400), True)
 
 
+def test_lengths_are_compared_over_the_same_seeds() -> None:
+    """A lucky seed that only the longest length has would otherwise look like progress."""
+    finished = [
+        _finished("adamw", 0.01, seed, _baseline_loss(length), length)
+        for seed in (0, 1)
+        for length in (800, 1000, 1300)
+    ]
+    curve = Results([*finished, _finished("adamw", 0.01, 2, 0.5, 1300)]).steps_of_loss(
+        "smoke", "cosine", "adamw", "raw"
+    )
+    assert curve is not None
+    assert curve.loss_at(1300) == pytest.approx(_baseline_loss(1300))
+
+
 def test_a_cut_value_has_no_interval() -> None:
     text = markdown(comparison_tables(_results(2.0)))
     assert "| over 23.1 % (cut) |" in text
