@@ -8,25 +8,45 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SOURCE = REPOSITORY / "trainer" / "hook" / "config.py"
 PAGE = REPOSITORY / "docs" / "settings.md"
 SERVE_BEGIN, SERVE_END = "<!-- generated: serve begin -->\n", "<!-- generated: serve end -->\n"
 BEGIN, END = "<!-- generated: begin -->\n", "<!-- generated: end -->\n"
-TITLES = {"NowcasterConfig": "nowcaster", "HorizonConfig": "nowcaster.horizon", "TimeoutConfig": "nowcaster.timeouts"}
 JSON_NAMES = {"None": "null", "True": "true", "False": "false", "field(default_factory=dict)": "{}"}
+HOOK, JOB = REPOSITORY / "trainer" / "hook", REPOSITORY / "trainer" / "job"
+# What stands between the page's marks, in the page's order: the tables, each a class by its title.
+PLACES = (
+    (
+        (HOOK / "config.py", "NowcasterConfig", "nowcaster"),
+        (HOOK / "config.py", "HorizonConfig", "nowcaster.horizon"),
+        (HOOK / "config.py", "TimeoutConfig", "nowcaster.timeouts"),
+    ),
+    (
+        (JOB / "config.py", "TrainingConfig", "training"),
+        (JOB / "config.py", "CausalLMConfig", "training.model"),
+        (JOB / "config.py", "DataConfig", "training.data"),
+        (JOB / "schedules.py", "ScheduleConfig", "training.schedule"),
+    ),
+)
 
 
-def tables() -> str:
-    """All tables, in Markdown."""
-    classes = {node.name: node for node in ast.parse(SOURCE.read_text()).body if isinstance(node, ast.ClassDef)}
-    return "\n".join(_table(title, classes[name]) for name, title in TITLES.items())
+def written(page: str) -> str:
+    """The page with all tables, in Markdown."""
+    before, *rest = page.split(BEGIN)
+    parts = [before]
+    for place, text in zip(PLACES, rest, strict=True):
+        tables = "\n".join(_table(source, name, title) for source, name, title in place)
+        parts.append(f"{BEGIN}{tables}{END}{text.partition(END)[2]}")
+    return "".join(parts)
 
 
-def _table(title: str, settings: ast.ClassDef) -> str:
+def _table(source: Path, name: str, title: str) -> str:
+    classes = (node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef))
+    (settings,) = (node for node in classes if node.name == name)
     lines = [f"### `{title}`", "", "| key | default | meaning |", "| --- | --- | --- |"]
     for setting, text in zip(settings.body, settings.body[1:], strict=False):
-        if not (isinstance(setting, ast.AnnAssign) and setting.value is not None and isinstance(text, ast.Expr)):
+        if not (isinstance(setting, ast.AnnAssign) and setting.value is not None):
             continue
+        assert isinstance(text, ast.Expr), f"{name}: a setting without a line of documentation: {ast.unparse(setting)}"
         default = ast.unparse(setting.value)
         shown = JSON_NAMES.get(default, default).replace("'", '"')
         shown = "below" if shown.startswith("field(") else f"`{shown}`"
@@ -53,9 +73,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only compare; exit 1 if the page is stale")
     is_check = parser.parse_args().check
     page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    current = with_serve_options(f"{before}{BEGIN}{tables()}{END}{after}")
+    current = with_serve_options(written(page))
     if is_check and current != page:
         sys.stderr.write("docs/settings.md is stale; run `make docs`\n")
         return 1

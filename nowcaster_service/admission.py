@@ -14,6 +14,8 @@ from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.protos import nowcast_pb2 as pb
 
 MAX_NOWCASTS = 1_000_000
+# A window of it is listed, looked up and opened at every nowcast.
+MAX_CONTEXT_LEN = 1_000
 
 
 class PredictorChecks(Protocol):
@@ -84,8 +86,11 @@ def _check_scalars(request: pb.OpenRequest, manifest: ModelManifest) -> None:
             raise MalformedError(f"{name} is {value!r}; it must not be empty or zero")
     if request.wire_dtype not in pb.WireDtype.values():
         raise MalformedError(f"wire_dtype is {request.wire_dtype}; allowed: {', '.join(pb.WireDtype.keys())}")
-    if request.context_len < 2:
-        raise MalformedError(f"context_len is {request.context_len}; allowed: 2 or more")
+    if not 2 <= request.context_len <= MAX_CONTEXT_LEN:
+        raise MalformedError(f"context_len is {request.context_len}; allowed: 2 to {MAX_CONTEXT_LEN}")
+    # No number would be above NaN: every jump would pass.
+    if not request.max_relative_norm >= 0:
+        raise MalformedError(f"max_relative_norm is {request.max_relative_norm}; allowed: 0 (any jump) or more")
     if request.period_steps % request.snapshot_interval_steps != 0:
         raise MalformedError(
             f"period_steps is {request.period_steps}; allowed: multiples of snapshot_interval_steps "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from concurrent.futures import Future
 from importlib.metadata import version
@@ -30,11 +31,17 @@ from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos.transport import BULK_ENVIRONMENT
 
+log = logging.getLogger(__name__)
+
 EXPIRY_INTERVAL_S = 30.0
 STOP_GRACE_S = 2.0
+# Ray may start the next ingress a little before the system has cleared the last one away.
+LOCK_TIMEOUT_S = 10.0
 # Ray's calls to the ingress (address, stop) that may wait side by side; gRPC has an event loop of its own.
 INGRESS_CALLS = 4
 ENGINE_NAME = "sidecast-engine"
+# Ray's memory monitor would end the ingress, and all histories with it, when some other program fills the host.
+LOCAL_RAY_ENVIRONMENT = {"RAY_memory_monitor_refresh_ms": "0"}
 
 
 class EngineActor:
@@ -104,6 +111,8 @@ class IngressActor:
         try:
             servicer = self._loop.run_until_complete(self._start(engines))
         except BaseException as error:
+            # Nobody asks for the address of one that Ray has started again.
+            log.error("the gRPC server cannot start: %s", error)
             self._started.set_exception(error)
             return
         self._loop.create_task(_expire_for_ever(servicer))
@@ -119,7 +128,7 @@ class IngressActor:
                 raise AddressError(
                     f"cannot serve metrics at {config.host}:{config.metrics_port}: {error.strerror} (--metrics-port)"
                 ) from error
-        store = HistoryStore(config.history_dir, config.history_budget_bytes)
+        store = HistoryStore(config.history_dir, config.history_budget_bytes, LOCK_TIMEOUT_S)
         servicer = Servicer(config, store, engines, metrics, version=version("sidecast"))
         server, port = create_server(servicer, config.port)
         servicer.handover.start()
@@ -145,6 +154,7 @@ class Application:
 
     def __init__(self, config: ServiceConfig, ray_address: str | None = None) -> None:
         if ray_address is None:
+            os.environ.update(LOCAL_RAY_ENVIRONMENT)
             ray.init(
                 address="local",
                 num_cpus=config.num_engines,

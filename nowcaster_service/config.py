@@ -73,7 +73,9 @@ class ServiceConfig:
         ),
     )
     history_dir: Path = field(
-        metadata=option("--history-dir", "folder for histories; emptied", kind=Path, default="a temporary one")
+        metadata=option(
+            "--history-dir", "folder of this service alone, for histories", kind=Path, default="a temporary one"
+        )
     )
     history_budget_bytes: int = field(
         default=16 * GIB,

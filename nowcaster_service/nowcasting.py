@@ -20,7 +20,7 @@ from torch import Tensor
 from sidecast.errors import SidecastError
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
-from sidecast.predictors.base import ModelPredictor, Predictor
+from sidecast.predictors.base import ModelPredictor, Predictor, check_context_len
 from sidecast.predictors.file_workspace import predict_with_files
 from sidecast.predictors.jump_norm import jump_norm
 from sidecast.predictors.passes import PassPredictor
@@ -137,11 +137,7 @@ class Nowcasting:
         """Builds the predictor and everything that it derives from the model, or says why it cannot."""
         try:
             predictor = self._predictor(request)
-            if predictor.context_len not in (None, request.context_len):
-                return PredictorAnswer(
-                    refusal=f"context_len is {request.context_len}; predictor {request.predictor!r} needs "
-                    f"{predictor.context_len}"
-                )
+            check_context_len(predictor, request.context_len)
             self._runner.prepare(predictor, ModelManifest.from_json(request.manifest_json), request.max_horizon)
         except SidecastError as error:
             return PredictorAnswer(refusal=str(error))
@@ -154,14 +150,16 @@ class Nowcasting:
         try:
             files = HistoryFiles(manifest=manifest, paths=request.state_paths)
             predictor = self._predictor(request.predictor)
+            # Before anything is computed, and not again: what is checked and named below is what was predicted.
+            history = files.open()
+            delta_P = map_vector(request.delta_path, manifest, torch.float32, writable=True)
             self._runner.predict(predictor, files, request.horizon_intervals, request.delta_path)
         except SidecastError as error:
             return NowcastAnswer(refusal=str(error))
         if request.rounds_to_bf16:
             # What is checked, named by the digest and sent is what every rank will apply.
-            round_in_place(map_vector(request.delta_path, manifest, torch.float32, writable=True).numpy())
-        delta_P = map_vector(request.delta_path, manifest, torch.float32)
-        relative_norm = jump_norm(delta_P, files.open().states[-1])
+            round_in_place(delta_P.numpy())
+        relative_norm = jump_norm(delta_P, history.states[-1])
         if not math.isfinite(relative_norm):
             return NowcastAnswer(refusal=f"the prediction is not finite: {_first_bad_tensor(manifest, delta_P)}")
         if relative_norm > request.max_relative_norm:

@@ -64,7 +64,7 @@ class Servicer:
         self.config = config
         self.metrics = metrics
         self.sessions = SessionTable(store, metrics, clock, config.session_timeout_s)
-        self.handover = Handover(config.history_dir, self.sessions)
+        self.handover = Handover(store.folder, self.sessions)
         self._store = store
         self._engines = engines
         self._dispatcher = Dispatcher(engines, config.nowcast_timeout_s)

@@ -36,11 +36,14 @@ def map_vector(path: Path, manifest: ModelManifest, dtype: torch.dtype, *, writa
     """Maps a file of one raw parameter vector; privately, so that the file cannot be altered, unless ``writable``.
 
     Raises:
-        ConfigError: The file's size is not that of the model's vector.
+        ConfigError: The file is gone, as when the service that named it has died since, or its size is not that of the
+            model's vector.
     """
     expected_bytes = manifest.num_elements * dtype.itemsize
-    if path.stat().st_size != expected_bytes:
-        raise ConfigError(
-            f"{path} has {path.stat().st_size} bytes; {manifest.num_elements} {dtype} need {expected_bytes}"
-        )
+    try:
+        found_bytes = path.stat().st_size
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is gone: the service that wrote it has ended") from None
+    if found_bytes != expected_bytes:
+        raise ConfigError(f"{path} has {found_bytes} bytes; {manifest.num_elements} {dtype} need {expected_bytes}")
     return torch.from_file(str(path), shared=writable, size=manifest.num_elements, dtype=dtype)

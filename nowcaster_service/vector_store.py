@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
-import mmap
 import os
 import shutil
+import tempfile
+import threading
+import time
 from pathlib import Path
 
+from sidecast.errors import ConfigError, NoRoomError
+from sidecast.mapped_memory import map_new_file
 from sidecast.nowcaster_service.errors import SaturatedError
 
 FP32_BYTES = 4
 # Vectors that are kept for the next ones of their size: one snapshot and one prediction come and go at a time.
 MAX_SPARES = 2
+LOCK_NAME = "lock"
+LOCK_RETRY_S = 0.05
 
 
 class VectorFile:
@@ -33,16 +40,10 @@ class VectorFile:
         self._num_pins = 0
         self._is_deleted = False
         self._may_be_reused = True
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            # Allocated at once, so that a full disk is an error here and not a SIGBUS at some later store.
-            os.posix_fallocate(descriptor, 0, num_bytes)
-            self._map = mmap.mmap(descriptor, num_bytes)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise SaturatedError(f"no room for {num_bytes} bytes at {path}: {error.strerror}") from error
-        finally:
-            os.close(descriptor)
+            self._map = map_new_file(path, num_bytes)
+        except NoRoomError as error:
+            raise SaturatedError(str(error)) from error
         self.view = memoryview(self._map)
 
     def pin(self) -> None:
@@ -79,33 +80,80 @@ class VectorFile:
             self._map.close()
 
 
+class FolderLock:
+    """Keeps a folder to one process: the system lets go of it when that process ends, however it does.
+
+    Args:
+        folder: Made if it is not there.
+        timeout_s: How long to wait for a process that is just ending.
+
+    Raises:
+        ConfigError: The folder is another process's, or none can be there.
+    """
+
+    def __init__(self, folder: Path, timeout_s: float = 0.0) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+            self._descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise ConfigError(f"--history-dir {folder} cannot be used: {error.strerror}") from error
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline_s:
+                    os.close(self._descriptor)
+                    raise ConfigError(f"--history-dir {folder} is in use by another running service") from None
+            threading.Event().wait(LOCK_RETRY_S)
+
+    def release(self) -> None:
+        """Lets others have the folder."""
+        os.close(self._descriptor)
+
+
 class HistoryStore:
     """Hands out vector files under one folder.
+
+    The files lie in a folder of this store's own, with a name that no store before it had: an engine that still works
+    on the nowcast of a service that has died knows paths that lead nowhere, and not to another run's states.
 
     A few deleted files are kept for new vectors of their size: fresh pages cost more than what is written to them.
 
     Args:
-        folder: Emptied first: what an earlier service left there belongs to no session.
+        root: Where it is made. What earlier services left there belongs to no session, and is removed.
         budget_bytes: Most bytes that all files together may take.
+        lock_timeout_s: How long to wait for a service that is just ending.
 
     Attributes:
+        folder: Of the files.
         used_bytes: Of the vectors that are in use.
+
+    Raises:
+        ConfigError: Another process's store is at ``root``, or none can be there.
     """
 
-    def __init__(self, folder: Path, budget_bytes: int) -> None:
-        self.folder = folder
+    def __init__(self, root: Path, budget_bytes: int, lock_timeout_s: float = 0.0) -> None:
+        self._lock = FolderLock(root, lock_timeout_s)
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
         self._spares: list[VectorFile] = []
         self._serial = itertools.count()
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, mode=0o700)
+        for left in root.iterdir():
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+        self.folder = Path(tempfile.mkdtemp(prefix="vectors-", dir=root))
+
+    def close(self) -> None:
+        """Removes all files and lets another store have the place."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
 
     def create(self, num_elements: int) -> VectorFile:
         """Allocates one vector, whose bytes are undefined until they are written.
 
-        Nothing that a client says goes into its file's name, and no name comes twice: truncating a file that an
-        engine has mapped would kill the engine.
+        Nothing that a client says goes into its file's name, and no path comes twice.
 
         Raises:
             SaturatedError: The budget or the disk has no room for it.

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import psutil
 
+from sidecast.atomic_files import replacing
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, default_engine_gpus, require_ray_token
 from sidecast.nowcaster_service.errors import AddressError
 from sidecast.nowcaster_service.options import Option, add_options, given_settings, options_of
+from sidecast.nowcaster_service.vector_store import FolderLock
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -54,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
             )
         config = service_config(args, history_dir / "vectors")
         _check_ports(config)
+        # Another running service's folder is told of before Ray takes seconds to start; the ingress keeps the lock.
+        FolderLock(config.history_dir).release()
         return _supervise(lambda: _serve(config, args.ray_address, args.port_file), stack.close)
 
 
@@ -73,7 +77,9 @@ def _serve(config: ServiceConfig, ray_address: str | None, port_file: Path | Non
         sys.stdout.write(f"sidecast serves at {address}\n")
         sys.stdout.flush()
         if port_file is not None:
-            _write_whole(port_file, address)
+            # Readers poll for the file: it must never be there half-written.
+            with replacing(port_file) as partial:
+                partial.write_text(address)
         stop.wait()
     finally:
         application.stop()
@@ -146,13 +152,6 @@ def _check_ports(config: ServiceConfig) -> None:
 def _free_port(host: str) -> int:
     with socket.create_server((host, 0)) as probe:
         return int(probe.getsockname()[1])
-
-
-def _write_whole(path: Path, text: str) -> None:
-    # Readers poll for the file: it must never be there half-written.
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _reap_children() -> None:

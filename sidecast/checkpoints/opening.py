@@ -12,6 +12,17 @@ from sidecast.errors import ConfigError
 _LATEST_FILE = "latest"
 
 
+def holds_weights(path: Path) -> bool:
+    """Whether a file or folder has weights in it that ``open_checkpoint`` reads, or says why it does not.
+
+    A folder with a configuration alone has none, nor has one whose weights are in other formats.
+    """
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    is_deepspeed = deepspeed_zero.is_deepspeed_folder(path) or (path / _LATEST_FILE).is_file()
+    return is_deepspeed or huggingface.is_huggingface_directory(path) or any(path.glob("*.safetensors"))
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a safetensors file, a Hugging Face directory or a DeepSpeed checkpoint folder.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from sidecast.checkpoints.checkpoint import Checkpoint
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest, ParameterSpec
+from sidecast.mapped_memory import map_new_file
 from sidecast.predictors.base import History
 
 _GIB = 2**30
@@ -68,6 +69,7 @@ def stage_history(checkpoints: Sequence[Checkpoint], manifest: ModelManifest, sc
 
     Raises:
         ConfigError: The folder has not enough room, or a tensor holds a value that is not finite.
+        NoRoomError: The folder lost its room to others meanwhile.
     """
     dtypes = [_widest_dtype(checkpoint, manifest) for checkpoint in checkpoints]
     _check_room(manifest, dtypes, scratch)
@@ -111,4 +113,4 @@ def _check_room(manifest: ModelManifest, dtypes: Sequence[torch.dtype], scratch:
 
 
 def _mapped(path: Path, num_elements: int, dtype: torch.dtype) -> Tensor:
-    return torch.from_file(str(path), shared=True, size=num_elements, dtype=dtype)
+    return torch.frombuffer(map_new_file(path, num_elements * dtype.itemsize), dtype=dtype)

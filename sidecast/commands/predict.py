@@ -20,7 +20,7 @@ from sidecast.checkpoints.output import check_output, write_nowcast
 from sidecast.checkpoints.series import check_series
 from sidecast.checkpoints.staging import StagedHistory, manifest_of, stage_history
 from sidecast.errors import ConfigError
-from sidecast.predictors.base import Predictor
+from sidecast.predictors.base import check_context_len
 from sidecast.predictors.file_workspace import predict_with_files
 from sidecast.predictors.registry import create_predictor
 
@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
     config = read_json_object(args.config) if args.config is not None else None
     checkpoints = [open_checkpoint(path) for path in args.checkpoints]
     check_series(checkpoints)
-    _check_count(predictor, checkpoints)
+    # Before anything large is copied; the predictor itself would say so only afterwards.
+    check_context_len(predictor, len(checkpoints), f"{len(checkpoints)} checkpoints given")
     newest = checkpoints[-1]
     manifest = manifest_of(newest, config)
     try:
@@ -147,15 +148,6 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             options[key] = text
     return options
-
-
-def _check_count(predictor: Predictor, checkpoints: Sequence[Checkpoint]) -> None:
-    """Before anything large is copied; the predictor itself would say so only afterwards."""
-    wanted = predictor.context_len
-    if wanted is not None and len(checkpoints) != wanted:
-        raise ConfigError(
-            f"{len(checkpoints)} checkpoints given; predictor {predictor.name!r} needs exactly {wanted}, equally spaced"
-        )
 
 
 def _scratch_folder(args: argparse.Namespace) -> Path:

@@ -99,15 +99,28 @@ class ModelPredictor(Protocol):
         ...
 
 
+def check_context_len(predictor: Predictor, context_len: int, given: str | None = None) -> None:
+    """Checks a number of states before there is a history.
+
+    Args:
+        predictor: That is to work on them.
+        context_len: C, their number.
+        given: How the message says what it is; ``context_len is C`` if None.
+
+    Raises:
+        ConfigError: The predictor cannot work on so many.
+    """
+    wanted = predictor.context_len
+    is_allowed, needs = (
+        (context_len >= 2, "at least 2") if wanted is None else (context_len == wanted, f"exactly {wanted}")
+    )
+    if not is_allowed:
+        raise ConfigError(f"{given or f'context_len is {context_len}'}; predictor {predictor.name!r} needs {needs}")
+
+
 def check_history(predictor: Predictor, history: History, horizon_intervals: int) -> None:
     """Raises ConfigError unless the predictor can work on this history and horizon."""
-    wanted = predictor.context_len
-    if wanted is not None and history.context_len != wanted:
-        raise ConfigError(f"predictor {predictor.name!r} needs {wanted} states; the history has {history.context_len}")
-    if history.context_len < 2:
-        raise ConfigError(
-            f"predictor {predictor.name!r} needs at least 2 states; the history has {history.context_len}"
-        )
+    check_context_len(predictor, history.context_len)
     if horizon_intervals < 1:
         raise ConfigError(f"horizon is {horizon_intervals}; it must be at least 1 snapshot interval")
 

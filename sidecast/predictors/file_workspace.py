@@ -6,15 +6,13 @@ Shape suffixes: V nodes, D hidden.
 from __future__ import annotations
 
 import mmap
-import os
-import tempfile
 import weakref
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sidecast.errors import NoRoomError
+from sidecast.mapped_memory import map_unnamed_file
 from sidecast.predictors.base import History, Predictor
 from sidecast.predictors.passes import PassPredictor, predict_in_passes
 from sidecast.predictors.workspace import MemoryWorkspace
@@ -46,15 +44,7 @@ class FileWorkspace:
         num_bytes = num_nodes * dim * torch.float32.itemsize
         if num_bytes < self._min_file_bytes:
             return self._memory.zeros(num_nodes, dim)
-        try:
-            with tempfile.TemporaryFile(dir=self._folder) as file:
-                # Allocated at once, so that a full disk is an error here and not a SIGBUS at some later store.
-                os.posix_fallocate(file.fileno(), 0, num_bytes)
-                mapped = mmap.mmap(file.fileno(), num_bytes)
-        except OSError as error:
-            raise NoRoomError(
-                f"no room in {self._folder} for {num_bytes} bytes of node sums: {error.strerror}"
-            ) from error
+        mapped = map_unnamed_file(self._folder, num_bytes, "node sums")
         self._maps.add(mapped)
         return torch.frombuffer(mapped, dtype=torch.float32).view(num_nodes, dim)
 

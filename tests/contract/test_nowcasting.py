@@ -16,7 +16,7 @@ from tests.support.golden_models import GoldenCase
         ({}, ""),
         ({"max_horizon": 40}, ""),
         ({"max_horizon": 41}, "horizon is 41"),
-        ({"context_len": 4}, "context_len is 4; predictor 'nino' needs 5"),
+        ({"context_len": 4}, "context_len is 4; predictor 'nino' needs exactly 5"),
         ({"predictor": "ninoo"}, "predictor is 'ninoo'; allowed: "),
         ({"options": {"layuot": "official"}}, "predictor 'nino' has no option 'layuot'; allowed: "),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,10 @@ NUM_BYTES = 4 * MANIFEST.num_elements
         ({"session_id": ""}, "session_id is ''"),
         ({"world_size": 0}, "world_size is 0"),
         ({"period_steps": 25}, "period_steps is 25; allowed: multiples of snapshot_interval_steps (10)"),
-        ({"context_len": 1}, "context_len is 1; allowed: 2 or more"),
+        ({"context_len": 1}, "context_len is 1; allowed: 2 to 1000"),
+        ({"context_len": 1001}, "context_len is 1001; allowed: 2 to 1000"),
+        ({"max_relative_norm": math.nan}, "max_relative_norm is nan; allowed: 0 (any jump) or more"),
+        ({"max_relative_norm": -1.0}, "max_relative_norm is -1.0; allowed: 0 (any jump) or more"),
         ({"predictor_options_json": "[]"}, "predictor_options_json is []; it must be a JSON object"),
         ({"predictor_options_json": "{"}, "predictor_options_json is not JSON"),
         ({"horizon": pb.Horizon(schedule="magic")}, "horizon.schedule is 'magic'"),

@@ -25,8 +25,8 @@ from sidecast.protos.shards import ShardSpec, total_elements
 from sidecast.trainer.hook.reporting import NowcastEvent
 from sidecast.trainer.hook.vote import NO_VERSION, Ballot, Decision, VoteBox
 from sidecast.trainer.integrations.deepspeed import hook_of
-from sidecast.trainer.partitions import partition_of
-from sidecast.trainer.partitions.masters import MasterPartition
+from sidecast.trainer.partitions import Partition
+from sidecast.trainer.partitions.deepspeed import layout_of
 from tests.support.pacing import Pacer
 
 WORLD_SIZE = 2
@@ -137,11 +137,14 @@ class TrainingRank:
 
     def _keep_state(self, step: int) -> None:
         masters = torch.empty(total_elements(self.hook.shards[0]))
-        partition_of(self.engine).read(masters)
+        self._partition().read(masters)
         self._states[step] = masters
         # Nothing older is ever applied: it would be too stale.
         for known in [item for item in self._states if item < step - 10 * PERIOD_STEPS]:
             del self._states[known]
+
+    def _partition(self) -> Partition:
+        return Partition(lambda: layout_of(self.engine))
 
     def _state_error(self, digest: str, base_step: int) -> float:
         """How far the states that the service made a prediction from are from what this rank staged, at most."""
@@ -158,13 +161,13 @@ class TrainingRank:
         return max(errors)
 
     def _watch_jumps(self) -> None:
-        apply = MasterPartition.apply
+        apply = Partition.apply
 
-        def applying(partition: MasterPartition, delta: Tensor, *args: Any, **settings: Any) -> None:
+        def applying(partition: Partition, delta: Tensor, *args: Any, **settings: Any) -> None:
             self._delta_checksum = crc32(delta.numpy().tobytes())
             apply(partition, delta, *args, **settings)
 
-        MasterPartition.apply = applying  # type: ignore[method-assign]
+        Partition.apply = applying  # type: ignore[method-assign]
 
     def _watch_votes(self) -> None:
         launch, read = VoteBox.launch, VoteBox.read
@@ -244,7 +247,7 @@ class TrainingRank:
 
     def _state(self) -> tuple[int, bool]:
         parameters = [parameter.detach().reshape(-1) for parameter in self.engine.module.parameters()]
-        partition = partition_of(self.engine)
+        partition = self._partition()
         masters = torch.empty(total_elements(partition.upload_shards))
         partition.read(masters)
         published = torch.cat([parameters[item.parameter][item.start : item.stop] for item in partition.upload_shards])

@@ -16,9 +16,11 @@ from sidecast.protos.codec import ChunkFrame
 from sidecast.trainer.courier.client import ClientConfig, NowcastClient
 from sidecast.trainer.courier.refusals import UnavailableError
 from sidecast.trainer.hook.courier_handle import CourierHandle
+from sidecast.trainer.hook.messenger import ForHook
 from sidecast.trainer.pipe.apply_log import read_delta, read_log
+from sidecast.trainer.pipe.messages import Connected, Disconnected, Dropped, Prediction, Report, Sent, Snapshot
 from tests.support.courier_calls import applied, predicted, settled, stage
-from tests.support.courier_harness import hello, session, start_courier, until
+from tests.support.courier_harness import session, settings, start_courier, until
 from tests.support.relay import Relay
 from tests.support.service_harness import CHUNK_BYTES, MANIFEST, RunningService, chunks, open_request, state
 
@@ -33,9 +35,9 @@ def service(tmp_path: Path) -> Iterator[RunningService]:
 
 @pytest.fixture
 def courier(service: RunningService, tmp_path: Path) -> Iterator[CourierHandle]:
-    handle = start_courier(hello(service.endpoint, MANIFEST, ALL, first=session("s1"), record_dir=tmp_path / "record"))
+    handle = start_courier(settings(service.endpoint, MANIFEST, ALL, record_dir=tmp_path / "record"))
     try:
-        assert until(handle, "connected")["session_id"] == "s1"
+        assert until(handle, Connected).session_id == "s1"
         yield handle
     finally:
         handle.close()
@@ -43,7 +45,7 @@ def courier(service: RunningService, tmp_path: Path) -> Iterator[CourierHandle]:
 
 def test_a_window_goes_up_and_its_prediction_comes_down_and_is_recorded(courier: CourierHandle, tmp_path: Path) -> None:
     message = predicted(courier)
-    assert (message["version"], message["base_step"], message["horizon_intervals"]) == (1, 20, 5)
+    assert (message.version, message.base_step, message.horizon_intervals) == (1, 20, 5)
     expected = (state(2) - state(1)).tobytes()
     assert bytes(courier.prediction.view) == expected
     courier.release_prediction(applied(24))
@@ -56,7 +58,7 @@ def test_a_window_goes_up_and_its_prediction_comes_down_and_is_recorded(courier:
 
 def test_a_run_that_another_job_took_over_is_told_so(service: RunningService, courier: CourierHandle) -> None:
     service.stub.Open(open_request(session_id="s2", run_id="run"))
-    assert "superseded by a later one" in until(courier, "disconnected")["reason"]
+    assert "superseded by a later one" in until(courier, Disconnected).reason
 
 
 def test_a_prediction_is_not_overwritten_before_it_is_released(courier: CourierHandle) -> None:
@@ -64,28 +66,28 @@ def test_a_prediction_is_not_overwritten_before_it_is_released(courier: CourierH
     before = bytes(courier.prediction.view)
     stage(courier, 3, 30)
     stage(courier, 4, 40)
-    seen: list = []
+    seen: list[ForHook] = []
     for _ in range(2):
-        until(courier, "sent", seen)
+        until(courier, Sent, seen)
     assert bytes(courier.prediction.view) == before
     courier.release_prediction(None)
-    assert until(courier, "prediction")["version"] == 2
+    assert until(courier, Prediction).version == 2
     assert bytes(courier.prediction.view) == (state(4) - state(3)).tobytes()
 
 
 def test_a_restarted_service_is_found_and_the_session_opened_again(tmp_path: Path) -> None:
     with RunningService(tmp_path / "first") as first:
-        courier = start_courier(hello(first.endpoint, MANIFEST, ALL, first=session("s1")))
-        until(courier, "connected")
+        courier = start_courier(settings(first.endpoint, MANIFEST, ALL))
+        until(courier, Connected)
         stage(courier, 1, 10)
-        assert until(courier, "sent")["reason"] == ""
+        assert until(courier, Sent).reason == ""
         port = first.port
     try:
-        until(courier, "disconnected")
+        until(courier, Disconnected)
         stage(courier, 2, 20)
-        assert until(courier, "sent")["reason"] != ""
+        assert until(courier, Sent).reason != ""
         with RunningService(tmp_path / "second", port=port) as second:
-            until(courier, "connected")
+            until(courier, Connected)
             predicted(courier, epoch=2, first_step=30)
             assert second.store.used_bytes == 3 * 4 * MANIFEST.num_elements
     finally:
@@ -98,19 +100,17 @@ def test_a_resume_is_opened_although_nothing_happens_in_the_session_before(
     predicted(courier)
     # Sent before the session changes, with an epoch that the later session must not hear of.
     courier.release_prediction(None)
-    courier.post(
-        {"type": "report", "outcome": "rejected", "version": 1, "step": 25, "epoch": 9, "weight": 0.0, "reason": ""}
-    )
+    courier.post(Report(outcome="rejected", version=1, step=25, epoch=9))
     stage(courier, 5, 40, epoch=9)
-    courier.new_session(session("s2", resumed=True, resume_step=10, resume_epoch=0))
+    courier.new_session(session("s2", resume_step=10))
     # At once: a session that is still being opened loses no snapshot.
     stage(courier, 6, 30)
     # The one before may just have reached its own session, which is over now.
-    while (message := until(courier, "sent"))["step"] != 30:
+    while (message := until(courier, Sent)).step != 30:
         pass
-    assert message["reason"] == ""
+    assert message.reason == ""
     stage(courier, 7, 40)
-    assert until(courier, "prediction")["version"] == 2
+    assert until(courier, Prediction).version == 2
     assert bytes(courier.prediction.view) == (state(7) - state(6)).tobytes()
     assert service.servicer.sessions.get("s2").epoch == 0
 
@@ -120,34 +120,34 @@ def test_a_prediction_that_waits_for_its_vote_is_brought_again_after_a_resume(co
     expected = bytes(courier.prediction.view)
     courier.prediction.view[:] = bytes(len(expected))
     courier.release_prediction(None)
-    courier.new_session(session("s2", resumed=True, resume_step=23, resume_epoch=0))
-    message = until(courier, "prediction")
-    assert (message["session_id"], message["version"], message["base_step"]) == ("s2", 1, 20)
+    courier.new_session(session("s2", resume_step=23))
+    message = until(courier, Prediction)
+    assert (message.session_id, message.version, message.base_step) == ("s2", 1, 20)
     assert bytes(courier.prediction.view) == expected
 
 
 def test_changes_travel_in_half_the_bytes_and_both_sides_hold_the_same_state(service: RunningService) -> None:
-    greeting = hello(service.endpoint, MANIFEST, ALL, first=session("s1"), wire_dtype="bf16_delta", context_len=3)
-    courier = start_courier(greeting)
+    of_rank = settings(service.endpoint, MANIFEST, ALL, wire_dtype="bf16_delta", context_len=3)
+    courier = start_courier(of_rank)
     try:
-        until(courier, "connected")
+        until(courier, Connected)
         start = state(1)
         states = [start, start + 1e-3 * state(2), start + 2e-3 * state(3)]
         held, sent_bytes = states[0], []
         for step, values in zip((10, 20, 30), states, strict=True):
             slot = courier.take_slot()
             assert slot is not None
-            courier.slots[slot].view[:] = values.tobytes()
-            courier.post({"type": "snapshot", "slot": slot, "step": step, "epoch": 0})
-            sent_bytes.append(settled(courier)["bytes"])
+            slot.buffer.view[:] = values.tobytes()
+            courier.post(Snapshot(slot=slot.index, step=step, epoch=0))
+            sent_bytes.append(settled(courier).num_bytes)
             held = held + from_bf16(round_to_bf16(values - held))
             vector = service.servicer.sessions.get("s1")._snapshots[step].vector.view
             assert bytes(vector) == held.tobytes()
-        # Where nothing is shared, nothing was handed over: not even an empty hand.
+        # Where nothing is shared, nothing was handed over, not even an empty list.
         assert 0 not in service.servicer.sessions.get("s1")._shared
         assert sent_bytes == [4 * MANIFEST.num_elements, *[2 * MANIFEST.num_elements] * 2]
-        message = until(courier, "prediction")
-        assert message["bytes"] == 2 * MANIFEST.num_elements
+        message = until(courier, Prediction)
+        assert message.num_bytes == 2 * MANIFEST.num_elements
         expected = from_bf16(round_to_bf16(held - states[0]))
         assert bytes(courier.prediction.view) == expected.tobytes()
     finally:
@@ -155,15 +155,15 @@ def test_changes_travel_in_half_the_bytes_and_both_sides_hold_the_same_state(ser
 
 
 def test_changes_since_a_state_that_nobody_holds_are_never_sent(service: RunningService) -> None:
-    greeting = hello(service.endpoint, MANIFEST, ALL, first=session("s1"), wire_dtype="bf16_delta")
-    courier = start_courier(greeting)
+    of_rank = settings(service.endpoint, MANIFEST, ALL, wire_dtype="bf16_delta")
+    courier = start_courier(of_rank)
     try:
-        until(courier, "connected")
+        until(courier, Connected)
         whole_bytes = 4 * MANIFEST.num_elements
 
         def sent_bytes(step: int, epoch: int) -> int:
             stage(courier, step, step, epoch)
-            return int(settled(courier)["bytes"])
+            return int(settled(courier).num_bytes)
 
         assert sent_bytes(10, 0) == whole_bytes
         # Another epoch begins: the service forgets the states before it.
@@ -178,9 +178,9 @@ def test_changes_since_a_state_that_nobody_holds_are_never_sent(service: Running
 
 
 def test_a_service_on_this_host_maps_the_buffers_and_no_bytes_travel(service: RunningService) -> None:
-    courier = start_courier(hello(service.endpoint, MANIFEST, ALL, first=session("s1"), shared_memory="auto"))
+    courier = start_courier(settings(service.endpoint, MANIFEST, ALL, shared_memory="auto"))
     try:
-        until(courier, "connected")
+        until(courier, Connected)
         known = service.servicer.sessions.get("s1")
         assert len(known._shared[0]) == 3
         predicted(courier)
@@ -191,7 +191,7 @@ def test_a_service_on_this_host_maps_the_buffers_and_no_bytes_travel(service: Ru
         courier.release_prediction(None)
         stage(courier, 3, 30)
         stage(courier, 4, 40)
-        until(courier, "prediction")
+        until(courier, Prediction)
         assert bytes(courier.prediction.view) == (state(4) - state(3)).tobytes()
         assert not known._shared
     finally:
@@ -210,10 +210,10 @@ def test_an_upload_that_was_cut_off_goes_on_where_it_was(
 
     monkeypatch.setattr(Session, "receive", receiving)
     relay = Relay(service.port, 130_000, has_arrived)
-    greeting = hello(f"127.0.0.1:{relay.port}", MANIFEST, ALL, first=session("s1"), channels=channels)
-    courier = start_courier(greeting)
+    of_rank = settings(f"127.0.0.1:{relay.port}", MANIFEST, ALL, channels=channels)
+    courier = start_courier(of_rank)
     try:
-        until(courier, "connected")
+        until(courier, Connected)
         predicted(courier)
         assert relay.num_cuts == 1
         assert bytes(courier.prediction.view) == (state(2) - state(1)).tobytes()
@@ -228,31 +228,31 @@ def test_an_upload_that_was_cut_off_goes_on_where_it_was(
 
 
 def test_a_loss_that_both_sides_notice_counts_once(service: RunningService) -> None:
-    courier = start_courier(hello(service.endpoint, MANIFEST, ALL, first=session("s1")))
+    courier = start_courier(settings(service.endpoint, MANIFEST, ALL))
     try:
-        until(courier, "connected")
+        until(courier, Connected)
         # The service ends a snapshot of which this rank then tries to send its part.
         service.stub.Upload(iter(chunks(state(1).tobytes()[:64], 0, 10)))
         service.stub.Upload(iter(chunks(state(1).tobytes()[:64], 0, 20)))
         service.stub.Upload(iter(chunks(state(1).tobytes()[:64], 0, 30)))
-        assert "not complete" in until(courier, "dropped")["reason"]
+        assert "not complete" in until(courier, Dropped).reason
         stage(courier, 1, 10)
-        message = until(courier, "sent")
-        assert (message["bytes"], message["reason"]) == (0, "")
+        message = until(courier, Sent)
+        assert (message.num_bytes, message.reason) == (0, "")
     finally:
         courier.close()
 
 
 def test_a_throttled_upload_takes_its_time_and_is_no_fault(service: RunningService) -> None:
     num_bytes = 4 * MANIFEST.num_elements
-    greeting = hello(service.endpoint, MANIFEST, ALL, first=session("s1"), max_bytes_per_s=num_bytes / 0.5)
-    courier = start_courier(greeting)
+    of_rank = settings(service.endpoint, MANIFEST, ALL, max_bytes_per_s=num_bytes / 0.5)
+    courier = start_courier(of_rank)
     try:
-        until(courier, "connected")
+        until(courier, Connected)
         stage(courier, 1, 10)
-        message = until(courier, "sent")
-        assert message["reason"] == ""
-        assert message["seconds"] >= 0.3
+        message = until(courier, Sent)
+        assert message.reason == ""
+        assert message.seconds >= 0.3
     finally:
         courier.close()
 

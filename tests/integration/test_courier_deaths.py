@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sidecast.trainer.hook.courier_handle import END_TIMEOUT_S, CourierHandle
+from sidecast.trainer.hook.messenger import Died
 from sidecast.trainer.pipe.apply_log import read_delta, read_log
+from sidecast.trainer.pipe.channel import Channel
+from sidecast.trainer.pipe.messages import TO_HOOK, Connected, Prediction, Stats, ToCourier, ToHook, Totals
 from tests.support.courier_calls import applied, predicted, stage
-from tests.support.courier_harness import hello, session, start_courier, until
+from tests.support.courier_harness import settings, start_courier, until
 from tests.support.service_harness import MANIFEST, RunningService, state
 
 ALL = [(0, 0, 15), (1, 0, 40_000)]
+STATS = Stats(totals=Totals(), step=0, loss=None, suspended=False, train_s=0.0, num_courier_deaths=0)
 
 
 @pytest.fixture
@@ -27,9 +35,9 @@ def service(tmp_path: Path) -> Iterator[RunningService]:
 
 @pytest.fixture
 def courier(service: RunningService, tmp_path: Path) -> Iterator[CourierHandle]:
-    handle = start_courier(hello(service.endpoint, MANIFEST, ALL, first=session("s1"), record_dir=tmp_path / "record"))
+    handle = start_courier(settings(service.endpoint, MANIFEST, ALL, record_dir=tmp_path / "record"))
     try:
-        assert until(handle, "connected")["session_id"] == "s1"
+        assert until(handle, Connected).session_id == "s1"
         yield handle
     finally:
         handle.close()
@@ -46,11 +54,11 @@ def test_a_killed_courier_is_replaced_and_a_held_prediction_stays(courier: Couri
     predicted(courier)
     expected = (state(2) - state(1)).tobytes()
     kill(courier)
-    assert until(courier, "died")["reason"] == "the courier ended with status -9"
-    until(courier, "connected")
+    assert until(courier, Died).reason == "the courier ended with status -9"
+    until(courier, Connected)
     assert courier.num_deaths == 1
     assert bytes(courier.prediction.view) == expected
-    assert courier.prediction_is_held
+    assert courier.held is not None
     courier.release_prediction(applied(24))
     courier.close()
     (entry,) = read_log(tmp_path / "record", 0)
@@ -59,9 +67,9 @@ def test_a_killed_courier_is_replaced_and_a_held_prediction_stays(courier: Couri
 
 def test_a_death_is_told_although_it_was_a_post_that_noticed_it(courier: CourierHandle) -> None:
     kill(courier)
-    assert not courier.post({"type": "stats", "values": {}})
-    assert until(courier, "died")["reason"] == "the courier ended with status -9"
-    until(courier, "connected")
+    assert not courier.post(STATS)
+    assert until(courier, Died).reason == "the courier ended with status -9"
+    until(courier, Connected)
     assert courier.num_deaths == 1
 
 
@@ -70,12 +78,12 @@ def test_only_deaths_without_a_prediction_in_between_end_nowcasting(
 ) -> None:
     monkeypatch.setattr("sidecast.trainer.hook.courier_handle.MAX_DEATHS_IN_A_ROW", 1)
     kill(courier)
-    until(courier, "connected")
+    until(courier, Connected)
     predicted(courier)
     kill(courier)
-    until(courier, "connected")
+    until(courier, Connected)
     kill(courier)
-    until(courier, "died")
+    until(courier, Died)
     assert not courier.is_alive
     assert courier.num_deaths == 3
 
@@ -89,7 +97,7 @@ def test_an_applied_jump_is_recorded_although_the_courier_dies_before_it_hears_o
     os.kill(process.pid, signal.SIGSTOP)
     courier.release_prediction(applied(24))
     kill(courier)
-    until(courier, "connected")
+    until(courier, Connected)
     courier.close()
     assert [entry["step"] for entry in read_log(tmp_path / "record", 0)] == [24]
 
@@ -100,9 +108,7 @@ def test_a_stopped_courier_never_blocks_and_loses_nothing_that_matters(courier: 
     assert process is not None
     os.kill(process.pid, signal.SIGSTOP)
     try:
-        are_posted = [
-            courier.post({"type": "stats", "values": {"step": step}}, may_be_lost=True) for step in range(20_000)
-        ]
+        are_posted = [courier.post(replace(STATS, step=step), may_be_lost=True) for step in range(20_000)]
         assert are_posted[0]
         assert not all(are_posted)
         courier.release_prediction(None)
@@ -111,7 +117,7 @@ def test_a_stopped_courier_never_blocks_and_loses_nothing_that_matters(courier: 
         assert courier.take_slot() is None
     finally:
         os.kill(process.pid, signal.SIGCONT)
-    assert until(courier, "prediction")["version"] == 2
+    assert until(courier, Prediction).version == 2
     assert courier.num_deaths == 0
 
 
@@ -131,3 +137,19 @@ def test_an_end_leaves_no_process(courier: CourierHandle) -> None:
     courier.close()
     assert process.returncode == 0
     courier.close()
+
+
+def test_a_courier_that_does_not_understand_its_rank_says_why_in_one_line_and_ends() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        Channel[ToCourier, ToHook](ours, TO_HOOK).send(STATS)
+        result = subprocess.run(
+            [sys.executable, "-m", "sidecast.trainer.courier", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "sidecast courier: a rank introduces itself to its courier first, not with Stats\n"

@@ -49,7 +49,7 @@ def attached(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("attached")
     worker = launch(WORKERS / "attached_worker.py", service.address, str(folder), log=folder / "worker.log")
     assert worker.wait(WORKER_TIMEOUT_S) == 0, (folder / "worker.log").read_text()[-4000:]
-    return Attached(folder, [path.read_bytes() for path in (service.history / "vectors").glob("*.f32")])
+    return Attached(folder, [path.read_bytes() for path in service.history.rglob("*.f32")])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -27,6 +27,8 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service
         f"[{ENTRY_POINT_GROUP}]\ngated = tests.support.gated_predictor:GatedPredictor\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(installed.parent), os.environ["PYTHONPATH"]]))
+    # As on a host that others have filled: Ray would end one actor after another.
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
     running = ServiceProcess(tmp_path, "--history-gib", "0.1")
     running.start()
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sidecast.trainer.hook.courier_handle import CourierHandle
-from sidecast.trainer.pipe.messages import Message
+from sidecast.trainer.hook.messenger import ForHook
+from sidecast.trainer.pipe.messages import Committed, Prediction, Sent, Snapshot
 from tests.support.courier_harness import until
 from tests.support.service_harness import state
 
@@ -11,24 +12,24 @@ from tests.support.service_harness import state
 def stage(courier: CourierHandle, seed: int, step: int, epoch: int = 0) -> None:
     slot = courier.take_slot()
     assert slot is not None
-    courier.slots[slot].view[:] = state(seed).tobytes()
-    assert courier.post({"type": "snapshot", "slot": slot, "step": step, "epoch": epoch})
+    slot.buffer.view[:] = state(seed).tobytes()
+    assert courier.post(Snapshot(slot=slot.index, step=step, epoch=epoch))
 
 
-def predicted(courier: CourierHandle, epoch: int = 0, first_step: int = 10) -> dict[str, object]:
+def predicted(courier: CourierHandle, epoch: int = 0, first_step: int = 10) -> Prediction:
     stage(courier, 1, first_step, epoch)
-    assert until(courier, "sent")["reason"] == ""
+    assert until(courier, Sent).reason == ""
     stage(courier, 2, first_step + 10, epoch)
-    return dict(until(courier, "prediction"))
+    return until(courier, Prediction)
 
 
-def settled(courier: CourierHandle) -> Message:
+def settled(courier: CourierHandle) -> Sent:
     """Waits until a snapshot is sent and committed, whichever is heard of first."""
-    seen: list[Message] = []
-    sent = until(courier, "sent", seen)
-    assert sent["reason"] == ""
-    if not any(message["type"] == "committed" for message in seen):
-        until(courier, "committed")
+    seen: list[ForHook] = []
+    sent = until(courier, Sent, seen)
+    assert sent.reason == ""
+    if not any(isinstance(message, Committed) for message in seen):
+        until(courier, Committed)
     return sent
 
 

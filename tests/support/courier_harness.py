@@ -5,97 +5,112 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from sidecast.manifest import ModelManifest
 from sidecast.trainer.hook.courier_handle import CourierHandle
-from sidecast.trainer.pipe.messages import Message
+from sidecast.trainer.hook.messenger import ForHook
+from sidecast.trainer.pipe.messages import (
+    ClientSettings,
+    CourierSettings,
+    HorizonSettings,
+    Opening,
+    Prediction,
+    Session,
+    Shard,
+)
 
 WAIT_S = 30.0
+M = TypeVar("M", bound=ForHook)
 
 
-def session(session_id: str, run_id: str = "run", **changes: Any) -> dict[str, Any]:
-    """What the trainer says of a session."""
-    plain = {"session_id": session_id, "run_id": run_id, "resumed": False, "resume_step": 0, "resume_epoch": 0}
-    return plain | changes
+def session(session_id: str, run_id: str = "run", resume_step: int | None = None, resume_epoch: int = 0) -> Session:
+    """What the trainer says of a session; one with a step to resume from is resumed."""
+    return Session(
+        session_id=session_id,
+        run_id=run_id,
+        resumed=resume_step is not None,
+        resume_step=resume_step or 0,
+        resume_epoch=resume_epoch,
+    )
 
 
-def hello(
+def settings(
     endpoint: str,
     manifest: ModelManifest,
-    shards: Sequence[tuple[int, int, int]],
+    shards: Sequence[Shard],
     *,
-    first: dict[str, Any],
     rank: int = 0,
     world_size: int = 1,
     context_len: int = 2,
     interval_steps: int = 10,
     record_dir: Path | None = None,
     connect_s: float = 1.0,
-    wire_dtype: str = "fp32",
-    shared_memory: str = "off",
+    wire_dtype: Literal["fp32", "bf16_delta"] = "fp32",
+    shared_memory: Literal["auto", "off"] = "off",
     **client: Any,
-) -> dict[str, Any]:
-    """A rank's first message to its courier."""
-    fields = {
-        "world_size": world_size,
-        "schema_hash": manifest.schema_hash,
-        "context_len": context_len,
-        "snapshot_interval_steps": interval_steps,
-        "period_steps": context_len * interval_steps,
-        "max_steps": 0,
-        "horizon": {"schedule": "", "max_intervals": 0, "power": 2.0},
-        "predictor": "fake",
-        "predictor_options_json": "{}",
-        "max_relative_norm": 10.0,
-        "aliases": dict(manifest.aliases),
-        "wire_dtype": "BF16" if wire_dtype == "bf16_delta" else "FP32",
-    }
-    parameters = [[spec.fqn, list(spec.shape)] for spec in manifest.parameters]
-    return {
-        "wire_dtype": wire_dtype,
-        "shared_memory": shared_memory,
-        "rank": rank,
-        "stage": "2",
-        "run_name": "test",
-        "client": {
-            "endpoint": endpoint,
-            "token_file": None,
-            "tls_ca": None,
-            "connect_s": connect_s,
-            "chunk_s": 20.0,
-            "stream_s": 40.0,
+) -> CourierSettings:
+    """What a rank tells its couriers, whose upload and fetch ranges are the same."""
+    opening = Opening(
+        world_size=world_size,
+        schema_hash=manifest.schema_hash,
+        context_len=context_len,
+        snapshot_interval_steps=interval_steps,
+        period_steps=context_len * interval_steps,
+        max_steps=0,
+        horizon=HorizonSettings(schedule="", max_intervals=0, power=2.0),
+        predictor="fake",
+        predictor_options_json="{}",
+        max_relative_norm=10.0,
+        aliases=dict(manifest.aliases),
+        parameters=tuple((spec.fqn, tuple(spec.shape)) for spec in manifest.parameters),
+        config_json='{"model_type": "toy"}',
+    )
+    return CourierSettings(
+        rank=rank,
+        run_name="test",
+        stage="2",
+        client=ClientSettings(
+            endpoint=endpoint,
+            token_file=None,
+            tls_ca=None,
+            connect_s=connect_s,
+            chunk_s=20.0,
+            stream_s=40.0,
             **client,
-        },
-        "metrics_port": None,
-        "record_dir": None if record_dir is None else str(record_dir),
-        "session": first,
-        "opening": {"fields": fields, "parameters": parameters, "config_json": '{"model_type": "toy"}'},
-        "upload_shards": [list(shard) for shard in shards],
-        "fetch_shards": [list(shard) for shard in shards],
-    }
+        ),
+        wire_dtype=wire_dtype,
+        shared_memory=shared_memory,
+        metrics_port=None,
+        record_dir=None if record_dir is None else str(record_dir),
+        upload_shards=tuple(shards),
+        fetch_shards=tuple(shards),
+        opening=opening,
+    )
 
 
 def start_courier(
-    greeting: dict[str, Any], kind: type[CourierHandle] = CourierHandle, num_slots: int = 2
+    of_rank: CourierSettings,
+    first: Session | None = None,
+    kind: type[CourierHandle] = CourierHandle,
+    num_slots: int = 2,
 ) -> CourierHandle:
-    """A courier of one rank whose upload and fetch ranges are the same."""
-    num_bytes = 4 * sum(stop - start for _, start, stop in greeting["upload_shards"])
-    courier = kind(greeting, upload_bytes=num_bytes, fetch_bytes=num_bytes, num_slots=num_slots)
+    """A courier that begins with session ``s1``, or another one."""
+    courier = kind(of_rank, session("s1") if first is None else first, num_slots)
     courier.start()
     return courier
 
 
-def until(courier: CourierHandle, kind: str, seen: list[Message] | None = None) -> Message:
+def until(courier: CourierHandle, kind: type[M], seen: list[ForHook] | None = None) -> M:
     """The courier's next message of a kind; others are kept in ``seen``."""
     deadline_s = time.monotonic() + WAIT_S
-    others: list[Message] = [] if seen is None else seen
+    others: list[ForHook] = [] if seen is None else seen
     while (left_s := deadline_s - time.monotonic()) > 0:
         for message in courier.receive(left_s):
-            if message["type"] == kind:
+            if isinstance(message, kind):
                 return message
             others.append(message)
-    raise AssertionError(f"no {kind!r} from the courier, but {others}")
+    raise AssertionError(f"no {kind.__name__} from the courier, but {others}")
 
 
 class PacedCourier(CourierHandle):
@@ -107,22 +122,26 @@ class PacedCourier(CourierHandle):
     """
 
     is_pacing = True
-    wait_for = ""
+    wait_for: type[ForHook] | None = None
 
-    def receive(self, timeout_s: float = 0.0) -> Iterator[Message]:
-        self._withheld: list[Message] = getattr(self, "_withheld", [])
+    def receive(self, timeout_s: float = 0.0) -> Iterator[ForHook]:
+        self._withheld: list[ForHook] = getattr(self, "_withheld", [])
         deadline_s = time.monotonic() + WAIT_S
         while True:
             arrived = [*self._withheld, *super().receive(timeout_s)]
             self._withheld = []
             for message in arrived:
-                if message["type"] == "prediction" and self.is_pacing and self.wait_for != "prediction":
-                    self._withheld.append(message)
-                    continue
-                if message["type"] == self.wait_for:
-                    self.wait_for = ""
+                if isinstance(message, Prediction):
+                    is_early = self.is_pacing and self.wait_for is not Prediction
+                    # For the hook it is not there yet.
+                    self.held = None if is_early else message
+                    if is_early:
+                        self._withheld.append(message)
+                        continue
+                if self.wait_for is not None and isinstance(message, self.wait_for):
+                    self.wait_for = None
                 yield message
-            if not self.wait_for:
+            if self.wait_for is None:
                 return
-            assert time.monotonic() < deadline_s, f"no {self.wait_for!r} from the courier"
+            assert time.monotonic() < deadline_s, f"no {self.wait_for.__name__} from the courier"
             timeout_s = 1.0

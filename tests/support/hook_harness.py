@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,20 +10,23 @@ import torch
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.hook.messenger import ForHook, FromHook
+from sidecast.trainer.hook.slots import Slot, SlotState, has_free, take_free
 from sidecast.trainer.hook.vote import Ballot, Decision, decide
 from sidecast.trainer.pipe.buffers import SharedBuffer
+from sidecast.trainer.pipe.messages import Failed, Prediction, Snapshot
 
-PREDICTION = {
-    "type": "prediction",
-    "version": 1,
-    "base_step": 20,
-    "epoch": 0,
-    "horizon_intervals": 5,
-    "digest": 7,
-    "relative_norm": 0.1,
-    "nowcast_s": 0.5,
-    "bytes": 8,
-}
+PREDICTION = Prediction(
+    session_id="now",
+    version=1,
+    base_step=20,
+    epoch=0,
+    horizon_intervals=5,
+    digest=7,
+    relative_norm=0.1,
+    nowcast_s=0.5,
+    num_bytes=8,
+)
 
 
 class FakePartition:
@@ -59,46 +62,57 @@ class FakePartition:
     def read_owned(self, out: torch.Tensor) -> None:
         out.copy_(self.weights)
 
-    def apply(self, delta: torch.Tensor, weight: float, *, mode: str = "add", base: torch.Tensor | None = None) -> None:
+    def apply(self, delta: torch.Tensor, weight: float, *, base: torch.Tensor | None = None) -> None:
         self.weights = (self.weights if base is None else base) + weight * delta
 
 
 class FakeCourier:
-    """Says what a test wants said, and remembers how long it was waited for."""
+    """Says what a test wants said, and remembers how long it was waited for.
 
+    Attributes:
+        after_post: State of a slot once it is posted; FREE is a courier that sends in no time.
+    """
+
+    after_post = SlotState.FREE
     num_deaths = 0
     session_id = "now"
 
-    def __init__(self) -> None:
-        self.slots = [SharedBuffer("slot", 8)]
+    def __init__(self, num_slots: int = 1) -> None:
+        self.slots: Sequence[Slot] = [Slot(index, SharedBuffer("slot", 8)) for index in range(num_slots)]
         self.prediction = SharedBuffer("prediction", 8)
         torch.frombuffer(self.prediction.map, dtype=torch.float32).fill_(1.0)
-        self.unread: list[Mapping[str, Any]] = []
+        self.held: Prediction | None = None
+        self.unread: list[ForHook] = []
         self.waited_s: list[float] = []
-        self.posted: list[Mapping[str, Any]] = []
+        self.posted: list[FromHook] = []
         self.num_released = 0
 
-    def receive(self, timeout_s: float = 0.0) -> Iterator[Mapping[str, Any]]:
+    def receive(self, timeout_s: float = 0.0) -> Iterator[ForHook]:
         if timeout_s > 0:
             self.waited_s.append(timeout_s)
         unread, self.unread = self.unread, []
-        yield from unread
+        for message in unread:
+            if isinstance(message, Prediction):
+                self.held = message
+            yield message
 
     @property
     def has_free_slot(self) -> bool:
-        return True
+        return has_free(self.slots)
 
-    def take_slot(self) -> int | None:
-        return 0
+    def take_slot(self) -> Slot | None:
+        return take_free(self.slots)
 
-    def post(self, message: Mapping[str, Any], *, may_be_lost: bool = False) -> bool:
+    def post(self, message: FromHook, *, may_be_lost: bool = False) -> bool:
         self.posted.append(message)
-        if message["type"] == "snapshot":
+        if isinstance(message, Snapshot):
+            self.slots[message.slot].state = self.after_post
             # So that a wait for the prediction ends.
-            self.unread.append({"type": "failed", "step": message["step"], "reason": "none today"})
+            self.unread.append(Failed(step=message.step, reason="none today"))
         return True
 
     def release_prediction(self, record: Mapping[str, Any] | None) -> None:
+        self.held = None
         self.num_released += 1
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.courier_handle import CourierHandle
 from sidecast.trainer.hook.reporting import NowcastEvent
+from sidecast.trainer.hook.slots import SlotState
 
 # How long one rank listens to its courier before it asks the others whether they still wait.
 LISTEN_S = 0.02
@@ -56,9 +57,9 @@ class Pacer:
         courier, inbox = self._hook._courier, self._hook._inbox
         assert isinstance(courier, CourierHandle)
         while True:
-            is_sending = len(courier._free_slots) < len(courier.slots)
+            is_sending = any(slot.state is not SlotState.FREE for slot in courier.slots)
             awaits = self._is_due and inbox.held is None
-            flags = torch.tensor([is_sending, awaits, self._is_lost, not inbox._is_linked], dtype=torch.int32)
+            flags = torch.tensor([is_sending, awaits, self._is_lost, not inbox.is_linked], dtype=torch.int32)
             if self._all_ranks is not None:
                 self._all_ranks(flags)
             any_sends, any_awaits, any_lost, any_unlinked = flags.tolist()

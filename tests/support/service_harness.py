@@ -145,6 +145,7 @@ class RunningService:
         self.channel.close()
         self.call(self._server.stop(None))
         self.call(self.servicer.handover.stop())
+        self.store.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(WAIT_S)
         self._loop.close()

@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -14,6 +16,7 @@ from prometheus_client.metrics_core import Metric
 
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.trainer.courier.metrics import CourierMetrics
+from sidecast.trainer.pipe.messages import Stats, Totals
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTATION = REPOSITORY / "docs" / "deploy.md"
@@ -24,21 +27,12 @@ USERS = (
 )
 SERIES = re.compile(r"\bsidecast_(?:service|trainer)_\w+")
 UNITS = ("seconds", "bytes")
-# As the hook sends them with each snapshot.
-STATS = (
-    "step",
-    "loss",
-    "suspended",
-    "blocked_s",
-    "staging_s",
-    "train_s",
-    "num_dropped",
-    "num_applied",
-    "num_accepted",
-    "num_rolled_back",
-    "num_rejected",
-    "num_courier_deaths",
-)
+
+
+def stats(**values: float) -> Stats:
+    """What the hook sends with a snapshot, each number as given or 1."""
+    found: dict[str, Any] = {item.name: values.get(item.name, 1.0) for item in fields(Stats)}
+    return Stats(**found | {"totals": Totals(**{item.name: values.get(item.name, 1) for item in fields(Totals)})})
 
 
 def service_registry() -> CollectorRegistry:
@@ -55,7 +49,7 @@ def service_registry() -> CollectorRegistry:
 def trainer_registry() -> CollectorRegistry:
     metrics = CourierMetrics("demo", rank=1, stage="2")
     metrics.begin_session("a-run")
-    metrics.update(dict.fromkeys(STATS, 1.0))
+    metrics.update(stats())
     return metrics.registry
 
 
@@ -178,7 +172,36 @@ def test_totals_of_the_trainer_survive_a_new_courier() -> None:
     labels = {"run": "demo", "rank": "0", "stage": "2"}
     for _ in range(2):
         metrics = CourierMetrics("demo", rank=0, stage="2")
-        metrics.update({"num_applied": 3.0, "step": 10.0})
-        metrics.update({"num_applied": 5.0, "step": 20.0})
+        metrics.update(stats(num_applied=3, step=10))
+        metrics.update(stats(num_applied=5, step=20))
         assert metrics.registry.get_sample_value("sidecast_trainer_jumps_applied_total", labels) == 5
         assert metrics.registry.get_sample_value("sidecast_trainer_step", labels) == 20
+
+
+@dataclass(kw_only=True)
+class LaterTotals(Totals):
+    """As they may be one day."""
+
+    num_unheard_of: int = 5
+
+
+def test_a_total_without_a_series_is_left_out_and_the_others_are_taken_over() -> None:
+    metrics = CourierMetrics("demo", rank=0, stage="2")
+    metrics.update(replace(stats(), totals=LaterTotals(num_applied=3)))
+    labels = {"run": "demo", "rank": "0", "stage": "2"}
+    assert metrics.registry.get_sample_value("sidecast_trainer_jumps_applied_total", labels) == 3
+    assert b"unheard" not in generate_latest(metrics.registry)
+
+
+def test_a_run_without_losses_has_no_loss() -> None:
+    metrics = CourierMetrics("demo", rank=0, stage="2")
+    metrics.update(replace(stats(), loss=None))
+    labels = {"run": "demo", "rank": "0", "stage": "2"}
+    assert metrics.registry.get_sample_value("sidecast_trainer_loss", labels) is None
+    assert metrics.registry.get_sample_value("sidecast_trainer_step", labels) == 1
+
+
+def test_every_series_of_a_rank_is_of_something_that_the_hook_sends() -> None:
+    metrics = CourierMetrics("demo", rank=0, stage="2")
+    sent = {item.name for kind in (Stats, Totals) for item in fields(kind)}
+    assert {*metrics._totals, *metrics._levels} <= sent

@@ -1,4 +1,4 @@
-"""The courier's incoming side: fetches predictions into the buffer that the trainer applies them from."""
+"""The courier's incoming side: fetches predictions into the buffer that the hook applies them from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sidecast.trainer.courier.client import NowcastClient
 from sidecast.trainer.courier.link import Link
 from sidecast.trainer.courier.metrics import CourierMetrics
 from sidecast.trainer.courier.refusals import CorruptError, UnavailableError
-from sidecast.trainer.pipe.messages import Message
+from sidecast.trainer.pipe.messages import Failed, Prediction, ToHook
 
 FINITE_BLOCK = 1 << 20
 
@@ -30,9 +30,9 @@ class Fetcher:
         buffer: The prediction buffer.
         link: Says which session is open, and whether the service is there.
         metrics: The rank's series.
-        tell: Tells the trainer.
+        tell: Tells the hook.
         dtype: How values travel, a WireDtype.
-        is_held: Whether the buffer holds a prediction that the trainer has not released.
+        is_held: Whether the buffer holds a prediction that the hook has not released.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Fetcher:
         buffer: memoryview,
         link: Link,
         metrics: CourierMetrics,
-        tell: Callable[[Message], None],
+        tell: Callable[[ToHook], None],
         *,
         dtype: pb.WireDtype,
         is_held: bool,
@@ -63,7 +63,7 @@ class Fetcher:
         self._queue.put((session_id, published))
 
     def release(self) -> None:
-        """The trainer is done with the buffer."""
+        """The hook is done with the buffer."""
         self._buffer_is_free.release()
 
     def run(self) -> None:
@@ -71,11 +71,11 @@ class Fetcher:
         while True:
             session_id, published = self._queue.get()
             identity = (session_id, published.version, published.digest)
-            # A reconnected watch begins with the newest prediction, which may be an old acquaintance.
+            # A reconnected watch begins with the newest prediction, which may have been fetched before.
             if identity == self._newest:
                 continue
             self._buffer_is_free.acquire()
-            if session_id != self._link.session["session_id"] or not self._queue.empty():
+            if session_id != self._link.session.session_id or not self._queue.empty():
                 # Waiting for the buffer took longer than the prediction lasted.
                 self._buffer_is_free.release()
                 continue
@@ -84,10 +84,10 @@ class Fetcher:
             if reason:
                 self._newest = None
                 self._buffer_is_free.release()
-                self._tell({"type": "failed", "step": published.base_step, "reason": reason})
+                self._tell(Failed(step=published.base_step, reason=reason))
 
     def _fetch(self, session_id: str, published: pb.PredictionPublished) -> str:
-        """Fills the buffer and tells the trainer; says why it could not, if so."""
+        """Fills the buffer and tells the hook; says why it could not, if so."""
         started_s = time.perf_counter()
         # Into shared memory in full width; rounded values are the same either way.
         dtype = pb.FP32 if self._client.is_sharing else self._dtype
@@ -114,18 +114,17 @@ class Fetcher:
         self._metrics.fetched_bytes.labels(*self._metrics.labels).inc(download.num_bytes)
         self._metrics.fetch_seconds.labels(*self._metrics.labels).observe(time.perf_counter() - started_s)
         self._tell(
-            {
-                "type": "prediction",
-                "session_id": session_id,
-                "version": published.version,
-                "base_step": published.base_step,
-                "epoch": published.epoch,
-                "horizon_intervals": published.horizon_intervals,
-                "digest": published.digest,
-                "relative_norm": published.relative_norm,
-                "nowcast_s": published.nowcast_seconds,
-                "bytes": download.num_bytes,
-            }
+            Prediction(
+                session_id=session_id,
+                version=published.version,
+                base_step=published.base_step,
+                epoch=published.epoch,
+                horizon_intervals=published.horizon_intervals,
+                digest=published.digest,
+                relative_norm=published.relative_norm,
+                nowcast_s=published.nowcast_seconds,
+                num_bytes=download.num_bytes,
+            )
         )
         return ""
 

@@ -6,8 +6,7 @@ import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.shards import ShardSpec
@@ -20,7 +19,7 @@ from sidecast.trainer.courier.refusals import (
     ResendError,
     UnavailableError,
 )
-from sidecast.trainer.pipe.messages import Message
+from sidecast.trainer.pipe.messages import Connected, Disconnected, Refused, Session, ToHook
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ class Link:
         shards: What it uploads and what it fetches.
         opening: Rank 0: builds the announcement of a session; None for the others.
         session: The first session.
-        tell: Tells the trainer.
+        tell: Tells the hook.
         on_event: Called with the session's id and each of its events.
     """
 
@@ -57,10 +56,10 @@ class Link:
         client: NowcastClient,
         rank: int,
         shards: tuple[Sequence[ShardSpec], Sequence[ShardSpec]],
-        opening: Callable[[Mapping[str, Any]], pb.OpenRequest] | None,
-        session: Mapping[str, Any],
+        opening: Callable[[Session], pb.OpenRequest] | None,
+        session: Session,
         *,
-        tell: Callable[[Message], None],
+        tell: Callable[[ToHook], None],
         on_event: Callable[[str, pb.SessionEvent], None],
     ) -> None:
         self._client = client
@@ -77,7 +76,7 @@ class Link:
         self._is_ending = False
 
     @property
-    def session(self) -> Mapping[str, Any]:
+    def session(self) -> Session:
         """The session to keep open."""
         return self._session
 
@@ -86,7 +85,7 @@ class Link:
         """Whether the session has been joined and is being watched."""
         return self._state is LinkState.CONNECTED
 
-    def begin(self, session: Mapping[str, Any]) -> None:
+    def begin(self, session: Session) -> None:
         """Turns to another session."""
         with self._changed:
             self._session = session
@@ -112,7 +111,7 @@ class Link:
         """
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
-            while self._session["session_id"] == session_id and not self._is_ending:
+            while self._session.session_id == session_id and not self._is_ending:
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0:
                     # Also while joined: a service whose disk is full would be asked for ever.
@@ -128,7 +127,7 @@ class Link:
         """Waits for so long, unless a session is over before; says whether it goes on."""
 
         def is_over() -> bool:
-            return self._is_ending or self._session["session_id"] != session_id
+            return self._is_ending or self._session.session_id != session_id
 
         with self._changed:
             return not self._changed.wait_for(is_over, seconds)
@@ -137,7 +136,7 @@ class Link:
         """Opens, joins and watches, until the courier ends."""
         backoff_s = FIRST_BACKOFF_S
         reported = ""
-        unopened: tuple[Mapping[str, Any], float] | None = None
+        unopened: tuple[Session, float] | None = None
         while not self._is_ending:
             session = self._session
             wait_s: float | None = backoff_s
@@ -148,9 +147,9 @@ class Link:
                     state = LinkState.CONNECTING
                     backoff_s = wait_s = FIRST_BACKOFF_S
                     reported, unopened = "", None
-                    self._watch(session["session_id"])
+                    self._watch(session.session_id)
             except RefusedError as error:
-                self._tell({"type": "refused", "reason": str(error)})
+                self._tell(Refused(reason=str(error)))
                 state, wait_s = LinkState.AWAY, None
             except ReopenError as error:
                 # Rank 0 has not opened the session yet, or the service was restarted: soon it will be there.
@@ -166,7 +165,7 @@ class Link:
                 reason, unopened = str(error), None
             if reason and reported != reason and self._session is session:
                 reported = reason
-                self._tell({"type": "disconnected", "reason": reason})
+                self._tell(Disconnected(reason=reason))
             with self._changed:
                 if self._session is session:
                     self._state = state
@@ -175,23 +174,23 @@ class Link:
                 self._changed.wait_for(lambda: self._is_ending or self._session is not session, wait_s)  # noqa: B023
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
-    def _connect(self, session: Mapping[str, Any]) -> bool:
+    def _connect(self, session: Session) -> bool:
         self._client.wait_reachable()
         if self._opening is not None:
             self._client.open(self._opening(session))
-        self._client.join(session["session_id"], self._rank, *self._shards)
+        self._client.join(session.session_id, self._rank, *self._shards)
         with self._changed:
             if self._session is not session:
                 return False
-            self._events = self._client.watch(session["session_id"], self._rank)
+            self._events = self._client.watch(session.session_id, self._rank)
             self._state = LinkState.CONNECTED
             self._changed.notify_all()
-        self._tell({"type": "connected", "session_id": session["session_id"]})
+        self._tell(Connected(session_id=session.session_id))
         return True
 
     def _watch(self, session_id: str) -> None:
         assert self._events is not None, "connected before"
         for event in self._events:
-            if self._session["session_id"] != session_id:
+            if self._session.session_id != session_id:
                 return
             self._on_event(session_id, event)

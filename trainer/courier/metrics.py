@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+
+from sidecast.trainer.pipe.messages import Stats
 
 TRANSFER_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120)
 SNAPSHOT_STATES = ("committed", "aborted", "unsent")
@@ -41,7 +44,7 @@ class CourierMetrics:
         self._run = Info(
             "sidecast_trainer_run", "The run's identity in the service's series", _LABELS, registry=self.registry
         ).labels(*self.labels)
-        # Kept by the trainer, which sends its totals over now and then.
+        # By their names in Stats and its Totals; what has no series here is not exposed.
         self._totals = {
             "blocked_s": self._counter("blocked_seconds", "Time the training loop spent in the hook"),
             "staging_s": self._counter("staging_seconds", "Of it, copying snapshots"),
@@ -68,17 +71,13 @@ class CourierMetrics:
         """Names the run as the service knows it; a resume may change that."""
         self._run.info({"run_id": run_id})
 
-    def update(self, values: Mapping[str, float]) -> None:
-        """Takes over what the trainer counted.
-
-        Args:
-            values: Totals since the hook was attached, and levels, by name.
-        """
-        for name, value in values.items():
+    def update(self, stats: Stats) -> None:
+        """Takes over what the hook has counted since it was attached, and its levels."""
+        for name, value in {**asdict(stats.totals), **asdict(stats)}.items():
             if name in self._totals:
                 self._totals[name].labels(*self.labels).inc(max(0.0, value - self._seen[name]))
                 self._seen[name] = value
-            else:
+            elif name in self._levels and value is not None:
                 self._levels[name].labels(*self.labels).set(value)
 
     def serve(self, port: int | None) -> int | None:

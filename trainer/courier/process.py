@@ -3,7 +3,7 @@
 It is told everything over a channel, moves bytes between shared buffers and the service, and ends when the
 channel does. Started as ``python -m sidecast.trainer.courier DESCRIPTOR``.
 
-Threads: the main one reads the channel; the link, the uploader and the fetcher have one each.
+Threads: the main one reads the channel; the link, the sender and the fetcher have one each.
 """
 
 from __future__ import annotations
@@ -16,21 +16,42 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import asdict
+from typing import Any, assert_never
 
 from sidecast.protos import nowcast_pb2 as pb
-from sidecast.protos.shards import ShardSpec
+from sidecast.protos.shards import ShardSpec, total_elements
 from sidecast.trainer.courier.client import ClientConfig, NowcastClient, open_request
 from sidecast.trainer.courier.fetcher import Fetcher
 from sidecast.trainer.courier.link import Link
 from sidecast.trainer.courier.metrics import CourierMetrics
-from sidecast.trainer.courier.reconstruction import Reconstruction
+from sidecast.trainer.courier.reconstruction import FP32_BYTES, Reconstruction
+from sidecast.trainer.courier.sender import Sender
 from sidecast.trainer.courier.snapshot_outcomes import SnapshotOutcomes
 from sidecast.trainer.courier.uploader import Uploader
 from sidecast.trainer.pipe.apply_log import Recorder
 from sidecast.trainer.pipe.buffers import map_inherited
 from sidecast.trainer.pipe.channel import Channel, ChannelClosedError
-from sidecast.trainer.pipe.messages import Message
+from sidecast.trainer.pipe.encoding import MessageError
+from sidecast.trainer.pipe.messages import (
+    TO_COURIER,
+    BeginSession,
+    Committed,
+    Confirmed,
+    CourierSettings,
+    Dropped,
+    Failed,
+    Hello,
+    Log,
+    MetricsServed,
+    Release,
+    Report,
+    Session,
+    Snapshot,
+    Stats,
+    ToCourier,
+    ToHook,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,34 +67,36 @@ class Courier:
         hello: The rank's first message: who it is, what it holds, where the service is.
     """
 
-    def __init__(self, channel: Channel, hello: Message) -> None:
+    def __init__(self, channel: Channel[ToHook, ToCourier], hello: Hello) -> None:
+        settings, session = hello.settings, hello.session
+        upload_shards = [ShardSpec(*shard) for shard in settings.upload_shards]
+        fetch_shards = [ShardSpec(*shard) for shard in settings.fetch_shards]
+        upload_bytes, fetch_bytes = (FP32_BYTES * total_elements(shards) for shards in (upload_shards, fetch_shards))
         self._channel = channel
         self._send_lock = threading.Lock()
         self._is_ending = False
-        self._rank: int = hello["rank"]
-        self._metrics_port: int | None = hello["metrics_port"]
-        self._metrics = CourierMetrics(hello["run_name"], self._rank, hello["stage"])
-        self._metrics.begin_session(hello["session"]["run_id"])
-        self._recorder = Recorder(hello["record_dir"], self._rank) if hello["record_dir"] else None
-        self._prediction = map_inherited(hello["prediction_descriptor"], hello["fetch_bytes"])
-        slots = [map_inherited(descriptor, hello["upload_bytes"]) for descriptor in hello["slot_descriptors"]]
-        descriptors = (*hello["slot_descriptors"], hello["prediction_descriptor"])
-        shared = descriptors if hello["shared_memory"] == "auto" else ()
-        client = NowcastClient(ClientConfig(**hello["client"]), shared)
-        shards = tuple([ShardSpec(*item) for item in hello[name]] for name in ("upload_shards", "fetch_shards"))
-        opening = None if hello["opening"] is None else functools.partial(_announcement, hello["opening"])
-        sends_changes = hello["wire_dtype"] == "bf16_delta"
+        self._rank = settings.rank
+        self._metrics_port = settings.metrics_port
+        self._metrics = CourierMetrics(settings.run_name, self._rank, settings.stage)
+        self._metrics.begin_session(session.run_id)
+        self._recorder = Recorder(settings.record_dir, self._rank) if settings.record_dir else None
+        self._prediction = map_inherited(hello.prediction_descriptor, fetch_bytes)
+        slots = [map_inherited(descriptor, upload_bytes) for descriptor in hello.slot_descriptors]
+        descriptors = (*hello.slot_descriptors, hello.prediction_descriptor)
+        shared = descriptors if settings.shared_memory == "auto" else ()
+        client = NowcastClient(ClientConfig(**asdict(settings.client)), shared)
+        sends_changes = settings.wire_dtype == "bf16_delta"
         self._outcomes = SnapshotOutcomes()
         self._link = Link(
             client,
             self._rank,
-            (shards[0], shards[1]),
-            opening,
-            hello["session"],
+            (upload_shards, fetch_shards),
+            None if settings.opening is None else functools.partial(_announcement, settings),
+            session,
             tell=self._tell,
             on_event=self._on_event,
         )
-        self._uploader = Uploader(
+        uploader = Uploader(
             client,
             self._rank,
             slots,
@@ -81,8 +104,9 @@ class Courier:
             self._outcomes,
             self._metrics,
             self._tell,
-            Reconstruction(hello["upload_bytes"]) if sends_changes else None,
+            Reconstruction(upload_bytes) if sends_changes else None,
         )
+        self._sender = Sender(client, self._rank, self._link, uploader)
         self._fetcher = Fetcher(
             client,
             self._rank,
@@ -91,7 +115,7 @@ class Courier:
             self._metrics,
             self._tell,
             dtype=pb.BF16 if sends_changes else pb.FP32,
-            is_held=hello["prediction_is_held"],
+            is_held=hello.prediction_is_held,
         )
 
     def run(self) -> None:
@@ -100,28 +124,30 @@ class Courier:
         self._resume_record(self._link.session)
         self._metrics.follow_link(lambda: self._link.is_connected)
         self._start(self._link.run, "link")
-        outgoing = self._start(self._uploader.run, "outgoing")
+        outgoing = self._start(self._sender.run, "outgoing")
         self._start(self._fetcher.run, "incoming")
         if port is not None:
-            self._tell({"type": "metrics", "port": port})
+            self._tell(MetricsServed(port=port))
         for message in self._channel.receive():
-            match message["type"]:
-                case "snapshot" | "report":
-                    self._uploader.put(self._link.session["session_id"], message)
-                case "release":
-                    self._record(message["record"], self._prediction)
+            match message:
+                case Snapshot() | Report():
+                    self._sender.put(self._link.session.session_id, message)
+                case Release(record=record):
+                    self._record(record, self._prediction)
                     self._fetcher.release()
-                case "log":
-                    self._record(message["record"], None)
-                case "stats":
-                    self._metrics.update(message["values"])
-                case "session":
-                    self._begin_session(message["session"])
-                case unknown:
-                    raise AssertionError(f"the trainer sent a message of unknown type {unknown!r}")
+                case Log(record=record):
+                    self._record(record, None)
+                case Stats():
+                    self._metrics.update(message)
+                case BeginSession(session=session):
+                    self._begin_session(session)
+                case Hello():
+                    raise MessageError("a rank introduces itself to its courier once")
+                case _:
+                    assert_never(message)
         self._is_ending = True
         # What was staged last, often together with a checkpoint, is what a resumed run needs first.
-        self._uploader.end()
+        self._sender.end()
         outgoing.join(DRAIN_TIMEOUT_S)
         self._link.end()
 
@@ -141,7 +167,7 @@ class Courier:
             sys.stderr.flush()
             signal.raise_signal(signal.SIGKILL)
 
-    def _tell(self, message: Message) -> None:
+    def _tell(self, message: ToHook) -> None:
         try:
             with self._send_lock:
                 self._channel.send(message)
@@ -158,9 +184,9 @@ class Courier:
 
     # --- the session
 
-    def _begin_session(self, session: Mapping[str, Any]) -> None:
+    def _begin_session(self, session: Session) -> None:
         self._link.begin(session)
-        self._metrics.begin_session(session["run_id"])
+        self._metrics.begin_session(session.run_id)
         self._resume_record(session)
 
     def _on_event(self, session_id: str, event: pb.SessionEvent) -> None:
@@ -168,16 +194,16 @@ class Courier:
             case "committed":
                 self._outcomes.commit(session_id, event.committed.epoch, event.committed.step)
                 self._metrics.snapshots.labels(*self._metrics.labels, "committed").inc()
-                self._tell({"type": "committed", "step": event.committed.step})
+                self._tell(Committed(step=event.committed.step))
             case "aborted":
                 # Not if this rank could not send its part: that loss has been counted.
                 if self._outcomes.lose(session_id, event.aborted.epoch, event.aborted.step):
                     self._metrics.snapshots.labels(*self._metrics.labels, "aborted").inc()
-                    self._tell({"type": "dropped", "step": event.aborted.step, "reason": event.aborted.reason})
+                    self._tell(Dropped(step=event.aborted.step, reason=event.aborted.reason))
             case "published":
                 self._fetcher.put(session_id, event.published)
             case "failed":
-                self._tell({"type": "failed", "step": event.failed.base_step, "reason": event.failed.reason})
+                self._tell(Failed(step=event.failed.base_step, reason=event.failed.reason))
 
     # --- the apply log
 
@@ -194,19 +220,23 @@ class Courier:
                 )
         # The trainer ends without reading all; what it asked to be recorded is recorded nevertheless.
         with contextlib.suppress(ChannelClosedError):
-            self._tell({"type": "noted"})
+            self._tell(Confirmed())
 
-    def _resume_record(self, session: Mapping[str, Any]) -> None:
+    def _resume_record(self, session: Session) -> None:
         # Not at a fresh session: a run that is about to load a checkpoint has one first.
-        if self._recorder is not None and session["resumed"]:
+        if self._recorder is not None and session.resumed:
             try:
                 self._recorder.resume(session)
             except OSError as error:
                 log.error("rank %d: the apply log keeps jumps that the resume gave up: %s", self._rank, error)
 
 
-def _announcement(opening: Mapping[str, Any], session: Mapping[str, Any]) -> pb.OpenRequest:
-    return open_request({**opening["fields"], **session}, opening["parameters"], opening["config_json"])
+def _announcement(settings: CourierSettings, session: Session) -> pb.OpenRequest:
+    assert settings.opening is not None
+    fields = asdict(settings.opening) | asdict(session)
+    fields["wire_dtype"] = "BF16" if settings.wire_dtype == "bf16_delta" else "FP32"
+    parameters, config_json = fields.pop("parameters"), fields.pop("config_json")
+    return open_request(fields, parameters, config_json)
 
 
 def main(descriptor: int) -> None:
@@ -214,6 +244,11 @@ def main(descriptor: int) -> None:
     # Ctrl-C reaches the whole process group; the courier ends with its rank's channel instead.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="sidecast courier: %(message)s")
-    channel = Channel(socket.socket(fileno=descriptor))
-    hello = next(channel.receive())
-    Courier(channel, hello).run()
+    channel = Channel[ToHook, ToCourier](socket.socket(fileno=descriptor), TO_COURIER)
+    try:
+        hello = next(channel.receive())
+        if not isinstance(hello, Hello):
+            raise MessageError(f"a rank introduces itself to its courier first, not with {type(hello).__name__}")
+        Courier(channel, hello).run()
+    except MessageError as error:
+        sys.exit(f"sidecast courier: {error}")

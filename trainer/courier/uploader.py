@@ -1,10 +1,9 @@
-"""The courier's outgoing side: snapshots and reports, in the order in which they happened."""
+"""Uploads snapshots from the staging slots, by the shortest way that is open."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import queue
 import time
 from collections.abc import Callable, Sequence
 
@@ -26,7 +25,7 @@ from sidecast.trainer.courier.refusals import (
 )
 from sidecast.trainer.courier.snapshot_outcomes import SnapshotOutcomes
 from sidecast.trainer.courier.upload import Upload
-from sidecast.trainer.pipe.messages import Message
+from sidecast.trainer.pipe.messages import Sent, Snapshot, ToHook
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ BASE_WAIT_S = 2.0
 
 
 class Uploader:
-    """Sends what the trainer hands over; ``run`` is a thread's work.
+    """Uploads one snapshot at a time.
 
     Args:
         client: To the service.
@@ -44,7 +43,7 @@ class Uploader:
         link: Says whether the service is there.
         outcomes: What becomes of snapshots.
         metrics: The rank's series.
-        tell: Tells the trainer.
+        tell: Tells the hook.
         reconstruction: For sending changes; None to send states always.
     """
 
@@ -56,7 +55,7 @@ class Uploader:
         link: Link,
         outcomes: SnapshotOutcomes,
         metrics: CourierMetrics,
-        tell: Callable[[Message], None],
+        tell: Callable[[ToHook], None],
         reconstruction: Reconstruction | None,
     ) -> None:
         self._client = client
@@ -67,51 +66,22 @@ class Uploader:
         self._metrics = metrics
         self._tell = tell
         self._reconstruction = reconstruction
-        # With the session that they belong to: nothing of a run's earlier session may reach a later one.
-        self._queue: queue.SimpleQueue[tuple[str, Message] | None] = queue.SimpleQueue()
 
-    def put(self, session_id: str, message: Message) -> None:
-        """Takes a snapshot or a report."""
-        self._queue.put((session_id, message))
+    def upload(self, session_id: str, snapshot: Snapshot) -> None:
+        """Uploads and commits a snapshot, if the link and the service allow it, and says that its slot is free.
 
-    def end(self) -> None:
-        """Makes ``run`` return once everything before has been sent."""
-        self._queue.put(None)
-
-    def run(self) -> None:
-        """Sends until told to end."""
-        while (item := self._queue.get()) is not None:
-            session_id, message = item
-            if message["type"] == "report":
-                self._report(session_id, message)
-            else:
-                self._upload(session_id, message)
-
-    def _report(self, session_id: str, message: Message) -> None:
-        request = pb.ReportRequest(
-            session_id=session_id,
-            rank=self._rank,
-            version=message["version"],
-            outcome=message["outcome"].upper(),
-            epoch=message["epoch"],
-        )
-        try:
-            if self._link.wait_connected(session_id, self._client.call_s, outlasts_outage=False):
-                self._client.report(request)
-        except SidecastError as error:
-            # The epoch also travels with every chunk: a lost report costs a count, nothing else.
-            log.warning("rank %d: the report of step %d was not taken: %s", self._rank, message["step"], error)
-
-    def _upload(self, session_id: str, message: Message) -> None:
-        slot, step, epoch = message["slot"], message["step"], message["epoch"]
-        buffer = self._slots[slot]
+        Args:
+            session_id: The session that the snapshot was made in.
+            snapshot: What to upload.
+        """
+        buffer = self._slots[snapshot.slot]
         started_s = time.perf_counter()
         transfer_s = self._client.transfer_s(len(buffer))
         deadline_s = time.monotonic() + transfer_s
-        upload, reason = self._state(session_id, message, buffer), "not connected"
+        upload, reason = self._state(session_id, snapshot, buffer), "not connected"
         # A break of an instant costs no snapshot; while the service is away, the slot is free again at once.
         if self._link.wait_connected(session_id, transfer_s, outlasts_outage=False):
-            upload, reason = self._deliver_somehow(session_id, message, buffer, deadline_s)
+            upload, reason = self._deliver_somehow(session_id, snapshot, buffer, deadline_s)
         seconds = time.perf_counter() - started_s
         num_bytes = 0
         if not reason:
@@ -120,31 +90,29 @@ class Uploader:
             self._metrics.upload_seconds.labels(*self._metrics.labels).observe(seconds)
             if self._reconstruction is not None:
                 self._reconstruction.follow(upload.key, buffer, upload.digest)
-        elif self._outcomes.lose(session_id, epoch, step):
+        elif self._outcomes.lose(session_id, snapshot.epoch, snapshot.step):
             self._metrics.snapshots.labels(*self._metrics.labels, "unsent").inc()
         else:
             # The service has told of its end before: that loss has been counted.
             reason = ""
-        self._tell(
-            {"type": "sent", "slot": slot, "step": step, "seconds": seconds, "bytes": num_bytes, "reason": reason}
-        )
+        self._tell(Sent(slot=snapshot.slot, step=snapshot.step, seconds=seconds, num_bytes=num_bytes, reason=reason))
 
     def _deliver_somehow(
-        self, session_id: str, message: Message, buffer: memoryview, deadline_s: float
+        self, session_id: str, snapshot: Snapshot, buffer: memoryview, deadline_s: float
     ) -> tuple[Upload, str]:
         """Delivers by the shortest way that is open: shared memory, a change, the whole state."""
-        base = self._base(session_id, message["epoch"])
+        base = self._base(session_id, snapshot.epoch)
         try:
             if self._client.is_sharing:
-                upload = self._state(session_id, message, buffer, shared_buffer=message["slot"])
+                upload = self._state(session_id, snapshot, buffer, shared_buffer=snapshot.slot)
                 return upload, self._deliver(upload, deadline_s)
             if base is not None:
-                upload = self._change(base, message, buffer)
+                upload = self._change(base, snapshot, buffer)
                 return upload, self._deliver(upload, deadline_s)
         except ResendError as error:
-            log.info("rank %d sends step %d once more, in full: %s", self._rank, message["step"], error)
+            log.info("rank %d sends step %d once more, in full: %s", self._rank, snapshot.step, error)
             self._client.is_sharing = False
-        upload = self._state(session_id, message, buffer)
+        upload = self._state(session_id, snapshot, buffer)
         return upload, self._deliver(upload, deadline_s)
 
     def _base(self, session_id: str, epoch: int) -> Base | None:
@@ -158,20 +126,20 @@ class Uploader:
         return base if self._outcomes.is_committed(session_id, epoch, base.step, BASE_WAIT_S) else None
 
     def _state(
-        self, session_id: str, message: Message, buffer: memoryview, *, shared_buffer: int | None = None
+        self, session_id: str, snapshot: Snapshot, buffer: memoryview, *, shared_buffer: int | None = None
     ) -> Upload:
-        key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=message["step"], epoch=message["epoch"])
+        key = pb.ChunkKey(session_id=session_id, rank=self._rank, id=snapshot.step, epoch=snapshot.epoch)
         return Upload(
             key, len(buffer), lambda start, length: buffer[start : start + length], shared_buffer=shared_buffer
         )
 
-    def _change(self, base: Base, message: Message, buffer: memoryview) -> Upload:
+    def _change(self, base: Base, snapshot: Snapshot, buffer: memoryview) -> Upload:
         reconstruction = self._reconstruction
         assert reconstruction is not None, "there is a base"
         key = pb.ChunkKey(
             session_id=base.session_id,
             rank=self._rank,
-            id=message["step"],
+            id=snapshot.step,
             epoch=base.epoch,
             dtype=pb.BF16,
             base_step=base.step,
@@ -216,5 +184,5 @@ class Uploader:
             return None
         except SidecastError as error:
             # Everything again, then; if that is of no use either, the upload says so.
-            log.debug("rank %d: no word of what has arrived: %s", self._rank, error)
+            log.debug("rank %d: not known what has arrived: %s", self._rank, error)
             return []

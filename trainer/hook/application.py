@@ -37,7 +37,7 @@ class JumpApplier:
         rollback_copy: Where jumps are undone from; None if they never are.
 
     Attributes:
-        partition: Replaced when a checkpoint is loaded.
+        partition: As given.
     """
 
     def __init__(
@@ -50,9 +50,8 @@ class JumpApplier:
         self._base = torch.empty(total_elements(partition.owned_shards)) if config.merge == "replace" else None
         self._base_step: int | None = None
 
-    def resume(self, partition: Partition) -> None:
-        """Goes on with a partition that was mapped after a checkpoint was loaded; a base from before is let go."""
-        self.partition = partition
+    def resume(self) -> None:
+        """Goes on from a loaded checkpoint; a base from before is let go."""
         self._base_step = None
 
     def after_snapshot(self, step: int, *, is_base: bool) -> None:

@@ -3,47 +3,132 @@
 from __future__ import annotations
 
 import logging
-import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sidecast.atomic_files import replacing
 from sidecast.errors import ConfigError, SidecastError
-from sidecast.trainer.hook.boundary import NowcastHook, rollback_path
 from sidecast.trainer.hook.courier_handle import CourierHandle
 from sidecast.trainer.hook.ranks import Ranks
-from sidecast.trainer.hook.replay import Replayer
-from sidecast.trainer.hook.training_run import Trainee
-from sidecast.trainer.partitions import RemappingPartition
+from sidecast.trainer.hook.reporting import NowcastEvent
+from sidecast.trainer.hook.training_run import TrainingRun
+from sidecast.trainer.partitions import Partition, StalePartitionError
+from sidecast.trainer.pipe.messages import Session
 
 log = logging.getLogger(__name__)
 
 
-class Attachment(Protocol):
-    """What a training loop does with the hook."""
+class Hook(Protocol):
+    """One rank's hook: what is done at its step boundaries, whoever decides it.
+
+    Attributes:
+        step: Optimizer steps applied so far.
+        is_on_probation: Whether a jump may still be undone, so that a checkpoint must hold the rollback copy.
+    """
 
     @property
-    def hook(self) -> NowcastHook | Replayer:
-        """The hook itself, for listeners and summaries."""
+    def step(self) -> int: ...
+
+    @property
+    def is_on_probation(self) -> bool: ...
 
     def observe(self, loss: Tensor | float) -> None:
         """Gives the mean loss of one micro-batch."""
 
-    def after_step(self) -> None:
-        """To be called on every rank after each optimizer step that was applied."""
+    def add_listener(self, callback: Callable[[NowcastEvent], None]) -> None:
+        """Calls back with every event, on the training thread."""
+
+    def after_step(self, step: int) -> None:
+        """Does what is due once an optimizer step has been applied; nothing if it knows of that step.
+
+        Args:
+            step: Optimizer steps applied since the run began.
+        """
+
+    def summary(self) -> dict[str, Any]:
+        """What was done since the hook was attached."""
+
+    def close(self) -> None:
+        """Ends nowcasting; the training run goes on without."""
 
     def state_dict(self) -> dict[str, Any] | None:
         """What a checkpoint keeps: plain values, the same on all ranks; None for nothing."""
 
-    def save_rollback_copy(self, checkpoint: Path) -> None:
-        """Adds this rank's rollback copy to a checkpoint's folder, if a jump is on probation."""
+    def resume(self, state: Mapping[str, Any] | None, step: int, run_id: str, *, is_kept: bool = False) -> None:
+        """Goes on from a checkpoint that was just loaded.
+
+        Args:
+            state: What ``state_dict`` gave; None if the checkpoint was saved without a hook.
+            step: Optimizer steps applied in the checkpoint.
+            run_id: The run's identity if the checkpoint has none.
+            is_kept: Whether a prediction whose base is not after the checkpoint will be brought anew.
+        """
+
+    def rollback_state(self) -> dict[str, Any] | None:
+        """This rank's rollback copy, for a checkpoint; None if no jump is on probation, or none can be undone."""
+
+    def load_rollback_copy(self, state: Mapping[str, Any]) -> None:
+        """Takes the rollback copy of a checkpoint that was saved during probation.
+
+        Raises:
+            SidecastError: It does not fit, or there is no memory for it.
+        """
+
+    def end_probation(self) -> None:
+        """Keeps a jump for good whose rollback copy is lost."""
+
+
+class Attachment:
+    """A hook on its training run.
+
+    Args:
+        run: The run.
+        hook: On that run.
+        partition: What the hook works on.
+        ranks: Of the run.
+        courier: Whose service keeps a run's history over resumes; None without a service.
+    """
+
+    def __init__(
+        self, run: TrainingRun, hook: Hook, partition: Partition, ranks: Ranks, courier: CourierHandle | None = None
+    ) -> None:
+        self.hook = hook
+        self._run = run
+        self._partition = partition
+        self._ranks = ranks
+        self._courier = courier
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Gives the mean loss of one micro-batch."""
+        self.hook.observe(loss)
+
+    def after_step(self) -> None:
+        """To be called on every rank after each optimizer step that was applied."""
+        self.hook.after_step(self._run.applied_steps())
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps: plain values, the same on all ranks; None for nothing."""
+        return self.hook.state_dict()
 
     def rollback_state(self) -> dict[str, Any] | None:
         """This rank's rollback copy, if a jump is on probation; for checkpoints that are no folders."""
+        return self.hook.rollback_state()
+
+    def save_rollback_copy(self, checkpoint: Path) -> None:
+        """Adds this rank's rollback copy to a checkpoint's folder, if a jump is on probation."""
+        path = rollback_path(checkpoint, self._ranks.rank)
+        rollback = self.rollback_state()
+        if rollback is None:
+            # Where checkpoints overwrite one another, there may be the copy of an earlier jump.
+            path.unlink(missing_ok=True)
+            return
+        with replacing(path) as partial:
+            torch.save(rollback, partial)
 
     def resume(
         self, state: Mapping[str, Any] | None, checkpoint: Path | None, rollback: Mapping[str, Any] | None = None
@@ -58,122 +143,46 @@ class Attachment(Protocol):
         Raises:
             ConfigError: The checkpoint changed what this rank holds.
         """
-
-    def close(self) -> None:
-        """Ends nowcasting; the training run goes on without."""
-
-
-class NowcastAttachment:
-    """A hook that works with a service.
-
-    Args:
-        trainee: The run.
-        hook: On that run.
-        courier: The hook's.
-        ranks: Of the run.
-    """
-
-    def __init__(self, trainee: Trainee, hook: NowcastHook, courier: CourierHandle, ranks: Ranks) -> None:
-        self.hook = hook
-        self._trainee = trainee
-        self._courier = courier
-        self._ranks = ranks
-        self._shards = hook.shards
-
-    def observe(self, loss: Tensor | float) -> None:
-        self.hook.observe(loss)
-
-    def after_step(self) -> None:
-        self.hook.after_step(self._trainee.applied_steps())
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.hook.state_dict()
-
-    def save_rollback_copy(self, checkpoint: Path) -> None:
-        path = rollback_path(checkpoint, self._ranks.rank)
-        rollback = self.rollback_state()
-        if rollback is None:
-            # Where checkpoints overwrite one another, there may be the copy of an earlier jump.
-            path.unlink(missing_ok=True)
-            return
-        partial = path.with_suffix(".partial")
-        torch.save(rollback, partial)
-        os.replace(partial, path)
-
-    def rollback_state(self) -> dict[str, Any] | None:
-        return self.hook.rollback_state()
-
-    def resume(
-        self, state: Mapping[str, Any] | None, checkpoint: Path | None, rollback: Mapping[str, Any] | None = None
-    ) -> None:
-        partition = RemappingPartition(self._trainee.map_partition)
-        if (partition.upload_shards, partition.owned_shards) != self._shards:
-            raise ConfigError("the loaded checkpoint changed this rank's partition; attach after loading it instead")
-        step = self._trainee.applied_steps()
+        try:
+            self._partition.map_anew()
+        except StalePartitionError as error:
+            raise ConfigError(
+                f"the loaded checkpoint changed this rank's partition ({error}); attach after loading it instead"
+            ) from error
+        step = self._run.applied_steps()
         if state is not None and state["step"] != step:
             # Only weights were loaded: this is another run, whose optimizer the other's rollback copy must not reach.
             state = None
         session = new_session(self._ranks, step, state)
-        # The service goes on with the run, and keeps what is of use to it.
-        self.hook.resume(state, partition, step, session["run_id"], is_kept=True)
+        # A service goes on with the run, and keeps what is of use to it.
+        self.hook.resume(state, step, session.run_id, is_kept=self._courier is not None)
         load_rollback_copy(self.hook, checkpoint, rollback, self._ranks)
-        self._courier.new_session(session)
+        if self._courier is not None:
+            self._courier.new_session(session)
 
     def close(self) -> None:
+        """Ends nowcasting; the training run goes on without."""
         self.hook.close()
 
 
-class ReplayAttachment:
-    """A replayer in the hook's place.
-
-    Args:
-        trainee: The run.
-        replayer: On that run.
-    """
-
-    def __init__(self, trainee: Trainee, replayer: Replayer) -> None:
-        self.hook = replayer
-        self._trainee = trainee
-
-    def observe(self, loss: Tensor | float) -> None:
-        self.hook.observe(loss)
-
-    def after_step(self) -> None:
-        self.hook.after_step(self._trainee.applied_steps())
-
-    def state_dict(self) -> None:
-        return None
-
-    def save_rollback_copy(self, checkpoint: Path) -> None:
-        """A replay never asks whether a jump paid."""
-
-    def rollback_state(self) -> None:
-        return None
-
-    def resume(
-        self, state: Mapping[str, Any] | None, checkpoint: Path | None, rollback: Mapping[str, Any] | None = None
-    ) -> None:
-        self.hook.resume(RemappingPartition(self._trainee.map_partition), self._trainee.applied_steps())
-
-    def close(self) -> None:
-        self.hook.close()
+def rollback_path(checkpoint: Path, rank: int) -> Path:
+    """Where a checkpoint saved during probation keeps a rank's rollback copy."""
+    return checkpoint / f"sidecast_rollback_rank{rank}.pt"
 
 
-def new_session(ranks: Ranks, step: int, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def new_session(ranks: Ranks, step: int, state: Mapping[str, Any] | None = None) -> Session:
     """A session of a new run, or of the run that a loaded checkpoint belongs to; the same on all ranks."""
     session_id, run_id = ranks.from_first([uuid.uuid4().hex[:16], uuid.uuid4().hex[:16]])
-    return {
-        "session_id": session_id,
-        "run_id": run_id if state is None else state["run_id"],
-        "resumed": state is not None,
-        "resume_step": step,
-        "resume_epoch": 0 if state is None else state["epoch"],
-    }
+    return Session(
+        session_id=session_id,
+        run_id=run_id if state is None else state["run_id"],
+        resumed=state is not None,
+        resume_step=step,
+        resume_epoch=0 if state is None else state["epoch"],
+    )
 
 
-def load_rollback_copy(
-    hook: NowcastHook, checkpoint: Path | None, rollback: Mapping[str, Any] | None, ranks: Ranks
-) -> None:
+def load_rollback_copy(hook: Hook, checkpoint: Path | None, rollback: Mapping[str, Any] | None, ranks: Ranks) -> None:
     """A jump on probation can only stay so if every rank can still undo it."""
     if not hook.is_on_probation:
         return

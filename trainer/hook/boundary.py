@@ -5,12 +5,9 @@ Every decision that touches weights is read from a vote, so that all ranks take 
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -25,13 +22,14 @@ from sidecast.trainer.hook.jump import LearningRateWindow, jump_weight
 from sidecast.trainer.hook.losses import LossMeter
 from sidecast.trainer.hook.messenger import Messenger
 from sidecast.trainer.hook.probation import Probation, Verdict
-from sidecast.trainer.hook.reporting import NowcastEvent, Reporter, Totals
+from sidecast.trainer.hook.reporting import HookTotals, NowcastEvent, Reporter
 from sidecast.trainer.hook.schedule import Schedule
 from sidecast.trainer.hook.staging import Stager, side_stream
+from sidecast.trainer.hook.trajectory import Trajectory
 from sidecast.trainer.hook.vote import NO_VERSION, Ballot, Decision, Votes
 from sidecast.trainer.hook.windows import WindowLosses
 from sidecast.trainer.partitions import Partition, RollbackCopy
-from sidecast.trainer.pipe.messages import HeldPrediction
+from sidecast.trainer.pipe.messages import Prediction
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +37,7 @@ VOTE_END_TIMEOUT_S = 2.0
 
 
 class NowcastHook:
-    """One rank's hook.
+    """One rank's hook; implements ``Hook`` with a service, or with what takes its place.
 
     Args:
         config: Settings.
@@ -65,16 +63,21 @@ class NowcastHook:
         is_linked: bool = True,
     ) -> None:
         self.config = config
-        self.run_id = run_id
+        self._trajectory = Trajectory(run_id, step)
         self._courier = courier
         self._votes = votes
         self._schedule = Schedule.of(config)
-        self._reporter = Reporter(courier, step)
-        self._stager = Stager(courier, side_stream(partition.device))
+        self._reporter = Reporter(courier, self._trajectory)
         self._windows = WindowLosses(config.period_steps)
         self._inbox = Inbox(
-            courier, self._reporter, self._windows, config.resolved_max_staleness_steps, is_linked=is_linked
+            courier,
+            self._trajectory,
+            self._reporter,
+            self._windows,
+            config.resolved_max_staleness_steps,
+            is_linked=is_linked,
         )
+        self._stager = Stager(courier, self._inbox, side_stream(partition.device))
         self._applier = JumpApplier(config, partition, votes, rollback_copy)
         self._probation = Probation(config)
         self._learning_rates = LearningRateWindow(config.context_len)
@@ -87,15 +90,20 @@ class NowcastHook:
     @property
     def step(self) -> int:
         """Optimizer steps applied so far."""
-        return self._reporter.step
+        return self._trajectory.step
 
     @property
     def epoch(self) -> int:
         """How many jumps and rollbacks there have been; states of different epochs never mix in a nowcast."""
-        return self._reporter.epoch
+        return self._trajectory.epoch
 
     @property
-    def totals(self) -> Totals:
+    def run_id(self) -> str:
+        """Under which the service knows the run, over all its sessions."""
+        return self._trajectory.run_id
+
+    @property
+    def totals(self) -> HookTotals:
         """What was done and what it has cost."""
         return self._reporter.totals
 
@@ -132,7 +140,7 @@ class NowcastHook:
         """
         if step == self.step or self._is_closed:
             return
-        self._reporter.step = step
+        self._trajectory.step = step
         started_s = time.perf_counter()
         # One for everything that is waited for at this boundary.
         deadline_s = time.monotonic() + self.config.sync_deadline_s
@@ -148,7 +156,8 @@ class NowcastHook:
             # Not for one that could not be applied: it would cost the deadline at every base step.
             if is_staged and self.epoch == staged_epoch and self._probation.allows_jumps and self._weight_scale() > 0:
                 self._collect()
-                self._inbox.await_prediction(deadline_s)
+                if self._inbox.await_prediction(deadline_s):
+                    self._stager.after_late_prediction()
             self._launch_vote()
             self._on_decision(self._votes.read())
         if self._schedule.is_vote(step) and not self._votes.is_open:
@@ -168,7 +177,7 @@ class NowcastHook:
         self._windows.pass_snapshot(time.monotonic())
         reason = self._windows.admit(self.step, is_patient=is_patient)
         if not reason:
-            slot = self._inbox.take_slot(deadline_s if is_patient else None)
+            slot = self._stager.take_slot(deadline_s if is_patient else None)
             if slot is None:
                 self._windows.outrun()
             reason = self._stager.stage(self._applier.partition, self.step, self.epoch, slot)
@@ -237,7 +246,7 @@ class NowcastHook:
 
     # --- jumps
 
-    def _jump(self, held: HeldPrediction, weight_scale: float) -> None:
+    def _jump(self, held: Prediction, weight_scale: float) -> None:
         staleness_steps = self.step - held.base_step
         horizon_steps = held.horizon_intervals * self._schedule.interval_steps
         weight = jump_weight(staleness_steps, horizon_steps, self.config, weight_scale)
@@ -253,7 +262,7 @@ class NowcastHook:
             return
         if self._applier.rollback_copy is not None:
             self._probation.begin(held.version, self.step)
-        self._reporter.epoch += 1
+        self._trajectory.begin_epoch()
         self.totals.num_applied += 1
         details: dict[str, float | int | str] = {
             "version": held.version,
@@ -267,8 +276,8 @@ class NowcastHook:
             "relative_norm": held.relative_norm,
             "nowcast_s": held.nowcast_s,
         }
-        self._inbox.release(held, details)
-        self._reporter.report("applied", held.version, weight=weight)
+        self._inbox.release(details)
+        self._reporter.report("applied", held.version)
         self._reporter.emit("applied", **details)
 
     def _judge(self, mean_loss: float | None) -> None:
@@ -281,7 +290,7 @@ class NowcastHook:
         if verdict is Verdict.ACCEPT:
             self._probation.accepted()
             self.totals.num_accepted += 1
-            self._reporter.report("accepted", jump.version, reason=reason)
+            self._reporter.report("accepted", jump.version)
             self._reporter.emit("accepted", version=jump.version, reason=reason)
             return
         if obstacle := self._applier.undo():
@@ -291,10 +300,10 @@ class NowcastHook:
                 self._reporter.emit("rollback_delayed", version=jump.version, reason=obstacle)
             return
         why_suspended = self._probation.rolled_back()
-        self._reporter.epoch += 1
+        self._trajectory.begin_epoch()
         self.totals.num_rolled_back += 1
         self._courier.log({"action": "rolled_back", "step": self.step})
-        self._reporter.report("rolled_back", jump.version, reason=reason)
+        self._reporter.report("rolled_back", jump.version)
         self._reporter.emit("rolled_back", version=jump.version, reason=reason)
         if why_suspended:
             self._reporter.emit("suspended", reason=why_suspended)
@@ -305,47 +314,32 @@ class NowcastHook:
         """Plain values for a checkpoint; the rollback copy is saved beside them."""
         # A resumed run needs first what was staged last.
         self._collect()
-        return {
-            "run_id": self.run_id,
-            "epoch": self.epoch,
-            "step": self.step,
-            "learning_rates": self._learning_rates.state(),
-            **self._probation.state(),
-        }
+        learning_rates = self._learning_rates.state()
+        return {**self._trajectory.state(), "learning_rates": learning_rates, **self._probation.state()}
 
-    def resume(
-        self,
-        state: Mapping[str, Any] | None,
-        partition: Partition,
-        step: int,
-        run_id: str,
-        *,
-        is_kept: bool = False,
-    ) -> None:
+    def resume(self, state: Mapping[str, Any] | None, step: int, run_id: str, *, is_kept: bool = False) -> None:
         """Goes on from a loaded checkpoint.
 
         Args:
             state: What ``state_dict`` gave; None if the checkpoint was saved without the hook.
-            partition: Mapped anew.
             step: Optimizer steps applied in the checkpoint.
             run_id: The run's identity if the checkpoint has none.
             is_kept: Whether a prediction whose base is not after the checkpoint will be brought anew.
         """
         if self._votes.is_open:
             self._votes.read()
-        self._applier.resume(partition)
+        self._applier.resume()
         self._windows.forget()
-        self._reporter.step = step
         self._meter = LossMeter()
+        # What is rejected is so at the checkpoint's step, and in the epoch that ends.
+        self._trajectory.step = step
         held = self._inbox.held
         if held is not None:
-            trajectory = None if state is None else (state["run_id"], state["epoch"])
-            if is_kept and trajectory == (self.run_id, held.epoch) and held.base_step <= step:
+            if is_kept and self._trajectory.stays_usable(held, state, step):
                 self._inbox.let_go()
             else:
                 self._inbox.reject("a checkpoint was loaded")
-        self.run_id = run_id if state is None else state["run_id"]
-        self._reporter.epoch = 0 if state is None else state["epoch"]
+        self._trajectory.resume(state, run_id, step)
         self._learning_rates.load([] if state is None else state["learning_rates"])
         self._probation.load(state)
 
@@ -388,13 +382,3 @@ class NowcastHook:
     def is_on_probation(self) -> bool:
         """Whether a jump may still be undone, so that a checkpoint must hold the rollback copy."""
         return self._probation.jump is not None
-
-
-def rollback_path(checkpoint: Path, rank: int) -> Path:
-    """Where a checkpoint saved during probation keeps a rank's rollback copy."""
-    return checkpoint / f"sidecast_rollback_rank{rank}.pt"
-
-
-def dump_config(config: NowcasterConfig) -> str:
-    """Canonical text of the settings, to compare between ranks."""
-    return json.dumps(asdict(config), sort_keys=True)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from sidecast.errors import ConfigError
 from sidecast.horizon import MAX_POWER, MIN_POWER
-
-Section = TypeVar("Section")
+from sidecast.trainer.settings import read_settings, require
 
 MAX_PORT = 65_535
 MAX_CHANNELS = 16
@@ -158,8 +155,7 @@ class NowcasterConfig:
 
     def __post_init__(self) -> None:
         def check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
-            if not is_allowed:
-                raise ConfigError(f"nowcaster.{name} is {value!r}; allowed: {allowed}")
+            require(f"nowcaster.{name}", value, is_allowed, allowed)
 
         check("context_len", self.context_len, self.context_len >= 2, "2 or more")
         check("period_steps", self.period_steps, self.period_steps >= self.context_len, "context_len or more")
@@ -241,35 +237,4 @@ def parse_section(section: Mapping[str, Any]) -> NowcasterConfig:
     Raises:
         ConfigError: An unknown key, or a value of the wrong kind or out of range, named with what is allowed.
     """
-    return _parse(NowcasterConfig, section, "nowcaster")
-
-
-def _parse(kind: type[Section], section: Mapping[str, Any], path: str) -> Section:
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"{path} is {section!r}; allowed: an object")
-    hints = get_type_hints(kind)
-    for key in section:
-        if key not in hints:
-            raise ConfigError(f"{path} has an unknown key {key!r}; allowed: {', '.join(sorted(hints))}")
-    return kind(**{key: _value(hints[key], value, f"{path}.{key}") for key, value in section.items()})
-
-
-def _value(hint: Any, value: Any, path: str) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        if value is None and type(None) in get_args(hint):
-            return None
-        (hint,) = (item for item in get_args(hint) if item is not type(None))
-    if dataclasses.is_dataclass(hint):
-        return _parse(hint, value, path)  # type: ignore[arg-type]
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ConfigError(f"{path} is {value!r}; allowed: {', '.join(repr(item) for item in get_args(hint))}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    kind = Mapping if get_origin(hint) is not None else hint
-    # bool is an int to Python, not to a user.
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Mapping: "an object"}
-        raise ConfigError(f"{path} is {value!r}; allowed: {names[kind]}")
-    return value
+    return read_settings(NowcasterConfig, section, "nowcaster")

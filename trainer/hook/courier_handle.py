@@ -11,12 +11,37 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, assert_never
 
 from sidecast.protos.transport import BULK_ENVIRONMENT
+from sidecast.trainer.hook.messenger import Died, ForHook
+from sidecast.trainer.hook.slots import FP32_BYTES, Slot, SlotState, has_free, take_free
 from sidecast.trainer.pipe.buffers import SharedBuffer
 from sidecast.trainer.pipe.channel import Channel, ChannelClosedError
-from sidecast.trainer.pipe.messages import Message
+from sidecast.trainer.pipe.encoding import MessageError
+from sidecast.trainer.pipe.messages import (
+    TO_HOOK,
+    BeginSession,
+    Committed,
+    Confirmed,
+    Connected,
+    CourierSettings,
+    Disconnected,
+    Dropped,
+    Failed,
+    Hello,
+    Log,
+    MetricsServed,
+    Prediction,
+    Refused,
+    Release,
+    Sent,
+    Session,
+    Shard,
+    Snapshot,
+    ToCourier,
+    ToHook,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +52,7 @@ RECORD_TIMEOUT_S = 30.0
 MAX_DEATHS_IN_A_ROW = 5
 
 
-_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+_channels: weakref.WeakSet[Channel[ToCourier, ToHook]] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
@@ -43,41 +68,41 @@ class CourierHandle:
     """One rank's courier and the memory shared with it.
 
     Args:
-        hello: What the courier must know, but the descriptors and sizes of the buffers.
-        upload_bytes: Size of a staging slot.
-        fetch_bytes: Size of the prediction buffer.
+        settings: What holds for every courier of this rank.
+        session: To be opened.
         num_slots: Number of staging slots.
+
+    Attributes:
+        slots: The staging slots.
+        prediction: The prediction buffer.
+        held: The prediction that lies whole in it; it outlives the courier that brought it.
+        num_deaths: How many couriers had to be replaced.
+        session: That the courier keeps open, or tries to.
     """
 
-    def __init__(self, hello: Mapping[str, Any], upload_bytes: int, fetch_bytes: int, num_slots: int) -> None:
+    def __init__(self, settings: CourierSettings, session: Session, num_slots: int) -> None:
         with contextlib.ExitStack() as undo:
 
-            def reserve(name: str, num_bytes: int) -> SharedBuffer:
-                buffer = SharedBuffer(name, num_bytes)
+            def reserve(name: str, shards: tuple[Shard, ...]) -> SharedBuffer:
+                buffer = SharedBuffer(name, FP32_BYTES * sum(stop - start for _, start, stop in shards))
                 undo.callback(buffer.close)
                 return buffer
 
-            self.slots = [reserve(f"staging-{index}", upload_bytes) for index in range(num_slots)]
-            self.prediction = reserve("prediction", fetch_bytes)
+            self.slots = [
+                Slot(index, reserve(f"staging-{index}", settings.upload_shards)) for index in range(num_slots)
+            ]
+            self.prediction = reserve("prediction", settings.fetch_shards)
             undo.pop_all()
+        self.held: Prediction | None = None
         self.num_deaths = 0
+        self.session = session
+        self._settings = settings
         self._num_deaths_in_a_row = 0
-        self.prediction_is_held = False
-        self._hello = {
-            **hello,
-            "upload_bytes": upload_bytes,
-            "fetch_bytes": fetch_bytes,
-            "slot_descriptors": [slot.descriptor for slot in self.slots],
-            "prediction_descriptor": self.prediction.descriptor,
-        }
-        self._free_slots = list(range(len(self.slots)))
-        # Taken, and not yet handed over: no courier has them, whichever dies.
-        self._filling: set[int] = set()
         self._process: subprocess.Popen[bytes] | None = None
-        self._channel: Channel | None = None
+        self._channel: Channel[ToCourier, ToHook] | None = None
         self._last_status: int | None = None
-        self._unconfirmed: deque[Message] = deque()
-        self._death_notices: deque[Message] = deque()
+        self._unconfirmed: deque[Release | Log] = deque()
+        self._untold_deaths: deque[Died] = deque()
 
     @property
     def is_alive(self) -> bool:
@@ -90,7 +115,7 @@ class CourierHandle:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "sidecast.trainer.courier", str(theirs.fileno())],
-                pass_fds=[theirs.fileno(), self.prediction.descriptor, *(slot.descriptor for slot in self.slots)],
+                pass_fds=[theirs.fileno(), self.prediction.descriptor, *self._slot_descriptors],
                 stdin=subprocess.DEVNULL,
                 env=courier_environment(),
             )
@@ -99,42 +124,46 @@ class CourierHandle:
             raise
         finally:
             theirs.close()
-        self._channel = Channel(ours)
+        self._channel = Channel[ToCourier, ToHook](ours, TO_HOOK)
         self._channel.set_blocking(False)
         _channels.add(self._channel)
-        self._free_slots = [slot for slot in range(len(self.slots)) if slot not in self._filling]
+        for slot in self.slots:
+            # What the courier before was to send is lost.
+            if slot.state is SlotState.POSTED:
+                slot.free()
+        # A prediction that the trainer still holds, or that is still to be recorded, outlives the courier that
+        # fetched it, and so does every entry of the apply log that it has not confirmed.
+        is_recorded = not any(isinstance(item, Release) for item in self._unconfirmed)
+        hello = Hello(
+            settings=self._settings,
+            session=self.session,
+            slot_descriptors=self._slot_descriptors,
+            prediction_descriptor=self.prediction.descriptor,
+            prediction_is_held=self.held is not None or not is_recorded,
+        )
         with contextlib.suppress(ChannelClosedError):
-            # A prediction that the trainer still holds, or that is still to be recorded, outlives the courier that
-            # fetched it, and so does every entry of the apply log that it has not confirmed.
-            is_held = self.prediction_is_held or any(item["type"] == "release" for item in self._unconfirmed)
-            self._channel.post({**self._hello, "prediction_is_held": is_held})
-            for message in self._unconfirmed:
+            for message in (hello, *self._unconfirmed):
                 self._channel.post(message)
+
+    @property
+    def _slot_descriptors(self) -> tuple[int, ...]:
+        return tuple(slot.buffer.descriptor for slot in self.slots)
+
+    @property
+    def session_id(self) -> str:
+        """Of the session that predictions belong to."""
+        return self.session.session_id
 
     @property
     def has_free_slot(self) -> bool:
         """Whether the courier does without one of the staging slots."""
-        return bool(self._free_slots)
+        return has_free(self.slots)
 
-    def take_slot(self) -> int | None:
+    def take_slot(self) -> Slot | None:
         """A staging slot that the courier does not need any more; None while it needs all."""
-        if not self._free_slots:
-            return None
-        slot = self._free_slots.pop()
-        self._filling.add(slot)
-        return slot
+        return take_free(self.slots)
 
-    @property
-    def session_id(self) -> str:
-        """The session that the courier keeps open, or tries to."""
-        return str(self._hello["session"]["session_id"])
-
-    def return_slot(self, slot: int) -> None:
-        """Gives back a slot that was not handed to the courier."""
-        self._filling.discard(slot)
-        self._free_slots.append(slot)
-
-    def post(self, message: Message, *, may_be_lost: bool = False) -> bool:
+    def post(self, message: ToCourier, *, may_be_lost: bool = False) -> bool:
         """Tells the courier something without waiting; False if it could not be told."""
         is_posted = False
         try:
@@ -142,11 +171,8 @@ class CourierHandle:
                 is_posted = self._channel.post(message, may_be_lost=may_be_lost)
         except ChannelClosedError:
             self._replace_dead()
-        if message["type"] == "snapshot":
-            if is_posted:
-                self._filling.discard(message["slot"])
-            else:
-                self.return_slot(message["slot"])
+        if isinstance(message, Snapshot):
+            self.slots[message.slot].state = SlotState.POSTED if is_posted else SlotState.FREE
         return is_posted
 
     def release_prediction(self, record: Mapping[str, Any] | None) -> None:
@@ -155,61 +181,68 @@ class CourierHandle:
         Args:
             record: Entry of the apply log if the prediction was applied; the courier adds the delta.
         """
-        self.prediction_is_held = False
-        self._post_until_confirmed({"type": "release", "record": record})
+        self.held = None
+        self._post_until_confirmed(Release(record=record))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Adds an entry to the apply log."""
-        self._post_until_confirmed({"type": "log", "record": record})
+        self._post_until_confirmed(Log(record=record))
 
-    def _post_until_confirmed(self, message: Message) -> None:
-        # Kept until the courier says that it is done: its successor is told otherwise.
+    def _post_until_confirmed(self, message: Release | Log) -> None:
+        # Kept until the courier says that it is done: the next one is told otherwise.
         self._unconfirmed.append(message)
         self.post(message)
 
-    def new_session(self, session: Mapping[str, Any]) -> None:
+    def new_session(self, session: Session) -> None:
         """Makes the courier open another session; a courier started later opens that one, too."""
-        self._hello["session"] = session
-        self.post({"type": "session", "session": session})
+        self.session = session
+        self.post(BeginSession(session=session))
 
-    def receive(self, timeout_s: float = 0.0) -> Iterator[Message]:
+    def receive(self, timeout_s: float = 0.0) -> Iterator[ForHook]:
         """Yields what the courier has said.
 
         Args:
             timeout_s: How long to wait for the first message.
         """
         channel = self._channel
-        if channel is None or self._death_notices:
-            yield from self._take_death_notices()
+        if channel is None or self._untold_deaths:
+            yield from self._take_deaths()
             return
         try:
             if timeout_s > 0:
                 channel.wait_readable(timeout_s)
             for message in channel.receive():
                 if self._channel is not channel:
-                    # Whoever took the last one has answered, and found the courier dead. Its successor was told all
+                    # Whoever took the last one has answered, and found the courier dead. The next one was told all
                     # that was not confirmed, and does not know what the dead one brought or sent.
                     break
-                if message["type"] == "noted":
-                    self._unconfirmed.popleft()
-                    continue
-                if message["type"] == "sent":
-                    self._free_slots.append(message["slot"])
-                elif message["type"] == "prediction":
-                    self.prediction_is_held = True
-                    self._num_deaths_in_a_row = 0
-                elif message["type"] == "metrics":
-                    log.info("rank %d serves metrics on port %d", self._hello["rank"], message["port"])
-                yield message
-        except ChannelClosedError:
+                match message:
+                    case Confirmed():
+                        self._unconfirmed.popleft()
+                    case MetricsServed(port=port):
+                        log.info("rank %d serves metrics on port %d", self._settings.rank, port)
+                    case Sent(slot=slot):
+                        self.slots[slot].free()
+                        yield message
+                    case Prediction():
+                        self.held = message
+                        self._num_deaths_in_a_row = 0
+                        yield message
+                    case Connected() | Disconnected() | Refused() | Committed() | Dropped() | Failed():
+                        yield message
+                    case _:
+                        assert_never(message)
+        except (ChannelClosedError, MessageError) as error:
             # Unless a post in between has noticed first: the one that is there now is then another.
             if self._channel is channel:
+                if isinstance(error, MessageError):
+                    log.error("the courier is not of the hook's version: %s", error)
                 self._replace_dead()
-        yield from self._take_death_notices()
+        yield from self._take_deaths()
 
-    def _take_death_notices(self) -> Iterator[Message]:
-        while self._death_notices:
-            yield self._death_notices.popleft()
+    def _take_deaths(self) -> Iterator[Died]:
+        while self._untold_deaths:
+            yield self._untold_deaths.popleft()
 
     def _replace_dead(self) -> None:
         """Takes note of a courier's death and starts another; nothing of the training run depends on it."""
@@ -219,12 +252,12 @@ class CourierHandle:
         self._num_deaths_in_a_row += 1
         self._channel.close()
         self._channel = None
-        # It closed its end, so it is dead or of no use; it must not write to a buffer that its successor fills.
+        # It closed its end, so it is dead or of no use; it must not write to a buffer that the next one fills.
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._last_status = self._process.wait(END_TIMEOUT_S)
         # Told with the next messages, whoever has noticed: a post that failed tells nobody.
-        self._death_notices.append({"type": "died", "reason": f"the courier ended with status {self._last_status}"})
+        self._untold_deaths.append(Died(reason=f"the courier ended with status {self._last_status}"))
         if self._num_deaths_in_a_row > MAX_DEATHS_IN_A_ROW:
             log.error(
                 "the courier died %d times without bringing a prediction; nowcasting is off for the rest of the run",
@@ -251,8 +284,9 @@ class CourierHandle:
                 self._process.kill()
                 self._process.wait()
             self._process = None
-        for buffer in (*self.slots, self.prediction):
-            buffer.close()
+        for slot in self.slots:
+            slot.close()
+        self.prediction.close()
         self.slots = []
 
 

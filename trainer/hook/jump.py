@@ -85,10 +85,7 @@ def merge(
         base: What the jump starts from if it replaces the weights of now; None: it is added to them.
         moments: ``keep``, ``reset``, or ``scale`` the first ones by ``1 - weight``.
     """
-    if base is None:
-        partition.apply(delta, weight)
-    else:
-        partition.apply(delta, weight, mode="replace", base=base)
+    partition.apply(delta, weight, base=base)
     if moments == "reset":
         partition.reset_moments()
     elif moments == "scale":

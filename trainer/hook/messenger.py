@@ -3,23 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sidecast.trainer.hook.slots import Slot
 from sidecast.trainer.pipe.buffers import SharedBuffer
-from sidecast.trainer.pipe.messages import Message
+from sidecast.trainer.pipe.messages import (
+    Committed,
+    Connected,
+    Disconnected,
+    Dropped,
+    Failed,
+    Prediction,
+    Refused,
+    Report,
+    Sent,
+    Snapshot,
+    Stats,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Died:
+    """The courier ended, and was replaced if it could be."""
+
+    reason: str
+
+
+FromHook = Snapshot | Report | Stats
+ForHook = Connected | Disconnected | Refused | Died | Sent | Committed | Dropped | Prediction | Failed
 
 
 class Messenger(Protocol):
     """Takes snapshots, brings predictions; no call waits for a network.
 
     Attributes:
-        slots: Staging buffers of this rank's upload shards, fp32.
+        slots: Staging slots of this rank's upload shards.
         prediction: Buffer of this rank's owned shards, fp32.
+        held: The prediction that lies whole in that buffer, from its message on until it is released; None if there
+            is none.
         num_deaths: How often it had to be replaced.
     """
 
+    held: Prediction | None
+
     @property
-    def slots(self) -> Sequence[SharedBuffer]: ...
+    def slots(self) -> Sequence[Slot]: ...
 
     @property
     def prediction(self) -> SharedBuffer: ...
@@ -35,17 +64,14 @@ class Messenger(Protocol):
     def has_free_slot(self) -> bool:
         """Whether ``take_slot`` would give one."""
 
-    def take_slot(self) -> int | None:
-        """A staging slot to fill; None if all are needed."""
+    def take_slot(self) -> Slot | None:
+        """A staging slot to fill, to be posted as a snapshot or freed; None if all are needed."""
 
-    def return_slot(self, slot: int) -> None:
-        """Gives back a slot that was not posted as a snapshot."""
+    def post(self, message: FromHook, *, may_be_lost: bool = False) -> bool:
+        """Tells it something without waiting; False if it could not be told, and a snapshot's slot is free again."""
 
-    def post(self, message: Message, *, may_be_lost: bool = False) -> bool:
-        """Tells it something without waiting; False if it could not be told."""
-
-    def receive(self, timeout_s: float = 0.0) -> Iterator[Message]:
-        """Yields what it has said.
+    def receive(self, timeout_s: float = 0.0) -> Iterator[ForHook]:
+        """Yields what it has to tell.
 
         Args:
             timeout_s: How long to wait for the first message.

@@ -47,7 +47,7 @@ def judge(before: Sequence[LossPoint], after: Sequence[LossPoint], sigmas: float
         sigmas: How sure to be before undoing a jump.
 
     Returns:
-        The verdict and one undo_reason with the numbers.
+        The verdict and its reason, with the numbers.
     """
     if not all(math.isfinite(point.loss) for point in after):
         return Verdict.ROLL_BACK, "the loss is not finite"

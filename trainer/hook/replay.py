@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from sidecast.trainer.pipe.apply_log import read_delta, read_log
 
 
 class Replayer:
-    """Takes the place of the hook.
+    """Implements ``Hook`` from a log, where the nowcasting hook asks a service.
 
     Args:
         folder: Written by a run with ``record_dir``, with as many ranks and the same partitions.
@@ -102,12 +102,28 @@ class Replayer:
         for callback in self._listeners:
             callback(event)
 
-    def resume(self, partition: Partition, step: int) -> None:
-        """Goes on from a loaded checkpoint."""
-        self._partition = partition
+    def state_dict(self) -> None:
+        """Nothing for a checkpoint to keep: the log has it all."""
+
+    def resume(self, state: Mapping[str, Any] | None, step: int, run_id: str, *, is_kept: bool = False) -> None:
+        """Goes on from a loaded checkpoint, by its step alone."""
         self._copy = self._base = None
         self.step = step
         self._skip_to(step)
+
+    @property
+    def is_on_probation(self) -> bool:
+        """Never: whether a jump paid is in the log."""
+        return False
+
+    def rollback_state(self) -> None:
+        """Nothing for a checkpoint to keep, as no jump is on probation."""
+
+    def load_rollback_copy(self, state: Mapping[str, Any]) -> None:
+        """Not needed, as no jump is on probation."""
+
+    def end_probation(self) -> None:
+        """Not needed, as no jump is on probation."""
 
     def summary(self) -> dict[str, Any]:
         """What has been repeated so far."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from sidecast.trainer.hook.messenger import Messenger
 from sidecast.trainer.hook.probation import Probation
+from sidecast.trainer.hook.trajectory import Trajectory
+from sidecast.trainer.pipe.messages import Outcome, Report, Stats, Totals
 
 EventKind = Literal[
     "staged",
@@ -43,50 +45,40 @@ class NowcastEvent:
     details: Mapping[str, float | int | str] = field(default_factory=dict)
 
 
-@dataclass
-class Totals:
-    """Since the hook was attached; seconds, bytes and counts, and the seconds of each nowcast."""
+@dataclass(kw_only=True)
+class HookTotals(Totals):
+    """Since the hook was attached; the seconds of each nowcast stay with the hook, as they grow with the run."""
 
-    blocked_s: float = 0.0
-    staging_s: float = 0.0
-    bytes_uploaded: int = 0
-    bytes_fetched: int = 0
-    num_staged: int = 0
-    num_committed: int = 0
-    num_dropped: int = 0
-    num_applied: int = 0
-    num_accepted: int = 0
-    num_rolled_back: int = 0
-    num_rejected: int = 0
-    num_failed: int = 0
     nowcast_s: list[float] = field(default_factory=list)
+
+    def numbers(self) -> Totals:
+        """A copy of what travels to the courier."""
+        return Totals(**{item.name: getattr(self, item.name) for item in fields(Totals)})
 
 
 class Reporter:
     """Keeps the totals and passes on what happens.
 
     Args:
-        courier: Takes reports to the service, and serves the metrics.
+        messenger: Takes reports to the service, and serves the metrics.
+        trajectory: Of the run; its step is that of events, its epoch that of reports.
 
     Attributes:
         totals: Counted by whoever brings something about.
         listeners: Called back with every event.
-        step: Optimizer step that events are of.
-        epoch: Epoch that reports are of.
     """
 
-    def __init__(self, courier: Messenger, step: int) -> None:
-        self.totals = Totals()
+    def __init__(self, messenger: Messenger, trajectory: Trajectory) -> None:
+        self.totals = HookTotals()
         self.listeners: list[Callable[[NowcastEvent], None]] = []
-        self.step = step
-        self.epoch = 0
-        self._courier = courier
+        self._messenger = messenger
+        self._trajectory = trajectory
         self._attached_s = time.perf_counter()
 
     def emit(self, kind: EventKind, **details: float | int | str) -> None:
         """Tells the listeners."""
         if self.listeners:
-            event = NowcastEvent(kind, self.step, details)
+            event = NowcastEvent(kind, self._trajectory.step, details)
             for callback in self.listeners:
                 callback(event)
 
@@ -95,46 +87,29 @@ class Reporter:
         self.totals.num_dropped += 1
         self.emit("dropped", snapshot_step=snapshot_step, reason=reason)
 
-    def report(self, outcome: str, version: int, *, weight: float = 0.0, reason: str = "") -> None:
+    def report(self, outcome: Outcome, version: int) -> None:
         """Tells the service what became of a prediction."""
-        self._courier.post(
-            {
-                "type": "report",
-                "outcome": outcome,
-                "version": version,
-                "step": self.step,
-                "epoch": self.epoch,
-                "weight": weight,
-                "reason": reason,
-            }
-        )
+        step, epoch = self._trajectory.step, self._trajectory.epoch
+        self._messenger.post(Report(outcome=outcome, version=version, step=step, epoch=epoch))
 
     def post_stats(self, probation: Probation) -> None:
         """Brings the metrics up to date."""
-        totals = self.totals
-        values: dict[str, float] = {
-            "step": self.step,
-            "blocked_s": totals.blocked_s,
-            "staging_s": totals.staging_s,
-            "train_s": time.perf_counter() - self._attached_s,
-            "num_dropped": totals.num_dropped,
-            "num_applied": totals.num_applied,
-            "num_accepted": totals.num_accepted,
-            "num_rolled_back": totals.num_rolled_back,
-            "num_rejected": totals.num_rejected,
-            "num_courier_deaths": self._courier.num_deaths,
-            "suspended": int(probation.is_suspended),
-        }
-        if probation.last_loss is not None:
-            values["loss"] = probation.last_loss
-        self._courier.post({"type": "stats", "values": values}, may_be_lost=True)
+        stats = Stats(
+            totals=self.totals.numbers(),
+            step=self._trajectory.step,
+            loss=probation.last_loss,
+            suspended=probation.is_suspended,
+            train_s=time.perf_counter() - self._attached_s,
+            num_courier_deaths=self._messenger.num_deaths,
+        )
+        self._messenger.post(stats, may_be_lost=True)
 
     def summary(self, probation: Probation) -> dict[str, Any]:
         """Everything counted, as plain values."""
         return {
             **asdict(self.totals),
             "train_s": time.perf_counter() - self._attached_s,
-            "num_courier_deaths": self._courier.num_deaths,
-            "epoch": self.epoch,
+            "num_courier_deaths": self._messenger.num_deaths,
+            "epoch": self._trajectory.epoch,
             "suspended": probation.is_suspended,
         }

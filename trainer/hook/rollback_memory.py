@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import mmap
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 
-from sidecast.errors import ConfigError
+from sidecast.errors import ConfigError, NoRoomError
+from sidecast.mapped_memory import map_unnamed_file
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.partitions import Partition, RollbackCopy
 from sidecast.trainer.partitions.rollback import RollbackError
@@ -81,12 +80,7 @@ def _in_file(folder: Path, num_bytes: int) -> RollbackCopy:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            # A full disk is to be refused here: found when a page is written, it would be SIGBUS.
-            os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
-            mapped = mmap.mmap(file.fileno(), max(1, num_bytes))
-    except OSError as error:
-        raise ConfigError(
-            f"nowcaster.rollback_dir {folder} takes no rollback copy of {num_bytes} bytes: {error.strerror}"
-        ) from error
+        mapped = map_unnamed_file(folder, num_bytes, "the rollback copy")
+    except (OSError, NoRoomError) as error:
+        raise ConfigError(f"nowcaster.rollback_dir cannot be used: {error}") from error
     return MappedRollbackCopy(mapped, num_bytes)

@@ -12,19 +12,13 @@ import time
 import torch
 from torch import Tensor
 
+from sidecast.trainer.hook.inbox import Inbox
 from sidecast.trainer.hook.messenger import Messenger
+from sidecast.trainer.hook.slots import Slot
 from sidecast.trainer.partitions import Partition, StalePartitionError
-from sidecast.trainer.pipe.buffers import SharedBuffer
-from sidecast.trainer.pipe.messages import Message
+from sidecast.trainer.pipe.messages import Snapshot
 
 log = logging.getLogger(__name__)
-
-
-def as_tensor(buffer: SharedBuffer) -> Tensor:
-    """A flat fp32 tensor over shared memory."""
-    # Over the mapping itself, which then lives as long as the tensor; a released view would not keep it.
-    count = buffer.num_bytes // 4
-    return torch.frombuffer(buffer.map, dtype=torch.float32, count=count) if count else torch.empty(0)
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
@@ -33,10 +27,11 @@ def side_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 class Stager:
-    """Fills the courier's slots, one snapshot each.
+    """Fills the messenger's slots, one snapshot each.
 
     Args:
-        courier: Whose slots to fill.
+        messenger: Whose slots to fill.
+        inbox: Hears of the slots that are free again.
         stream: For the copies; None: they are made on the spot.
 
     Attributes:
@@ -44,24 +39,47 @@ class Stager:
         step: Of the snapshot that was begun last.
     """
 
-    def __init__(self, courier: Messenger, stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(self, messenger: Messenger, inbox: Inbox, stream: torch.cuda.Stream | None = None) -> None:
         self.seconds = 0.0
         self.step = 0
-        self._courier = courier
+        self._messenger = messenger
+        self._inbox = inbox
         self._stream = stream
-        self._slots = [as_tensor(slot) for slot in courier.slots]
-        self._pinned = [slot for slot in self._slots if stream is not None and _pin(slot)]
+        self._pinned = [slot.values for slot in messenger.slots if stream is not None and _pin(slot.values)]
         self._copied: torch.cuda.Event | None = None
-        self._message: Message | None = None
+        self._copying: Snapshot | None = None
+        self._stands_still = False
 
-    def stage(self, partition: Partition, step: int, epoch: int, slot: int | None) -> str:
-        """Begins to copy a snapshot, and hands it to the courier where the copy is made on the spot.
+    def take_slot(self, deadline_s: float | None) -> Slot | None:
+        """A slot to fill; waits for one only while the service is there.
+
+        Args:
+            deadline_s: On the monotonic clock; None: not at all.
+        """
+        slot = self._messenger.take_slot()
+        if slot is not None:
+            self._stands_still = False
+        if slot is not None or deadline_s is None or self._stands_still:
+            # A courier that stands still costs the time once, and not at every snapshot.
+            return slot
+        while slot is None and self._inbox.is_linked and (left_s := deadline_s - time.monotonic()) > 0:
+            self._inbox.poll(left_s)
+            slot = self._messenger.take_slot()
+        self._stands_still = slot is None and self._inbox.is_linked
+        return slot
+
+    def after_late_prediction(self) -> None:
+        """Finds out whether it is the service that is late, or a courier that has not even sent the snapshot."""
+        self._stands_still = not self._messenger.has_free_slot
+
+    def stage(self, partition: Partition, step: int, epoch: int, slot: Slot | None) -> str:
+        """Begins to copy a snapshot, and hands it over where the copy is made on the spot.
 
         Args:
             partition: What to copy.
             step: Of the snapshot.
             epoch: Of the snapshot.
-            slot: Taken from the courier; None if it needs all.
+            slot: From ``take_slot``.
 
         Returns:
             Why there will be no snapshot; empty if all is well so far.
@@ -71,41 +89,41 @@ class Stager:
         self.step = step
         started_s = time.perf_counter()
         try:
-            partition.read(self._slots[slot], self._stream)
+            partition.read(slot.values, self._stream)
         except StalePartitionError as error:
             # Somebody moved the optimizer's tensors; training is none the worse for a missing snapshot.
-            self._courier.return_slot(slot)
+            slot.free()
             return str(error)
         finally:
             self.seconds += time.perf_counter() - started_s
-        self._message = {"type": "snapshot", "slot": slot, "step": step, "epoch": epoch}
+        self._copying = Snapshot(slot=slot.index, step=step, epoch=epoch)
         if self._stream is None:
             return self.collect()
         self._copied = self._stream.record_event()
         return ""
 
     def collect(self) -> str:
-        """Hands the courier the snapshot whose copy was begun last, if it has not got it yet.
+        """Hands over the snapshot whose copy was begun last, if that has not been done yet.
 
         At the next step boundary at the latest: by then the copy is over, as the optimizer step waited for it.
 
         Returns:
             Why it could not; empty if it could, or if there is none.
         """
-        message, self._message = self._message, None
-        if message is None:
+        snapshot, self._copying = self._copying, None
+        if snapshot is None:
             return ""
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None
-        return "" if self._courier.post(message) else "the courier cannot be reached"
+        return "" if self._messenger.post(snapshot) else "the courier cannot be reached"
 
     def close(self) -> None:
         """Hands over what is left and lets go of the shared memory."""
         self.collect()
         for slot in self._pinned:
             torch.cuda.cudart().cudaHostUnregister(slot.data_ptr())
-        self._slots, self._pinned = [], []
+        self._pinned = []
 
 
 def _pin(slot: Tensor) -> bool:

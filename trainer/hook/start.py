@@ -7,24 +7,34 @@ import json
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.hook.attachment import Attachment, NowcastAttachment, ReplayAttachment, new_session
-from sidecast.trainer.hook.boundary import NowcastHook, dump_config
+from sidecast.trainer.hook.attachment import Attachment, new_session
+from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import NowcasterConfig, parse_section
 from sidecast.trainer.hook.courier_handle import CourierHandle
 from sidecast.trainer.hook.memory_budget import rank_memory, require_room
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
-from sidecast.trainer.hook.training_run import Trainee
-from sidecast.trainer.partitions import Partition, RemappingPartition
-
-FP32_BYTES = 4
+from sidecast.trainer.hook.training_run import TrainingRun
+from sidecast.trainer.partitions import Partition
+from sidecast.trainer.pipe.messages import (
+    ClientSettings,
+    Connected,
+    CourierSettings,
+    Disconnected,
+    HorizonSettings,
+    Opening,
+    Refused,
+    Session,
+    Shard,
+)
 
 
 def is_disabled(section: Any) -> bool:
@@ -32,12 +42,12 @@ def is_disabled(section: Any) -> bool:
     return isinstance(section, Mapping) and section.get("enabled") is False
 
 
-def start(section: Any, trainee: Trainee) -> Attachment:
+def start(section: Any, run: TrainingRun) -> Attachment:
     """Puts the hook on a training run, which must not have made a step since its weights were last loaded; collective.
 
     Args:
         section: The ``"nowcaster"`` settings, unchecked; they are enabled.
-        trainee: The run.
+        run: To put it on.
 
     Returns:
         The hook on the run; the caller calls it at every step boundary.
@@ -47,18 +57,18 @@ def start(section: Any, trainee: Trainee) -> Attachment:
             there is no service although ``require`` is set. All ranks raise together.
     """
     ranks = Ranks.of_world()
-    config, partition, manifest = _agree(section, trainee, ranks)
-    step = trainee.applied_steps()
+    config, partition, manifest = _agree(section, run, ranks)
+    step = run.applied_steps()
     if config.replay_dir is not None:
         with ranks.refused_together():
             replayer = Replayer(Path(config.replay_dir), partition, rank=ranks.rank, step=step)
-        return ReplayAttachment(trainee, replayer)
+        return Attachment(run, replayer, partition, ranks)
     require_room(ranks.gather(rank_memory(config, partition)), config.max_host_memory_gib)
     session = new_session(ranks, step)
     with contextlib.ExitStack() as undo:
         with ranks.refused_together():
             rollback_copy = reserve_rollback_copy(config, partition)
-            courier = _start_courier(config, trainee, partition, manifest, session, ranks)
+            courier = _start_courier(config, run, partition, manifest, session, ranks)
             # What another rank refuses ends this one's courier, too.
             undo.callback(courier.close)
         undo.pop_all()
@@ -69,20 +79,20 @@ def start(section: Any, trainee: Trainee) -> Attachment:
         courier,
         ranks.votes(),
         step=step,
-        run_id=session["run_id"],
+        run_id=session.run_id,
         rollback_copy=rollback_copy,
         is_linked=is_linked,
     )
-    return NowcastAttachment(trainee, hook, courier, ranks)
+    return Attachment(run, hook, partition, ranks, courier)
 
 
-def _agree(section: Any, trainee: Trainee, ranks: Ranks) -> tuple[NowcasterConfig, Partition, ModelManifest]:
+def _agree(section: Any, run: TrainingRun, ranks: Ranks) -> tuple[NowcasterConfig, Partition, ModelManifest]:
     """Reads settings and model; if any rank cannot, or ranks differ, all raise."""
     with ranks.refused_together():
         config = parse_section(section)
-        partition = RemappingPartition(trainee.map_partition)
-        manifest = ModelManifest(partition.parameters, trainee.model_config, partition.aliases)
-    fingerprints = ranks.gather(dump_config(config) + manifest.schema_hash)
+        partition = Partition(run.map_layout)
+        manifest = ModelManifest(partition.parameters, run.model_config, partition.aliases)
+    fingerprints = ranks.gather(json.dumps(asdict(config), sort_keys=True) + manifest.schema_hash)
     for rank, fingerprint in enumerate(fingerprints):
         if fingerprint != fingerprints[0]:
             raise ConfigError(f"rank {rank} has other nowcaster settings, or another model, than rank 0")
@@ -91,83 +101,83 @@ def _agree(section: Any, trainee: Trainee, ranks: Ranks) -> tuple[NowcasterConfi
 
 def _start_courier(
     config: NowcasterConfig,
-    trainee: Trainee,
+    run: TrainingRun,
     partition: Partition,
     manifest: ModelManifest,
-    session: dict[str, Any],
+    session: Session,
     ranks: Ranks,
 ) -> CourierHandle:
     metrics_port = config.metrics_port
     if metrics_port:
-        metrics_port += trainee.local_rank
-    opening = {
-        "fields": {
-            "world_size": ranks.world_size,
-            "schema_hash": manifest.schema_hash,
-            "context_len": config.context_len,
-            "snapshot_interval_steps": config.interval_steps,
-            "period_steps": config.period_steps,
-            "max_steps": config.max_steps or 0,
-            "horizon": {
-                "schedule": config.horizon.schedule or "",
-                "max_intervals": config.horizon.max or 0,
-                "power": config.horizon.power,
-            },
-            "predictor": config.predictor,
-            "predictor_options_json": json.dumps(dict(config.predictor_options)),
-            "max_relative_norm": config.max_relative_norm,
-            "aliases": dict(manifest.aliases),
-            "wire_dtype": "BF16" if config.wire_dtype == "bf16_delta" else "FP32",
-        },
-        "parameters": [[spec.fqn, list(spec.shape)] for spec in manifest.parameters],
-        "config_json": json.dumps(dict(manifest.config)),
-    }
-    hello = {
-        "rank": ranks.rank,
-        "stage": trainee.stage,
-        "run_name": config.run_name,
-        "client": {
-            "endpoint": config.endpoint,
-            "token_file": config.token_file,
-            "tls_ca": config.tls_ca,
-            "connect_s": config.timeouts.connect_s,
-            "chunk_s": config.timeouts.chunk_s,
-            "stream_s": config.timeouts.stream_s,
-            "channels": config.channels,
-            "max_bytes_per_s": None if config.max_mbytes_per_s is None else config.max_mbytes_per_s * 1e6,
-        },
-        "wire_dtype": config.wire_dtype,
-        "shared_memory": config.shared_memory,
-        "metrics_port": metrics_port,
-        "record_dir": config.record_dir,
-        "session": session,
-        "opening": opening if ranks.rank == 0 else None,
-        "upload_shards": _plain(partition.upload_shards),
-        "fetch_shards": _plain(partition.owned_shards),
-    }
-    courier = CourierHandle(
-        hello,
-        upload_bytes=FP32_BYTES * sum(shard.numel for shard in partition.upload_shards),
-        fetch_bytes=FP32_BYTES * sum(shard.numel for shard in partition.owned_shards),
-        num_slots=config.num_slots,
+        metrics_port += run.local_rank
+    settings = CourierSettings(
+        rank=ranks.rank,
+        run_name=config.run_name,
+        stage=run.stage,
+        client=_client_settings(config),
+        wire_dtype=config.wire_dtype,
+        shared_memory=config.shared_memory,
+        metrics_port=metrics_port,
+        record_dir=config.record_dir,
+        upload_shards=_plain(partition.upload_shards),
+        fetch_shards=_plain(partition.owned_shards),
+        opening=_opening(config, manifest, ranks.world_size) if ranks.rank == 0 else None,
     )
+    courier = CourierHandle(settings, session, config.num_slots)
     courier.start()
     return courier
 
 
-def _plain(shards: tuple[ShardSpec, ...]) -> list[list[int]]:
-    return [[shard.parameter, shard.start, shard.stop] for shard in shards]
+def _client_settings(config: NowcasterConfig) -> ClientSettings:
+    return ClientSettings(
+        endpoint=config.endpoint,
+        token_file=config.token_file,
+        tls_ca=config.tls_ca,
+        connect_s=config.timeouts.connect_s,
+        chunk_s=config.timeouts.chunk_s,
+        stream_s=config.timeouts.stream_s,
+        channels=config.channels,
+        max_bytes_per_s=None if config.max_mbytes_per_s is None else config.max_mbytes_per_s * 1e6,
+    )
+
+
+def _opening(config: NowcasterConfig, manifest: ModelManifest, world_size: int) -> Opening:
+    return Opening(
+        world_size=world_size,
+        schema_hash=manifest.schema_hash,
+        context_len=config.context_len,
+        snapshot_interval_steps=config.interval_steps,
+        period_steps=config.period_steps,
+        max_steps=config.max_steps or 0,
+        horizon=HorizonSettings(
+            schedule=config.horizon.schedule or "",
+            max_intervals=config.horizon.max or 0,
+            power=config.horizon.power,
+        ),
+        predictor=config.predictor,
+        predictor_options_json=json.dumps(dict(config.predictor_options)),
+        max_relative_norm=config.max_relative_norm,
+        aliases=dict(manifest.aliases),
+        parameters=tuple((spec.fqn, tuple(spec.shape)) for spec in manifest.parameters),
+        config_json=json.dumps(dict(manifest.config)),
+    )
+
+
+def _plain(shards: tuple[ShardSpec, ...]) -> tuple[Shard, ...]:
+    return tuple((shard.parameter, shard.start, shard.stop) for shard in shards)
 
 
 def _await_link(config: NowcasterConfig, courier: CourierHandle, ranks: Ranks) -> bool:
     """Learns whether the service is there and willing, before any training step; says so of this rank's courier."""
     # Others can only join what rank 0 has opened: they ask once it knows.
-    word: tuple[str, str] = ranks.from_first(_first_word(courier, config) if ranks.rank == 0 else None)
-    if ranks.rank != 0 and word[0] == "connected":
-        word = _first_word(courier, config)
-    said = ranks.gather(word)
-    refusals = [reason for kind, reason in said if kind == "refused"]
-    absences = [reason for kind, reason in said if kind == "disconnected"]
+    answer: Connected | Refused | Disconnected = ranks.from_first(
+        _first_answer(courier, config) if ranks.rank == 0 else None
+    )
+    if ranks.rank != 0 and isinstance(answer, Connected):
+        answer = _first_answer(courier, config)
+    answers = ranks.gather(answer)
+    refusals = [item.reason for item in answers if isinstance(item, Refused)]
+    absences = [item.reason for item in answers if isinstance(item, Disconnected)]
     if refusals or (absences and config.require):
         courier.close()
         if refusals:
@@ -177,15 +187,15 @@ def _await_link(config: NowcasterConfig, courier: CourierHandle, ranks: Ranks) -
         )
     if absences and ranks.rank == 0:
         warnings.warn(f"{absences[0]}: training goes on without nowcasts, and with them once it is there", stacklevel=4)
-    return word[0] == "connected"
+    return isinstance(answer, Connected)
 
 
-def _first_word(courier: CourierHandle, config: NowcasterConfig) -> tuple[str, str]:
+def _first_answer(courier: CourierHandle, config: NowcasterConfig) -> Connected | Refused | Disconnected:
     deadline_s = time.monotonic() + config.timeouts.connect_s + config.timeouts.stream_s
     while (left_s := deadline_s - time.monotonic()) > 0:
         for message in courier.receive(left_s):
-            if message["type"] in ("connected", "refused", "disconnected"):
-                return message["type"], message.get("reason", "")
+            if isinstance(message, Connected | Refused | Disconnected):
+                return message
         if not courier.is_alive:
-            return "disconnected", "the nowcaster's courier process does not stay alive"
-    return "disconnected", f"the nowcaster service at {config.endpoint} did not answer in time"
+            return Disconnected(reason="the nowcaster's courier process does not stay alive")
+    return Disconnected(reason=f"the nowcaster service at {config.endpoint} did not answer in time")

@@ -7,22 +7,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sidecast.trainer.partitions import Partition
+from sidecast.trainer.partitions import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainee:
+class TrainingRun:
     """One rank of a training run.
 
     Attributes:
-        map_partition: Maps what this rank holds of the model, anew at each call: a loaded checkpoint may move it.
+        map_layout: Finds out what this rank holds of the model, anew at each call: a loaded checkpoint may move it.
         applied_steps: Optimizer steps applied so far.
         model_config: The model's configuration as plain JSON values; empty for models that have none.
         local_rank: This rank's number on its host.
         stage: Who holds the weights, for the metrics: a ZeRO stage, or ``none``.
     """
 
-    map_partition: Callable[[], Partition]
+    map_layout: Callable[[], Layout]
     applied_steps: Callable[[], int]
     model_config: Mapping[str, Any]
     local_rank: int

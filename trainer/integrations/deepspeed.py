@@ -10,20 +10,17 @@ import torch
 import torch.distributed as dist
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.hook.attachment import Attachment
-from sidecast.trainer.hook.boundary import NowcastHook
-from sidecast.trainer.hook.replay import Replayer
+from sidecast.trainer.hook.attachment import Attachment, Hook
 from sidecast.trainer.hook.start import is_disabled, start
-from sidecast.trainer.hook.training_run import Trainee, model_config_of
-from sidecast.trainer.partitions import partition_of
-from sidecast.trainer.partitions.deepspeed import applied_steps, nowcaster_section, zero_stage
+from sidecast.trainer.hook.training_run import TrainingRun, model_config_of
+from sidecast.trainer.partitions.deepspeed import applied_steps, layout_of, nowcaster_section, zero_stage
 
 CLIENT_STATE_KEY = "sidecast"
 
-_hooks: weakref.WeakKeyDictionary[Any, NowcastHook | Replayer] = weakref.WeakKeyDictionary()
+_hooks: weakref.WeakKeyDictionary[Any, Hook] = weakref.WeakKeyDictionary()
 
 
-def hook_of(engine: Any) -> NowcastHook | Replayer | None:
+def hook_of(engine: Any) -> Hook | None:
     """The hook that ``attach`` put around an engine; None if nowcasting is not enabled."""
     return _hooks.get(engine)
 
@@ -65,17 +62,17 @@ def put_on(engine: Any, section: Any, *, sees_losses: bool = True) -> Attachment
         raise ConfigError("sidecast.attach was called twice on this engine; once is enough")
     if not dist.is_initialized():
         raise ConfigError("sidecast.attach needs torch.distributed; call deepspeed.initialize first")
-    attachment = start(section, _trainee(engine))
+    attachment = start(section, _run_of(engine))
     _hooks[engine] = attachment.hook
     wrap(engine, attachment, sees_losses=sees_losses)
     return attachment
 
 
-def _trainee(engine: Any) -> Trainee:
+def _run_of(engine: Any) -> TrainingRun:
     # Weakly: the hook, which may hold this, must not keep alive the engine that it is filed under.
     engine_ref = weakref.ref(engine)
-    return Trainee(
-        map_partition=lambda: partition_of(engine_ref()),
+    return TrainingRun(
+        map_layout=lambda: layout_of(engine_ref()),
         applied_steps=lambda: applied_steps(engine_ref()),
         model_config=model_config_of(engine.module),
         local_rank=int(engine.local_rank),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from sidecast.atomic_files import replacing
 from sidecast.trainer.hook.attachment import Attachment
-from sidecast.trainer.hook.start import is_disabled, start
+from sidecast.trainer.hook.start import start
 from sidecast.trainer.integrations.deepspeed import put_on
 from sidecast.trainer.integrations.replicas import replica_of
 from sidecast.trainer.integrations.settings import choose_settings
@@ -56,7 +56,7 @@ class NowcastCallback(TrainerCallback):
         self._wrap_accelerator()
 
     @property
-    def nowcaster(self) -> Any:
+    def hook(self) -> Any:
         """The hook, for listeners and summaries; None before training begins and where settings disable it."""
         return None if self._attachment is None else self._attachment.hook
 
@@ -69,18 +69,18 @@ class NowcastCallback(TrainerCallback):
             return
         self._close()
         section = choose_settings(self, self._settings, None)
-        if is_disabled(section):
+        if section is None:
             return
         assert self._trainer.model is not None
         saved = self._saved_state()
         self._num_steps = state.global_step if saved is None else saved["step"]
-        trainee = replica_of(
+        run = replica_of(
             self._trainer.model,
             _inner(self._trainer.optimizer),
             lambda: self._num_steps,
             max(0, args.local_process_index),
         )
-        self._attachment = start(section, trainee)
+        self._attachment = start(section, run)
         if state.global_step > 0:
             self._attachment.resume(saved, self._checkpoint)
 
@@ -103,9 +103,8 @@ class NowcastCallback(TrainerCallback):
             return
         self._attachment.save_rollback_copy(folder)
         if state.is_world_process_zero:
-            partial = folder / f"{STATE_FILE}.partial"
-            partial.write_text(json.dumps(own))
-            os.replace(partial, folder / STATE_FILE)
+            with replacing(folder / STATE_FILE) as partial:
+                partial.write_text(json.dumps(own))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -151,7 +150,7 @@ class NowcastCallback(TrainerCallback):
     def _attach(self, engine: Any) -> None:
         self._close()
         section = choose_settings(self, self._settings, nowcaster_section(engine))
-        if not is_disabled(section):
+        if section is not None:
             self._attachment = put_on(engine, section, sees_losses=False)
 
     def _close(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sidecast.errors import ConfigError
 from sidecast.trainer.hook.attachment import Attachment
-from sidecast.trainer.hook.start import is_disabled, start
+from sidecast.trainer.hook.start import start
 from sidecast.trainer.integrations.deepspeed import put_on
 from sidecast.trainer.integrations.replicas import replica_of
 from sidecast.trainer.integrations.settings import choose_settings
@@ -41,7 +41,7 @@ class LightningNowcastCallback(Callback):
         self._last_step = 0
 
     @property
-    def nowcaster(self) -> Any:
+    def hook(self) -> Any:
         """The hook, for listeners and summaries; None before training begins and where settings disable it."""
         return None if self._attachment is None else self._attachment.hook
 
@@ -54,20 +54,20 @@ class LightningNowcastCallback(Callback):
             return
         engine = trainer.strategy.deepspeed_engine
         section = choose_settings(self, self._settings, nowcaster_section(engine))
-        if not is_disabled(section):
+        if section is not None:
             self._attachment = put_on(engine, section)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_engine:
             return
         section = choose_settings(self, self._settings, None)
-        if is_disabled(section):
+        if section is None:
             return
         if len(trainer.optimizers) != 1:
             raise ConfigError(f"the LightningModule has {len(trainer.optimizers)} optimizers; nowcasting supports one")
         self._last_step = trainer.global_step
-        trainee = replica_of(pl_module, trainer.optimizers[0], lambda: trainer.global_step, trainer.local_rank)
-        self._attachment = start(section, trainee)
+        run = replica_of(pl_module, trainer.optimizers[0], lambda: trainer.global_step, trainer.local_rank)
+        self._attachment = start(section, run)
         if trainer.global_step > 0:
             state = self._loaded or {}
             self._attachment.resume(state.get("hook"), None, state.get("rollback"))

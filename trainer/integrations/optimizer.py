@@ -16,16 +16,14 @@ from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import Predictor
 from sidecast.predictors.registry import create_predictor
-from sidecast.trainer.hook.attachment import load_rollback_copy
+from sidecast.trainer.hook.attachment import Attachment
 from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import NowcasterConfig, parse_section
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
-from sidecast.trainer.hook.training_run import model_config_of
-from sidecast.trainer.hook.vote import SoloVotes
 from sidecast.trainer.integrations.in_process import InProcessNowcaster
-from sidecast.trainer.partitions import RemappingPartition
-from sidecast.trainer.partitions.plain import plain_partition
+from sidecast.trainer.integrations.replicas import replica_of
+from sidecast.trainer.partitions import Partition
 
 STATE_KEY = "sidecast"
 
@@ -96,12 +94,13 @@ class NowcastOptimizer(torch.optim.Optimizer):
             )
         # Not initialised as an optimizer of its own: groups, state and hooks are those of the one inside.
         self.optimizer = optimizer
-        self._model = model
         name = predictor if isinstance(predictor, str) else predictor.name
         section = _section(name, context_len, period_steps, asynchronous, settings)
         config = parse_section(section)
-        partition = RemappingPartition(lambda: plain_partition(model, optimizer))
-        manifest = ModelManifest(partition.parameters, model_config_of(model), partition.aliases)
+        ranks = Ranks(None)
+        run = replica_of(model, optimizer, lambda: self._num_steps, local_rank=0)
+        partition = Partition(run.map_layout)
+        manifest = ModelManifest(partition.parameters, run.model_config, partition.aliases)
         if isinstance(predictor, str):
             path = None if weights is None else Path(weights)
             predictor = create_predictor(predictor, weights=path, options=config.predictor_options)
@@ -112,17 +111,18 @@ class NowcastOptimizer(torch.optim.Optimizer):
             config,
             partition,
             self._messenger,
-            SoloVotes(),
+            ranks.votes(),
             step=0,
             run_id=uuid.uuid4().hex[:16],
             rollback_copy=reserve_rollback_copy(config, partition),
         )
         """The hook: ``add_listener`` tells of every jump, ``summary()`` counts them, ``close()`` frees the memory."""
+        self._attachment = Attachment(run, self.hook, partition, ranks)
 
     def observe(self, loss: Tensor | float) -> None:
         """Gives the mean loss of one micro-batch, before ``step``; not needed with a closure that returns it."""
         self._has_seen_loss = True
-        self.hook.observe(loss)
+        self._attachment.observe(loss)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes the inner optimizer's step, and what is due after it."""
@@ -137,7 +137,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
                 "step(), or set probation_steps=0",
                 stacklevel=2,
             )
-        self.hook.after_step(self._num_steps)
+        self._attachment.after_step()
         return loss
 
     # --- the optimizer inside
@@ -183,9 +183,9 @@ class NowcastOptimizer(torch.optim.Optimizer):
         """
         own = {
             "num_steps": self._num_steps,
-            "hook": self.hook.state_dict(),
+            "hook": self._attachment.state_dict(),
             "window": self._messenger.state_dict(),
-            "rollback": self.hook.rollback_state(),
+            "rollback": self._attachment.rollback_state(),
         }
         return {**self.optimizer.state_dict(), STATE_KEY: own}
 
@@ -195,14 +195,10 @@ class NowcastOptimizer(torch.optim.Optimizer):
         Load the model's parameters before it.
         """
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
-        own = state_dict.get(STATE_KEY)
-        self._num_steps = 0 if own is None else own["num_steps"]
-        state = None if own is None else own["hook"]
-        hook = self.hook
-        partition = RemappingPartition(lambda: plain_partition(self._model, self.optimizer))
-        hook.resume(state, partition, self._num_steps, hook.run_id)
-        self._messenger.load_state_dict(None if own is None else own["window"])
-        load_rollback_copy(hook, None, None if own is None else own["rollback"], Ranks(None))
+        own = state_dict.get(STATE_KEY, {"num_steps": 0, "hook": None, "window": None, "rollback": None})
+        self._num_steps = own["num_steps"]
+        self._attachment.resume(own["hook"], None, own["rollback"])
+        self._messenger.load_state_dict(own["window"])
 
 
 def _section(

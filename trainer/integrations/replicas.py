@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sidecast.trainer.hook.training_run import Trainee, model_config_of
-from sidecast.trainer.partitions.plain import plain_partition
+from sidecast.trainer.hook.training_run import TrainingRun, model_config_of
+from sidecast.trainer.partitions.plain import plain_layout
 
 
 def replica_of(
     model: nn.Module, optimizer: torch.optim.Optimizer, applied_steps: Callable[[], int], local_rank: int
-) -> Trainee:
+) -> TrainingRun:
     """This rank's replica of a model that is not sharded.
 
     Args:
@@ -25,8 +25,8 @@ def replica_of(
     """
     is_alone = not (dist.is_available() and dist.is_initialized())
     rank, world_size = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
-    return Trainee(
-        map_partition=lambda: plain_partition(model, optimizer, rank=rank, world_size=world_size),
+    return TrainingRun(
+        map_layout=lambda: plain_layout(model, optimizer, rank=rank, world_size=world_size),
         applied_steps=applied_steps,
         model_config=model_config_of(model),
         local_rank=local_rank,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from sidecast.errors import ConfigError
+from sidecast.trainer.hook.start import is_disabled
 
 
 def choose_settings(callback: object, given: Any, of_engine: Any) -> Any:
-    """The settings that a callback was given, or those of its engine's configuration; unchecked.
+    """The settings that a callback was given, or those of its engine's configuration; unchecked, None if disabled.
 
     Args:
         callback: For messages.
@@ -28,4 +29,5 @@ def choose_settings(callback: object, given: Any, of_engine: Any) -> Any:
             f"{name} has no settings; pass a dictionary with those of the 'nowcaster' section, or have that section in "
             "the ds_config"
         )
-    return given if of_engine is None else of_engine
+    chosen = given if of_engine is None else of_engine
+    return None if is_disabled(chosen) else chosen

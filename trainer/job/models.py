@@ -10,12 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.job.config import ModelConfig
+from sidecast.trainer.job.config import CausalLMConfig
 
 CONFIG_NAME = "config.json"
 
 
-def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, seed: int) -> PreTrainedModel:
+def build_model(config: CausalLMConfig, *, vocab_size: int, sequence_length: int, seed: int) -> PreTrainedModel:
     """Builds the model in fp32, its random weights decided by ``seed`` alone.
 
     Args:
@@ -41,7 +41,7 @@ def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, s
         raise ConfigError(f"training.model.source {config.source!r} cannot be built: {_first_line(error)}") from error
 
 
-def llama_config(config: ModelConfig, vocab_size: int, sequence_length: int) -> LlamaConfig:
+def llama_config(config: CausalLMConfig, vocab_size: int, sequence_length: int) -> LlamaConfig:
     """The configuration of a Llama of the given dimensions, without special tokens."""
     return LlamaConfig(
         vocab_size=vocab_size,

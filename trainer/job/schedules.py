@@ -5,46 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from sidecast.errors import ConfigError
-
-KINDS = ("constant", "cosine", "wsd")
+from sidecast.trainer.settings import require
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """How the learning rate moves between the start and the end of a run.
+    """How the learning rate moves between the start and the end of a run."""
 
-    Attributes:
-        kind: ``constant``; ``cosine`` (falls over the whole run after the warm-up); or ``wsd`` (warm-up, stable,
-            then a straight decay over the last ``decay_steps``).
-        warmup_steps: Steps over which the rate rises from near zero to its peak; 0 for none.
-        decay_steps: Length of the final decay; ``wsd`` only, default a fifth of the run.
-        min_ratio: The final rate as a share of the peak; ``cosine`` and ``wsd`` only.
-    """
-
-    kind: str = "constant"
+    kind: Literal["constant", "cosine", "wsd"] = "constant"
+    """After the warm-up ``constant`` stays at the peak, ``cosine`` falls over the whole run, and ``wsd`` (warm-up,
+    stable, decay) falls in a straight line over the last ``decay_steps``."""
     warmup_steps: int = 0
+    """Steps over which the rate rises from near zero to its peak; 0 for none."""
     decay_steps: int | None = None
+    """Length of the final decay; ``wsd`` only; None: a fifth of the run."""
     min_ratio: float = 0.0
+    """The final rate as a share of the peak; ``cosine`` and ``wsd`` only."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"training.schedule.kind is {self.kind!r}; allowed are {', '.join(KINDS)}")
-        if self.warmup_steps < 0:
-            raise ConfigError(f"training.schedule.warmup_steps is {self.warmup_steps}; it must be 0 or more")
-        if self.decay_steps is not None and self.kind != "wsd":
-            raise ConfigError(
-                f"training.schedule.decay_steps is {self.decay_steps}, but only kind 'wsd' decays at the end; "
-                f"kind is {self.kind!r}"
-            )
-        if self.decay_steps is not None and self.decay_steps < 1:
-            raise ConfigError(f"training.schedule.decay_steps is {self.decay_steps}; it must be at least 1")
-        if not 0.0 <= self.min_ratio <= 1.0:
-            raise ConfigError(f"training.schedule.min_ratio is {self.min_ratio}; it must lie between 0 and 1")
+        require("training.schedule.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 or more")
+        decay = self.decay_steps
+        is_for_wsd = decay is None or self.kind == "wsd"
+        require("training.schedule.decay_steps", decay, is_for_wsd, f"null, since kind is {self.kind!r} and not 'wsd'")
+        require("training.schedule.decay_steps", decay, decay is None or decay >= 1, "1 or more, or null")
+        require("training.schedule.min_ratio", self.min_ratio, 0.0 <= self.min_ratio <= 1.0, "0 to 1")
 
 
 def lr_ratio(config: ScheduleConfig, num_steps: int) -> Callable[[int], float]:
@@ -62,11 +51,9 @@ def lr_ratio(config: ScheduleConfig, num_steps: int) -> Callable[[int], float]:
     """
     decay_steps = config.decay_steps if config.decay_steps is not None else max(1, num_steps // 5)
     fixed_steps = config.warmup_steps + (decay_steps if config.kind == "wsd" else 0)
-    if fixed_steps > num_steps:
-        parts = "warmup_steps + decay_steps" if config.kind == "wsd" else "warmup_steps"
-        raise ConfigError(
-            f"training.schedule: {parts} is {fixed_steps}; it must be at most the run's training.steps, {num_steps}"
-        )
+    parts = "warmup_steps + decay_steps" if config.kind == "wsd" else "warmup_steps"
+    allowed = f"at most the run's training.steps, {num_steps}"
+    require(f"training.schedule: {parts}", fixed_steps, fixed_steps <= num_steps, allowed)
     decay_start = num_steps - decay_steps if config.kind == "wsd" else config.warmup_steps
 
     def ratio(step: int) -> float:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.partitions.contract import Partition
+from sidecast.trainer.partitions.layout import Layout
 from sidecast.trainer.partitions.layouts.replicated import ReplicatedLayout
-from sidecast.trainer.partitions.masters import MasterPartition
 from sidecast.trainer.partitions.optimizer_state import OptimizerState
 from sidecast.trainer.partitions.trainable import TrainableParameters, trainable_parameters
 
@@ -22,9 +21,7 @@ _SHARDED_TENSORS = ("DTensor", "FlatParameter")
 _SHARDING_OPTIMIZERS = ("ZeroRedundancyOptimizer",)
 
 
-def plain_partition(
-    module: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int = 0, world_size: int = 1
-) -> Partition:
+def plain_layout(module: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int = 0, world_size: int = 1) -> Layout:
     """Maps what a rank holds of a model that no engine shards.
 
     The parameters are their own masters, in the order of ``module.named_parameters()`` whatever the optimizer's
@@ -43,14 +40,14 @@ def plain_partition(
     trainable = trainable_parameters(module, _held(optimizer))
     _require_named(trainable, optimizer)
     _require_masters(trainable)
-    layout = ReplicatedLayout(
+    return ReplicatedLayout(
         trainable,
+        OptimizerState([optimizer], None),
         [[parameter] for parameter in trainable.tensors],
         lambda: _in_order(trainable, optimizer),
         rank=rank,
         world_size=world_size,
     )
-    return MasterPartition(trainable, layout, OptimizerState([optimizer], None))
 
 
 def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from sidecast.atomic_files import replacing
 from sidecast.errors import ConfigError
+from sidecast.trainer.pipe.messages import Session
 
 
 def log_path(folder: Path, rank: int) -> Path:
@@ -42,7 +43,7 @@ class Recorder:
         # What could not be written, by step, so that a later line can say so.
         self._lost: list[dict[str, Any]] = []
 
-    def record(self, entry: Mapping[str, Any], delta: memoryview | None, session: Mapping[str, Any]) -> None:
+    def record(self, entry: Mapping[str, Any], delta: memoryview | None, session: Session) -> None:
         """Appends an entry, after writing the delta that it applied, if it did; the same entry again is harmless.
 
         Args:
@@ -54,14 +55,15 @@ class Recorder:
         Raises:
             OSError: The disk is full or failing. As soon as a line can be written again, the log says what it lacks.
         """
-        line = {**entry, "session": session["session_id"]}
+        line = {**entry, "session": session.session_id}
         kept = self._kept(session)
         if any((item["action"], item["step"]) == (line["action"], line["step"]) for item in kept):
             return
         try:
             if delta is not None:
                 name = f"delta-step{entry['step']:08d}-rank{self._rank}.f32"
-                _write_whole(self._folder / name, delta)
+                with replacing(self._folder / name) as partial:
+                    partial.write_bytes(delta)
                 line |= {"file": name, "crc32": crc32(delta)}
             self._write([*kept, line])
         except OSError:
@@ -71,34 +73,24 @@ class Recorder:
                 self._write(self._kept(session))
             raise
 
-    def resume(self, session: Mapping[str, Any]) -> None:
+    def resume(self, session: Session) -> None:
         """Takes out the entries that a resumed session gives up, also if it never makes one of its own."""
         self._write(self._kept(session))
 
-    def _kept(self, session: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _kept(self, session: Session) -> list[dict[str, Any]]:
         text = self._path.read_text() if self._path.exists() else ""
         # Without its newline the last line is what a killed courier left.
         known = [json.loads(item) for item in text.splitlines(keepends=True) if item.endswith("\n")]
         return [
             item
             for item in (*known, *self._lost)
-            if item.get("session") == session["session_id"] or item["step"] <= session["resume_step"]
+            if item.get("session") == session.session_id or item["step"] <= session.resume_step
         ]
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        partial = self._path.with_suffix(".partial")
-        _write_whole(partial, "".join(json.dumps(item) + "\n" for item in entries).encode())
-        os.replace(partial, self._path)
+        with replacing(self._path) as partial:
+            partial.write_bytes("".join(json.dumps(item) + "\n" for item in entries).encode())
         self._lost.clear()
-
-
-def _write_whole(path: Path, data: memoryview | bytes) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError:
-        # Half of it is of no use, and takes room from what comes next.
-        path.unlink(missing_ok=True)
-        raise
 
 
 def read_log(folder: Path, rank: int) -> list[dict[str, Any]]:

@@ -1,20 +1,24 @@
 """Small messages between a training rank and its courier, over a socket pair.
 
 The trainer's end never blocks: what a courier that does not read (stopped, dying) is told waits in memory, within
-bounds. Frames are a 4-byte length and a JSON object.
+bounds. Frames are a 4-byte length and an encoded message.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import select
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Generic, TypeVar
 
-from sidecast.trainer.pipe.messages import Message
+from sidecast.trainer.pipe.encoding import decode, encode
+from sidecast.trainer.pipe.messages import ToCourier, ToHook
+
+Outgoing = TypeVar("Outgoing", bound=ToCourier | ToHook)
+Incoming = TypeVar("Incoming", bound=ToCourier | ToHook)
 
 _LENGTH = struct.Struct("<I")
 # What a courier that does not read may leave unread here; a stopped one gets a few messages per snapshot.
@@ -26,19 +30,21 @@ class ChannelClosedError(Exception):
     """The other side is gone."""
 
 
-class Channel:
+class Channel(Generic[Outgoing, Incoming]):
     """One end of the socket pair.
 
     Args:
         endpoint: A connected stream socket; blocking at the courier, made non-blocking at the trainer.
+        incoming: The kinds of message that arrive at this end, by name.
     """
 
-    def __init__(self, endpoint: socket.socket) -> None:
+    def __init__(self, endpoint: socket.socket, incoming: Mapping[str, type[Incoming]]) -> None:
         self._socket = endpoint
+        self._incoming = incoming
         self._received = bytearray()
         self._unsent = bytearray()
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Outgoing) -> None:
         """Sends, waiting for room (courier only).
 
         Raises:
@@ -49,7 +55,7 @@ class Channel:
         except OSError as error:
             raise ChannelClosedError(str(error)) from error
 
-    def post(self, message: Message, *, may_be_lost: bool = False) -> bool:
+    def post(self, message: Outgoing, *, may_be_lost: bool = False) -> bool:
         """Sends without ever waiting; what finds no room is kept and goes out with later calls.
 
         Args:
@@ -81,11 +87,12 @@ class Channel:
             del self._unsent[:sent]
         return True
 
-    def receive(self) -> Iterator[Message]:
+    def receive(self) -> Iterator[Incoming]:
         """Yields messages until the other side closes (blocking), or until none is left (non-blocking).
 
         Raises:
             ChannelClosedError: Non-blocking only: the other side is gone.
+            MessageError: The other side sent what is not known here.
         """
         if not self._socket.getblocking():
             with contextlib.suppress(ChannelClosedError):
@@ -112,12 +119,12 @@ class Channel:
         (length,) = _LENGTH.unpack_from(self._received)
         return len(self._received) >= _LENGTH.size + length
 
-    def _next(self) -> Message:
+    def _next(self) -> Incoming:
         (length,) = _LENGTH.unpack_from(self._received)
         end = _LENGTH.size + length
-        message: Message = json.loads(self._received[_LENGTH.size : end])
+        body = self._received[_LENGTH.size : end]
         del self._received[:end]
-        return message
+        return decode(body, self._incoming)
 
     def set_blocking(self, blocking: bool) -> None:
         self._socket.setblocking(blocking)
@@ -153,6 +160,6 @@ class Channel:
         self._socket.close()
 
 
-def _frame(message: Message) -> bytes:
-    body = json.dumps(message, separators=(",", ":")).encode()
+def _frame(message: ToCourier | ToHook) -> bytes:
+    body = encode(message)
     return _LENGTH.pack(len(body)) + body

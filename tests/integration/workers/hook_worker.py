@@ -19,8 +19,8 @@ from torch import Tensor
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest, ParameterSpec
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.hook.attachment import load_rollback_copy
-from sidecast.trainer.hook.boundary import NowcastHook, rollback_path
+from sidecast.trainer.hook.attachment import load_rollback_copy, rollback_path
+from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.replay import Replayer
@@ -28,7 +28,8 @@ from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.hook.vote import NO_VERSION, Ballot, VoteBox
 from sidecast.trainer.partitions import RollbackCopy, StalePartitionError
 from sidecast.trainer.partitions.rollback import packed_bytes
-from tests.support.courier_harness import PacedCourier, hello, session, start_courier, until
+from sidecast.trainer.pipe.messages import Connected, Prediction, Sent
+from tests.support.courier_harness import PacedCourier, session, settings, start_courier, until
 
 NUM_ELEMENTS = 10
 MANIFEST = ModelManifest.from_shapes([("w", (NUM_ELEMENTS,))], {"model_type": "toy"})
@@ -67,9 +68,6 @@ class FakePartition:
     def apply(self, delta: Tensor, weight: float, **_: Any) -> None:
         self.weights += weight * delta
 
-    def write(self, values: Tensor) -> None:
-        self.weights.copy_(values)
-
     def capture(self, copy: RollbackCopy) -> None:
         copy.save({"weights": self.weights}, {})
 
@@ -98,7 +96,7 @@ class Run:
         arrivals: Collection[int] = (),
         moved_steps: Collection[int] = (),
         later_rate: float = 0.5,
-        **settings: Any,
+        **changes: Any,
     ) -> dict[str, Any]:
         """Trains.
 
@@ -109,24 +107,23 @@ class Run:
             arrivals: The steps at which this rank gets its predictions.
             later_rate: This rank's learning rate from step 21 on; 0.5 before.
             moved_steps: The steps at which this rank's tensors are not where they were.
-            settings: Of the hook.
+            changes: Settings of the hook.
         """
-        config = NowcasterConfig(context_len=2, period_steps=20, vote_interval_steps=1, probation_steps=12, **settings)
-        greeting = hello(
+        config = NowcasterConfig(context_len=2, period_steps=20, vote_interval_steps=1, probation_steps=12, **changes)
+        of_rank = settings(
             self.endpoint,
             MANIFEST,
             SHARDS[self.rank],
-            first=session(name, name),
             rank=self.rank,
             world_size=2,
             record_dir=self.folder / name,
         )
         partition = FakePartition(self.rank)
         partition.moved_steps = moved_steps
-        courier = start_courier(greeting, PacedCourier, config.num_slots)
+        courier = start_courier(of_rank, session(name, name), PacedCourier, config.num_slots)
         assert isinstance(courier, PacedCourier)
         courier.is_pacing = config.mode == "async"
-        until(courier, "connected")
+        until(courier, Connected)
         dist.barrier(self.group)
         hook = NowcastHook(
             config,
@@ -145,12 +142,12 @@ class Run:
             partition.rates = (0.5 if step <= 20 else later_rate,)
             hook.observe(loss_at(step, hook.totals.num_applied))
             if step in arrivals:
-                courier.wait_for = "prediction"
+                courier.wait_for = Prediction
             uploaded_bytes = hook.totals.bytes_uploaded
             hook.after_step(step)
             while config.mode == "async" and step % 10 == 0 and hook.totals.bytes_uploaded == uploaded_bytes:
                 # Takes the couriers' speed out of the race: on only once this rank's part is with the service.
-                courier.wait_for = "sent"
+                courier.wait_for = Sent
                 hook._inbox.poll()
             weights.append(partition.weights.tolist())
         summary = hook.summary()

@@ -11,8 +11,10 @@ from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from sidecast.errors import ConfigError
 from sidecast.protos.shards import ShardSpec, coverage_error, total_elements
-from sidecast.trainer.partitions import Partition, RemappingPartition, RollbackCopy, StalePartitionError, partition_of
+from sidecast.trainer.partitions import Layout, Partition, RollbackCopy, StalePartitionError
+from sidecast.trainer.partitions.deepspeed import layout_of
 from tests.integration.workers.partition_account import (
     MASTER_LISTS,
     digest,
@@ -41,10 +43,24 @@ class CaseRun:
         self.case = case
         self.folder = folder
         self.engine = build_engine(case)
-        self.partition: Partition = partition_of(self.engine)
+        self.partition = self.mapped()
         self.partition.require_current()
         self.numels = [spec.numel for spec in self.partition.parameters]
         self.dtype = DTYPES[case.dtype]
+
+    def mapped(self) -> Partition:
+        return Partition(lambda: layout_of(self.engine))
+
+    def mapped_once(self) -> Partition:
+        """One that cannot map itself anew, so that it refuses whatever it finds moved."""
+        layouts = [layout_of(self.engine)]
+
+        def map_layout() -> Layout:
+            if not layouts:
+                raise ConfigError("mapped once")
+            return layouts.pop()
+
+        return Partition(map_layout)
 
     def read(self) -> Tensor:
         out = torch.full((total_elements(self.partition.upload_shards),), torch.nan)
@@ -61,6 +77,10 @@ class CaseRun:
 
     def cut(self, full: list[Tensor], shards: tuple[ShardSpec, ...]) -> Tensor:
         return torch.cat([torch.empty(0), *(full[s.parameter][s.start : s.stop] for s in shards)])
+
+    def write(self, values: Tensor) -> None:
+        """Sets the owned elements: to a base from which the jump has no length."""
+        self.partition.apply(torch.zeros_like(values), 0.0, base=values)
 
     def invented(self, seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -93,7 +113,7 @@ class CaseRun:
     def rollback_before_first_step(self) -> None:
         # DeepSpeed's half-precision optimizers of stage 0 step once with zero gradients when they are made; weight
         # decay alone then moves the masters away from the model. Publishing makes the two agree.
-        self.partition.write(self.cut(self.snapshot(), self.partition.owned_shards))
+        self.write(self.cut(self.snapshot(), self.partition.owned_shards))
         copy = RollbackCopy.allocate(self.partition.rollback_bytes())
         before = self.everything()
         self.partition.capture(copy)
@@ -132,7 +152,7 @@ class CaseRun:
         untouched = -77.0
         for master in masters_of(self.engine):
             master.data.fill_(untouched)
-        self.partition.write(self.cut(target, self.partition.owned_shards))
+        self.write(self.cut(target, self.partition.owned_shards))
         expected = [values.to(self.master_dtype()).float() for values in target]
         self.require(same_bits(self.snapshot(), expected), "values read back are not the values written")
         self.require_model_equals(target)
@@ -149,14 +169,14 @@ class CaseRun:
         local = self.cut(delta, self.partition.owned_shards)
         self.partition.apply(local, 0.3)
         added = [(now + step * 0.3).to(self.master_dtype()).float() for now, step in zip(before, delta, strict=True)]
-        self.require(same_bits(self.snapshot(), added), "mode 'add' did not give now + weight * delta")
+        self.require(same_bits(self.snapshot(), added), "a jump from now did not give now + weight * delta")
         self.require_model_equals(added)
         base = self.cut(before, self.partition.owned_shards)
-        self.partition.apply(local, 0.5, mode="replace", base=base)
+        self.partition.apply(local, 0.5, base=base)
         replaced = [
             (step * 0.5 + then).to(self.master_dtype()).float() for then, step in zip(before, delta, strict=True)
         ]
-        self.require(same_bits(self.snapshot(), replaced), "mode 'replace' did not give base + weight * delta")
+        self.require(same_bits(self.snapshot(), replaced), "a jump from a base did not give base + weight * delta")
         self.require_model_equals(replaced)
 
     def training_goes_on_equally(self) -> None:
@@ -210,8 +230,8 @@ class CaseRun:
         saved = self.snapshot()
         train(self.engine, range(9, 10))
         self.engine.load_checkpoint(str(self.folder / "resume"))
-        self.partition = partition_of(self.engine)
-        self.require(same_bits(self.snapshot(), saved), "the partition made after load_checkpoint reads other values")
+        self.partition.map_anew()
+        self.require(same_bits(self.snapshot(), saved), "the partition mapped after load_checkpoint reads other values")
         self.written_values_read_back()
 
     def offloaded_states_are_refused_until_reloaded(self) -> None:
@@ -219,36 +239,36 @@ class CaseRun:
         if not offloadable or "offload_optimizer" in self.case.zero:
             return
         before = self.snapshot()
-        partition = RemappingPartition(lambda: partition_of(self.engine))
+        fragile = self.mapped_once()
         if self.case.stage == 3:
             # DeepSpeed does it for its fused optimizer only, which needs a GPU: no more than its mark is set.
             self.engine.optimizer.offloaded_states.add(OffloadStateTypeEnum.lp_params)
         else:
             self.engine.offload_states(pin_memory=False)
-        for fragile in (self.partition, partition):
-            try:
-                fragile.require_current()
-            except StalePartitionError as error:
-                self.require("engine.reload_states()" in str(error), f"{error} does not say what helps")
-            else:
-                self.require(False, "a partition is current although the optimizer's states are away")
+        self.require_stale(fragile, "the optimizer's states are away")
+        try:
+            self.partition.require_current()
+        except StalePartitionError as error:
+            self.require("engine.reload_states()" in str(error), f"{error} does not say what helps")
+        else:
+            self.require(False, "a partition is current although the optimizer's states are away")
         if self.case.stage == 3:
             self.engine.optimizer.offloaded_states.clear()
         else:
             self.engine.reload_states()
-        self.partition = partition
         self.require(same_bits(self.snapshot(), before), "the partition reads other values after reload_states")
         self.written_values_read_back()
-        self.partition = partition_of(self.engine)
 
     def stale_partition_raises(self) -> None:
         """Last, because it leaves the optimizer with tensors that nothing updates."""
         optimizer = self.engine.optimizer
         parameter = next(parameter for parameter in self.engine.module.parameters() if parameter.requires_grad)
         if hasattr(optimizer, "bit16_groups_flat") or hasattr(optimizer, "bf16_groups_flat"):
+            fragile = self.mapped_once()
             kept, parameter.data = parameter.data, parameter.data.clone()
-            self.require_stale("a parameter left its flat tensor")
+            self.require_stale(fragile, "a parameter left its flat tensor")
             parameter.data = kept
+            fragile.require_current()
             self.read()
         masters = (
             next((getattr(optimizer, name) for name in MASTER_LISTS if hasattr(optimizer, name)), None)
@@ -257,29 +277,28 @@ class CaseRun:
         if isinstance(masters[0], list):
             masters = masters[0]
         expected = self.snapshot()
-        remapping = RemappingPartition(lambda: partition_of(self.engine))
+        fragile = self.mapped_once()
         masters[0] = nn.Parameter(masters[0].detach().clone())
-        self.require_stale("a master was replaced")
+        self.require_stale(fragile, "a master was replaced")
         if masters[0].shape == parameter.shape and self.case.stage == 0:
             # Where masters are the parameters themselves, a replaced one is no longer the model's.
             return
-        self.partition = remapping
         masters[0].data.add_(1.0)
         changed = sum(not same_bits(now, then) for now, then in zip(self.snapshot(), expected, strict=True))
         self.require(changed > 0, "the partition that maps itself anew reads the tensors of before")
 
-    def require_stale(self, why: str) -> None:
-        out = torch.empty(total_elements(self.partition.upload_shards))
-        delta = torch.zeros(total_elements(self.partition.owned_shards))
+    def require_stale(self, partition: Partition, why: str) -> None:
+        out = torch.empty(total_elements(partition.upload_shards))
+        delta = torch.zeros(total_elements(partition.owned_shards))
         copy = RollbackCopy.allocate(0)
         uses: tuple[Callable[[], None], ...] = (
-            lambda: self.partition.read(out),
-            lambda: self.partition.apply(delta, 1.0),
-            lambda: self.partition.write(delta),
-            lambda: self.partition.capture(copy),
-            lambda: self.partition.restore(copy),
-            lambda: self.partition.require_restorable(copy),
-            self.partition.require_current,
+            lambda: partition.read(out),
+            lambda: partition.read_owned(delta),
+            lambda: partition.apply(delta, 1.0),
+            lambda: partition.capture(copy),
+            lambda: partition.restore(copy),
+            lambda: partition.require_restorable(copy),
+            partition.require_current,
         )
         for use in uses:
             try:

@@ -17,7 +17,8 @@ from torch import distributed as dist
 import sidecast
 from sidecast.protos.shards import total_elements
 from sidecast.trainer.integrations.deepspeed import hook_of
-from sidecast.trainer.partitions import partition_of
+from sidecast.trainer.partitions import Partition
+from sidecast.trainer.partitions.deepspeed import layout_of
 from tests.integration.workers.partition_account import module_weights, of_all_ranks, optimizer_state_of, same_bits
 from tests.integration.workers.partition_cases import ATTACHED_CASES, ATTACHED_WORLD_SIZE, CASES_OF_WORLD_SIZE, Case
 from tests.integration.workers.partition_checks import CHECKS, CaseRun
@@ -52,7 +53,7 @@ def trained(case: Case, nowcaster: dict[str, Any] | None) -> tuple[list[Any], in
         num_staged = hook.summary()["num_staged"]
         hook.close()
     # Not the masters as they lie in memory: DeepSpeed never sets the padding among them, with or without a hook.
-    partition = partition_of(engine)
+    partition = Partition(lambda: layout_of(engine))
     owned = torch.empty(total_elements(partition.owned_shards))
     partition.read_owned(owned)
     state = [losses, owned, optimizer_state_of(engine), module_weights(engine)]

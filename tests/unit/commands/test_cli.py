@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,15 @@ ARGUMENTS = {
 def test_every_command_can_be_run(command: str) -> None:
     arguments = build_parser().parse_args([command, *ARGUMENTS[command]])
     assert arguments.run.__module__ == COMMANDS[command]
+
+
+def test_every_argument_of_predict_and_graph_says_what_it_is() -> None:
+    for name in ("predict", "graph"):
+        parser = argparse.ArgumentParser()
+        importlib.import_module(COMMANDS[name]).add_parser(parser.add_subparsers())
+        actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        arguments = actions[0].choices[name]._actions
+        assert [action.dest for action in arguments if not action.help] == []
 
 
 def test_a_nowcast_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sidecast.commands import graph
 from sidecast.errors import ConfigError
@@ -89,21 +89,64 @@ def test_frozen_parameters_are_mentioned(model_dir: Path, tmp_path: Path, capsys
     assert "parameters are absent (frozen) and have no edges" in capsys.readouterr().out
 
 
+def test_a_file_and_shards_are_drawn_as_the_folder_is(model_dir: Path, tmp_path: Path) -> None:
+    tensors = load_file(model_dir / "model.safetensors")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+    weight_map = {name: f"part-{index % 2}.safetensors" for index, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, shards / file)
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    pages = []
+    for model in (model_dir, model_dir / "model.safetensors", shards):
+        assert run(model, "--out", tmp_path / "graph.html") == 0
+        pages.append((tmp_path / "graph.html").read_text())
+    assert pages[0].count("data:image/png") >= 15
+    assert pages[1:] == [pages[0], pages[0]]
+
+
+def test_a_file_holds_more_than_parameters(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(model_dir / "model.safetensors")
+    save_file({**tensors, "model.rotary_emb.inv_freq": torch.ones(3)}, model_dir / "model.safetensors")
+    assert run(model_dir, "--out", tmp_path / "graph.html") == 0
+    assert capsys.readouterr().out.startswith("llama, official: ")
+
+
+def test_a_folder_with_a_configuration_alone_has_shapes_only(model_dir: Path, tmp_path: Path) -> None:
+    (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
+    assert run(model_dir, "--out", tmp_path / "graph.html") == 0
+    assert "data:image/png" not in (tmp_path / "graph.html").read_text()
+
+
 def test_refusals_name_what_is_wrong(model_dir: Path, tmp_path: Path) -> None:
+    def refused(words: str, *argv: object) -> None:
+        with pytest.raises(ConfigError, match=words) as refusal:
+            run(*argv, "--out", tmp_path / "graph.html")
+        assert "\n" not in str(refusal.value)
+
     with pytest.raises(ConfigError, match=r"--out is 'graph.svg'; its name must end in .html or .png"):
         run(model_dir, "--out", "graph.svg")
-    with pytest.raises(ConfigError, match=r"cannot read a model's configuration from .*nowhere"):
-        run(tmp_path / "nowhere", "--out", "graph.html")
+    accepted = r"give a model's folder \(.*\), its config.json, or a .safetensors file with a config.json beside it$"
+    refused(rf"nowhere does not exist; {accepted}", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    refused(rf"empty is no model that can be drawn; {accepted}", tmp_path / "empty")
+    (tmp_path / "weights.bin").write_bytes(bytes([0xFF, 0xFE]))
+    refused(rf"weights.bin is no model that can be drawn; {accepted}", tmp_path / "weights.bin")
+    (tmp_path / "bare.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes())
+    refused(r"bare.safetensors has no config.json with it; .* as --snapshot", tmp_path / "bare.safetensors")
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"list.json' holds a list"):
-        run(tmp_path / "list.json", "--out", "graph.html")
+    refused(r"list.json holds a JSON list; an object is needed", tmp_path / "list.json")
     (tmp_path / "bad.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ConfigError, match=r"cannot read weights from .*bad.safetensors"):
-        run(model_dir, "--snapshot", tmp_path / "bad.safetensors", "--out", "graph.html")
+    refused(r"bad.safetensors is not a readable safetensors", model_dir, "--snapshot", tmp_path / "bad.safetensors")
     bare = tmp_path / "bare.json"
     bare.write_text('{"model_type": "lama"}')
-    with pytest.raises(ConfigError, match=r"model_type='lama'; without safetensors files it must name a class"):
-        run(bare, "--out", "graph.html")
+    refused(r"model_type='lama'; without weights it must name a class", bare)
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--out .*nowhere/graph.html cannot be written: No such file or directory$"):
+        run(model_dir, "--out", tmp_path / "nowhere" / "graph.html")
 
 
 PICTURES = [*((name, "symmetric") for name in sorted(SMALL_MODELS)), ("qwen3", "official"), ("gpt2", "official")]

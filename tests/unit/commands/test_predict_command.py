@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from torch import Tensor
 from sidecast.checkpoints.opening import open_checkpoint
 from sidecast.checkpoints.staging import manifest_of, stage_history
 from sidecast.commands import predict
-from sidecast.errors import ConfigError
+from sidecast.errors import ConfigError, NoRoomError
 
 
 def states(offset: float) -> dict[str, Tensor]:
@@ -200,6 +201,19 @@ def test_refuses_scratch_without_room(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 0, 100))
     with pytest.raises(ConfigError, match=r"3 states needs .* GiB of scratch space; .* has 0.00 GiB free .*--scratch"):
         command(*files)
+
+
+def test_refuses_scratch_that_lost_its_room_meanwhile(
+    files: list[str], command: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(NoRoomError, match=r"no room for \d+ bytes at .*state_0\.bin: No space left on device"):
+        command(*files)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_never_writes_over_an_input(files: list[str], tmp_path: Path) -> None:

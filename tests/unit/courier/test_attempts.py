@@ -8,6 +8,7 @@ import pytest
 
 from sidecast.trainer.courier.attempts import MAX_CORRUPT, Attempts
 from sidecast.trainer.courier.link import FIRST_BACKOFF_S, MAX_BACKOFF_S, Link
+from tests.support.courier_harness import session
 
 WAIT_S = 20.0
 
@@ -80,7 +81,7 @@ def test_a_session_that_ends_meanwhile_ends_its_transfer() -> None:
 @pytest.mark.parametrize("ends", ["link", "session"])
 def test_an_end_cuts_a_rest_short(ends: str) -> None:
     client = type("Client", (), {})()
-    link = Link(client, 0, ((), ()), None, {"session_id": "s1"}, tell=lambda message: None, on_event=lambda *_: None)
+    link = Link(client, 0, ((), ()), None, session("s1"), tell=lambda message: None, on_event=lambda *_: None)
     assert link.rest("s1", 0.0)
     answers: list[bool] = []
     resting = threading.Thread(target=lambda: answers.append(link.rest("s1", 1000.0)), daemon=True)
@@ -88,6 +89,6 @@ def test_an_end_cuts_a_rest_short(ends: str) -> None:
     if ends == "link":
         link.end()
     else:
-        link.begin({"session_id": "s2"})
+        link.begin(session("s2"))
     resting.join(WAIT_S)
     assert answers == [False]

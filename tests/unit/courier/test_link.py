@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import pytest
 
@@ -12,11 +12,27 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.trainer.courier.link import Link
 from sidecast.trainer.courier.metrics import CourierMetrics
 from sidecast.trainer.courier.refusals import RefusedError, ReopenError, UnavailableError
+from sidecast.trainer.courier.sender import Sender
 from sidecast.trainer.courier.snapshot_outcomes import SnapshotOutcomes
 from sidecast.trainer.courier.uploader import Uploader
+from sidecast.trainer.pipe.messages import (
+    Connected,
+    Disconnected,
+    Refused,
+    Report,
+    Sent,
+    Session,
+    Snapshot,
+    ToHook,
+)
 
 WAIT_S = 20.0
 NUM_BYTES = 64
+M = TypeVar("M", bound=ToHook)
+
+
+def session(session_id: str) -> Session:
+    return Session(session_id=session_id, run_id="run", resumed=False, resume_step=0, resume_epoch=0)
 
 
 class Events:
@@ -95,23 +111,23 @@ class Condition(threading.Condition):
 
 
 class Outgoing:
-    """A link and an uploader in their threads, and what they tell the trainer."""
+    """A link and a sender in their threads, and what they tell the hook."""
 
     def __init__(self) -> None:
         self.client = FakeClient()
-        self._told: list[Mapping[str, Any]] = []
+        self._told: list[ToHook] = []
         self._has_told = threading.Condition()
         self.link = Link(
             self.client,  # type: ignore[arg-type]
             1,
             ((), ()),
             None,
-            {"session_id": "s1"},
+            session("s1"),
             tell=self._tell,
             on_event=lambda session_id, event: None,
         )
         self.changed = self.link._changed = Condition()
-        self.uploader = Uploader(
+        uploader = Uploader(
             self.client,  # type: ignore[arg-type]
             1,
             [memoryview(bytes(NUM_BYTES))],
@@ -121,30 +137,31 @@ class Outgoing:
             self._tell,
             None,
         )
+        self.sender = Sender(self.client, 1, self.link, uploader)  # type: ignore[arg-type]
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
-            for work, name in ((self.link.run, "link"), (self.uploader.run, "outgoing"))
+            for work, name in ((self.link.run, "link"), (self.sender.run, "outgoing"))
         ]
         for thread in self._threads:
             thread.start()
 
-    def _tell(self, message: Mapping[str, Any]) -> None:
+    def _tell(self, message: ToHook) -> None:
         with self._has_told:
             self._told.append(message)
             self._has_told.notify_all()
 
-    def told_until(self, kind: str) -> list[Mapping[str, Any]]:
-        """What the trainer is told, up to the next message of a kind."""
-        told: list[Mapping[str, Any]] = []
+    def told_until(self, kind: type[M]) -> tuple[list[ToHook], M]:
+        """What the hook is told before the next message of a kind, and that message."""
+        before: list[ToHook] = []
         with self._has_told:
-            assert self._has_told.wait_for(lambda: any(item["type"] == kind for item in self._told), WAIT_S), self._told
-            while not told or told[-1]["type"] != kind:
-                told.append(self._told.pop(0))
-        return told
+            assert self._has_told.wait_for(lambda: any(isinstance(item, kind) for item in self._told), WAIT_S), before
+            while not isinstance(message := self._told.pop(0), kind):
+                before.append(message)
+        return before, message
 
-    def told(self, kind: str) -> Mapping[str, Any]:
+    def told(self, kind: type[M]) -> M:
         """The next message of a kind; the ones before it are forgotten."""
-        return self.told_until(kind)[-1]
+        return self.told_until(kind)[1]
 
     def answer(self, answer: Exception | None = None) -> None:
         """Lets one attempt to connect end."""
@@ -152,7 +169,7 @@ class Outgoing:
         self.client.may_answer.release()
 
     def stage(self, session_id: str, step: int) -> None:
-        self.uploader.put(session_id, {"type": "snapshot", "slot": 0, "step": step, "epoch": 0})
+        self.sender.put(session_id, Snapshot(slot=0, step=step, epoch=0))
 
     def await_waiter(self) -> None:
         """Returns once the uploader waits for the link."""
@@ -160,7 +177,7 @@ class Outgoing:
 
     def close(self) -> None:
         self.client.is_over = True
-        self.uploader.end()
+        self.sender.end()
         self.link.end()
         for events in self.client.watched:
             events.cancel()
@@ -179,20 +196,20 @@ def outgoing() -> Iterator[Outgoing]:
 
 def connect(outgoing: Outgoing) -> None:
     outgoing.answer()
-    assert outgoing.told("connected")["session_id"] == "s1"
+    assert outgoing.told(Connected).session_id == "s1"
     outgoing.client.is_asked.clear()
 
 
 def test_a_break_between_two_snapshots_loses_none(outgoing: Outgoing) -> None:
     connect(outgoing)
     outgoing.stage("s1", 10)
-    assert outgoing.told("sent")["reason"] == ""
+    assert outgoing.told(Sent).reason == ""
     outgoing.client.watched[0].cancel()
     assert outgoing.client.is_asked.wait(WAIT_S)
     outgoing.stage("s1", 20)
     outgoing.await_waiter()
     outgoing.answer()
-    assert outgoing.told("sent")["reason"] == ""
+    assert outgoing.told(Sent).reason == ""
     assert outgoing.client.sent == [("s1", 10), ("s1", 20)]
 
 
@@ -212,10 +229,8 @@ def test_a_break_is_told_at_once_and_what_follows_once(
     for reason in failures:
         outgoing.answer(UnavailableError(reason))
     outgoing.answer()
-    *before, _ = outgoing.told_until("connected")
-    assert [(message["type"], message["reason"]) for message in before] == [
-        ("disconnected", reason) for reason in ("broken", *told)
-    ]
+    before, _ = outgoing.told_until(Connected)
+    assert before == [Disconnected(reason=reason) for reason in ("broken", *told)]
 
 
 def test_every_break_is_told(outgoing: Outgoing) -> None:
@@ -223,43 +238,41 @@ def test_every_break_is_told(outgoing: Outgoing) -> None:
     for events in range(2):
         outgoing.client.watched[events].cancel()
         outgoing.answer()
-        assert [message["type"] for message in outgoing.told_until("connected")] == ["disconnected", "connected"]
+        before, _ = outgoing.told_until(Connected)
+        assert before == [Disconnected(reason="broken")]
 
 
 def test_the_first_snapshot_of_a_new_session_is_not_lost(outgoing: Outgoing) -> None:
     connect(outgoing)
-    outgoing.link.begin({"session_id": "s2"})
+    outgoing.link.begin(session("s2"))
     outgoing.stage("s1", 10)
-    assert outgoing.told("sent")["reason"] == "not connected"
+    assert outgoing.told(Sent).reason == "not connected"
     outgoing.stage("s2", 20)
     outgoing.await_waiter()
     # Rank 0 may not have opened it yet.
     outgoing.answer(ReopenError("session 's2' is not known here"))
     outgoing.answer()
-    assert outgoing.told("sent") == {
-        "type": "sent",
-        "slot": 0,
-        "step": 20,
-        "seconds": pytest.approx(0, abs=WAIT_S),
-        "bytes": NUM_BYTES,
-        "reason": "",
-    }
+    sent = outgoing.told(Sent)
+    assert sent == Sent(slot=0, step=20, seconds=sent.seconds, num_bytes=NUM_BYTES, reason="")
+    assert 0 <= sent.seconds < WAIT_S
     assert outgoing.client.sent == [("s2", 20)]
 
 
 @pytest.mark.parametrize(
-    ("answer", "kind"), [(UnavailableError("no service"), "disconnected"), (RefusedError("no"), "refused")]
+    ("answer", "kind"), [(UnavailableError("no service"), Disconnected), (RefusedError("no"), Refused)]
 )
-def test_while_the_service_is_away_a_slot_is_free_at_once(outgoing: Outgoing, answer: Exception, kind: str) -> None:
+def test_while_the_service_is_away_a_slot_is_free_at_once(
+    outgoing: Outgoing, answer: Exception, kind: type[Disconnected | Refused]
+) -> None:
     outgoing.stage("s1", 10)
     outgoing.await_waiter()
     outgoing.answer(answer)
-    assert outgoing.told(kind)["reason"] == str(answer)
+    assert outgoing.told(kind).reason == str(answer)
     # What waited for the attempt ends with it.
-    assert outgoing.told("sent")["reason"] == "not connected"
+    assert outgoing.told(Sent).reason == "not connected"
     outgoing.changed.waits.clear()
     outgoing.stage("s1", 20)
-    assert outgoing.told("sent")["reason"] == "not connected"
+    assert outgoing.told(Sent).reason == "not connected"
     assert "outgoing" not in outgoing.changed.waits
     assert outgoing.client.sent == []
 
@@ -269,17 +282,16 @@ def test_a_session_that_rank_0_never_opens_is_not_waited_for_without_end(outgoin
     outgoing.stage("s1", 10)
     for _ in range(2):
         outgoing.answer(ReopenError("session 's1' is not known here"))
-    assert outgoing.told("disconnected")["reason"] == "session 's1' is not known here"
-    assert outgoing.told("sent")["reason"] == "not connected"
+    assert outgoing.told(Disconnected).reason == "session 's1' is not known here"
+    assert outgoing.told(Sent).reason == "not connected"
 
 
 def test_a_report_waits_for_the_link_as_snapshots_do(outgoing: Outgoing) -> None:
-    fields = {"type": "report", "outcome": "applied", "version": 1, "step": 24, "epoch": 1, "weight": 0.5, "reason": ""}
-    outgoing.uploader.put("s1", fields)
+    outgoing.sender.put("s1", Report(outcome="applied", version=1, step=24, epoch=1))
     outgoing.stage("s1", 30)
     outgoing.await_waiter()
     outgoing.answer()
-    assert outgoing.told("sent")["reason"] == ""
+    assert outgoing.told(Sent).reason == ""
     assert outgoing.client.reported == ["s1"]
 
 
@@ -287,4 +299,4 @@ def test_an_end_wakes_whoever_waits_for_the_link(outgoing: Outgoing) -> None:
     outgoing.stage("s1", 10)
     outgoing.await_waiter()
     outgoing.link.end()
-    assert outgoing.told("sent")["reason"] == "not connected"
+    assert outgoing.told(Sent).reason == "not connected"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 
 from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import NowcasterConfig
+from sidecast.trainer.hook.messenger import ForHook
+from sidecast.trainer.hook.slots import SlotState
 from sidecast.trainer.partitions import RollbackCopy
+from sidecast.trainer.pipe.messages import Committed, Connected, Disconnected, Failed, Report, Sent
 from tests.support.hook_harness import PREDICTION, FakeCourier, FakePartition, OneVoter, new_hook
 
 
@@ -19,7 +23,7 @@ from tests.support.hook_harness import PREDICTION, FakeCourier, FakePartition, O
 def test_a_prediction_of_an_earlier_session_is_given_back_unapplied(session_id: str, weight: float) -> None:
     courier, partition = FakeCourier(), FakePartition()
     hook = new_hook(courier, partition, step=22)
-    courier.unread.append({**PREDICTION, "session_id": session_id})
+    courier.unread.append(replace(PREDICTION, session_id=session_id))
     hook.after_step(23)
     assert partition.weights.tolist() == pytest.approx([weight, weight])
     assert courier.num_released == 1
@@ -34,71 +38,61 @@ def test_sync_mode_waits_only_for_what_it_would_apply(is_suspended: bool, num_wa
     assert len(courier.waited_s) == num_waits
 
 
-@pytest.mark.parametrize(("said_then", "num_waits"), [([], 0), (["connected"], 1)])
-def test_sync_mode_does_not_wait_for_a_service_that_is_known_to_be_gone(said_then: list[str], num_waits: int) -> None:
+@pytest.mark.parametrize(("later", "num_waits"), [([], 0), ([Connected(session_id="now")], 1)])
+def test_sync_mode_does_not_wait_for_a_service_that_is_known_to_be_gone(later: list[ForHook], num_waits: int) -> None:
     courier = FakeCourier()
     hook = new_hook(courier, FakePartition(), step=18, mode="sync")
-    courier.unread += [{"type": kind, "reason": "gone"} for kind in ("disconnected", *said_then)]
+    courier.unread += [Disconnected(reason="gone"), *later]
     hook.after_step(19)
     hook.after_step(20)
     assert len(courier.waited_s) == num_waits
 
 
-SENT = {"type": "sent", "slot": 0, "step": 0, "seconds": 0.5, "bytes": 8, "reason": ""}
+SENT = Sent(slot=0, step=0, seconds=0.5, num_bytes=8, reason="")
 
 
 class BusyCourier(FakeCourier):
-    """Needs the slot that it is given until it has said that it has sent it; each wait for its words takes ``word_s``.
+    """Needs its slot until it has said that it has sent it; each wait for a message takes ``message_s``.
 
     Args:
-        words: What it says, a wait each; it is silent after.
-        word_s: On its own clock.
+        messages: What it says, a wait each; it is silent after.
+        message_s: On its own clock.
     """
 
-    def __init__(self, words: list[Mapping[str, Any]], word_s: float = 4.0) -> None:
+    after_post = SlotState.POSTED
+
+    def __init__(self, messages: list[ForHook], message_s: float = 4.0) -> None:
         super().__init__()
         self.now_s = 100.0
-        self._words = words
-        self._word_s = word_s
-        self._is_free = False
+        self.slots[0].state = SlotState.POSTED
+        self._messages = messages
+        self._message_s = message_s
 
     def clock(self) -> float:
         return self.now_s
 
-    @property
-    def has_free_slot(self) -> bool:
-        return self._is_free
-
-    def take_slot(self) -> int | None:
-        slot = 0 if self._is_free else None
-        self._is_free = False
-        return slot
-
-    def return_slot(self, slot: int) -> None:
-        assert not self._is_free
-        self._is_free = True
-
-    def receive(self, timeout_s: float = 0.0) -> Iterator[Mapping[str, Any]]:
+    def receive(self, timeout_s: float = 0.0) -> Iterator[ForHook]:
         if timeout_s == 0:
             return
         self.waited_s.append(timeout_s)
         assert len(self.waited_s) < 20
-        self.now_s += min(timeout_s, self._word_s)
-        if self._words and timeout_s >= self._word_s:
-            word = self._words.pop(0)
-            self._is_free |= word["type"] == "sent"
-            yield word
+        self.now_s += min(timeout_s, self._message_s)
+        if self._messages and timeout_s >= self._message_s:
+            message = self._messages.pop(0)
+            if isinstance(message, Sent):
+                self.slots[message.slot].free()
+            yield message
 
 
 def busy_hook(courier: BusyCourier, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> NowcastHook:
     clock = SimpleNamespace(perf_counter=courier.clock, monotonic=courier.clock)
-    for module in ("boundary", "inbox"):
+    for module in ("boundary", "inbox", "staging"):
         monkeypatch.setattr(f"sidecast.trainer.hook.{module}.time", clock)
     return new_hook(courier, FakePartition(), step=9, sync_deadline_s=10.0, **settings)
 
 
 def test_sync_mode_waits_for_a_slot_and_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    courier = BusyCourier([{"type": "committed", "step": 0}, SENT])
+    courier = BusyCourier([Committed(step=0), SENT])
     hook = busy_hook(courier, monkeypatch, mode="sync")
     hook.after_step(10)
     assert (hook.totals.num_staged, hook.totals.num_dropped) == (1, 0)
@@ -123,7 +117,8 @@ def test_a_courier_that_stands_still_costs_sync_mode_its_deadline_once(monkeypat
     assert hook.totals.num_dropped == 2
     assert hook.totals.blocked_s == 10.0
     # It has sent after all, and is waited for again.
-    courier._words, courier._is_free = [SENT], True
+    courier._messages = [SENT]
+    courier.slots[0].free()
     hook.after_step(50)
     hook.after_step(70)
     assert (hook.totals.num_staged, hook.totals.num_dropped) == (2, 2)
@@ -141,7 +136,7 @@ def test_a_base_step_waits_for_its_slot_and_its_prediction_until_one_deadline(mo
 
 def test_a_courier_that_stands_still_after_a_base_step_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     courier = BusyCourier([])
-    courier._is_free = True
+    courier.slots[0].free()
     hook = busy_hook(courier, monkeypatch, mode="sync")
     hook.after_step(20)
     assert (hook.totals.num_staged, hook.totals.blocked_s) == (1, 10.0)
@@ -153,7 +148,7 @@ def test_a_courier_that_stands_still_after_a_base_step_is_not_waited_for_again(m
 
 def test_a_slow_service_is_waited_for_at_every_base_step(monkeypatch: pytest.MonkeyPatch) -> None:
     courier = BusyCourier([SENT])
-    courier._is_free = True
+    courier.slots[0].free()
     hook = busy_hook(courier, monkeypatch, mode="sync")
     hook.after_step(20)
     hook.after_step(40)
@@ -167,7 +162,7 @@ def test_a_slow_service_is_waited_for_at_every_base_step(monkeypatch: pytest.Mon
 def test_sync_mode_waits_for_no_slot_of_which_nothing_would_come(
     is_linked: bool, is_suspended: bool, num_waits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    courier = BusyCourier([{"type": "disconnected", "reason": "gone"}, SENT])
+    courier = BusyCourier([Disconnected(reason="gone"), SENT])
     hook = busy_hook(courier, monkeypatch, mode="sync", is_linked=is_linked)
     hook._probation.is_suspended = is_suspended
     hook.after_step(10)
@@ -180,7 +175,7 @@ def test_a_nowcast_that_was_never_made_is_failed_and_not_rejected() -> None:
     hook = new_hook(courier, FakePartition(), step=22)
     kinds: list[str] = []
     hook.add_listener(lambda event: kinds.append(event.kind))
-    courier.unread.append({"type": "failed", "step": 20, "reason": "none today"})
+    courier.unread.append(Failed(step=20, reason="none today"))
     hook.after_step(23)
     assert kinds == ["failed"]
     assert (hook.totals.num_failed, hook.totals.num_rejected) == (1, 0)
@@ -202,14 +197,14 @@ def test_a_prediction_that_a_resume_leaves_of_use_is_not_rejected_but_applied_wh
     courier, partition = FakeCourier(), FakePartition()
     hook = new_hook(courier, partition, step=21)
     state: Any = {**hook.state_dict(), "step": step, **changes}
-    courier.unread.append({**PREDICTION, "session_id": "now"})
+    courier.unread.append(PREDICTION)
     hook._inbox.poll()
-    hook.resume(state.get("state", state), partition, step, "new", is_kept=True)
+    hook.resume(state.get("state", state), step, "new", is_kept=True)
     assert courier.num_released == 1
-    assert [message["outcome"] for message in courier.posted if message["type"] == "report"] == reported
+    assert [message.outcome for message in courier.posted if isinstance(message, Report)] == reported
     courier.session_id = "later"
     if not reported:
-        courier.unread.append({**PREDICTION, "session_id": "later"})
+        courier.unread.append(replace(PREDICTION, session_id="later"))
         hook.after_step(21)
         assert hook.totals.num_applied == 1
         assert partition.weights.tolist() == pytest.approx([0.98, 0.98])
@@ -229,7 +224,7 @@ def jumped(partition: FakePartition, **settings: Any) -> tuple[list[float], list
     hook.after_step(BASE_STEP)
     partition.weights = torch.full((2,), 3.0)
     partition.rates = (0.25,)
-    courier.unread.append({**PREDICTION, "session_id": "now"})
+    courier.unread.append(PREDICTION)
     hook.after_step(JUMP_STEP)
     return partition.weights.tolist(), kinds
 
@@ -258,7 +253,7 @@ def test_without_its_base_a_prediction_replaces_nothing() -> None:
     hook = new_hook(courier, partition, step=22, merge="replace")
     reasons: list[Any] = []
     hook.add_listener(lambda event: reasons.append((event.kind, event.details.get("reason"))))
-    courier.unread.append({**PREDICTION, "session_id": "now"})
+    courier.unread.append(PREDICTION)
     hook.after_step(23)
     assert partition.weights.tolist() == [0.0, 0.0]
     assert ("rejected", "the base of step 20, which it would replace, is not held") in reasons
@@ -273,8 +268,8 @@ def test_a_base_from_before_a_checkpoint_was_loaded_is_not_replaced(is_resumed: 
     partition.weights = torch.ones(2)
     hook.after_step(BASE_STEP)
     if is_resumed:
-        hook.resume({**hook.state_dict(), "step": BASE_STEP}, partition, BASE_STEP, "run", is_kept=True)
-    courier.unread = [{**PREDICTION, "session_id": "now"}]
+        hook.resume({**hook.state_dict(), "step": BASE_STEP}, BASE_STEP, "run", is_kept=True)
+    courier.unread = [PREDICTION]
     hook.after_step(JUMP_STEP)
     assert partition.weights.tolist() == [weight, weight]
     assert kind in kinds

@@ -164,5 +164,8 @@ def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(ConfigError, match="takes no rollback copy of 1200 bytes: No space left on device"):
+    with pytest.raises(
+        ConfigError,
+        match=r"rollback_dir cannot .* no room in .* for 1200 bytes of the rollback copy: No space left on device",
+    ):
         reserve_rollback_copy(NowcasterConfig(rollback="disk", rollback_dir=str(tmp_path)), PARTITION)

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 
+from sidecast.trainer.hook.messenger import FromHook
+from sidecast.trainer.hook.slots import Slot, has_free, take_free
 from sidecast.trainer.hook.staging import Stager
 from sidecast.trainer.partitions import StalePartitionError
 from sidecast.trainer.pipe.buffers import SharedBuffer
+from sidecast.trainer.pipe.messages import Snapshot
 
 
 class FakeCourier:
     """Takes what it is given, while it can be reached."""
 
     def __init__(self) -> None:
-        self.slots = [SharedBuffer(f"slot-{index}", 8) for index in range(2)]
-        self.free = [0, 1]
-        self.posted: list[Mapping[str, Any]] = []
+        self.slots = [Slot(index, SharedBuffer(f"slot-{index}", 8)) for index in range(2)]
+        self.posted: list[FromHook] = []
         self.is_reachable = True
 
-    def take_slot(self) -> int | None:
-        return self.free.pop() if self.free else None
+    def take_slot(self) -> Slot | None:
+        return take_free(self.slots)
 
-    def return_slot(self, slot: int) -> None:
-        self.free.append(slot)
-
-    def post(self, message: Mapping[str, Any]) -> bool:
+    def post(self, message: FromHook) -> bool:
         self.posted.append(message)
         return self.is_reachable
 
@@ -59,18 +57,18 @@ class FakeStream:
 
 
 def stager_of(courier: FakeCourier, stream: FakeStream | None = None) -> Stager:
-    return Stager(courier, stream)  # type: ignore[arg-type]
+    return Stager(courier, None, stream)  # type: ignore[arg-type]
 
 
 def stage(stager: Stager, partition: FakePartition, step: int = 10) -> str:
-    return stager.stage(partition, step, 0, stager._courier.take_slot())  # type: ignore[arg-type]
+    return stager.stage(partition, step, 0, stager.take_slot(None))  # type: ignore[arg-type]
 
 
 def test_from_host_memory_it_is_handed_over_at_once() -> None:
     courier, partition = FakeCourier(), FakePartition()
     stager = stager_of(courier)
     assert stage(stager, partition) == ""
-    assert courier.posted == [{"type": "snapshot", "slot": 1, "step": 10, "epoch": 0}]
+    assert courier.posted == [Snapshot(slot=0, step=10, epoch=0)]
     assert stager.collect() == ""
     assert len(courier.posted) == 1
 
@@ -83,7 +81,7 @@ def test_from_a_device_it_is_handed_over_once_the_copy_is_over(monkeypatch: pyte
     assert partition.streams == [stream]
     assert (courier.posted, stream.num_waits) == ([], 0)
     assert stager.collect() == ""
-    assert ([message["step"] for message in courier.posted], stream.num_waits) == ([10], 1)
+    assert (courier.posted, stream.num_waits) == ([Snapshot(slot=0, step=10, epoch=0)], 1)
     assert stager.collect() == ""
     assert stream.num_waits == 1
 
@@ -112,7 +110,9 @@ def test_tensors_that_moved_cost_a_snapshot_and_no_slot() -> None:
     courier, partition = FakeCourier(), FakePartition()
     partition.is_stale = True
     assert stage(stager_of(courier), partition) == "it moved"
-    assert len(courier.free) == 2
+    taken = [take_free(courier.slots), take_free(courier.slots)]
+    assert None not in taken
+    assert not has_free(courier.slots)
 
 
 def test_an_unreachable_courier_is_told_of() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 
+from sidecast.trainer.hook.slots import Slot, SlotState
 from sidecast.trainer.hook.vote import Ballot, decide
 from sidecast.trainer.hook.windows import MIN_WINDOWS, WindowLosses
+from sidecast.trainer.pipe.messages import Sent, Snapshot
 from tests.support.hook_harness import FakeCourier, FakePartition, new_hook
 
 PERIOD_STEPS = 20
-IN_TIME = {"type": "sent", "slot": 0, "seconds": 0.25, "bytes": 8, "reason": ""}
+IN_TIME = Sent(slot=0, step=0, seconds=0.25, num_bytes=8, reason="")
 
 
 def agreed(*ranks: WindowLosses, have_room: bool = True) -> None:
@@ -87,21 +90,14 @@ def test_a_rank_that_always_has_room_leaves_the_telling_to_others() -> None:
 class SlowCourier(FakeCourier):
     """Has sent a snapshot when the test says so."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_free = True
+    after_post = SlotState.POSTED
 
-    @property
-    def has_free_slot(self) -> bool:
-        return self.is_free
-
-    def take_slot(self) -> int | None:
-        assert self.is_free, "what all ranks have no room for, none asks for"
-        self.is_free = False
-        return 0
+    def take_slot(self) -> Slot | None:
+        assert self.has_free_slot, "what all ranks have no room for, none asks for"
+        return super().take_slot()
 
     def finish(self) -> None:
-        self.is_free = True
+        self.slots[0].free()
         self.unread = [IN_TIME]
 
 
@@ -135,10 +131,10 @@ def test_a_snapshot_that_was_not_sent_ends_its_window() -> None:
     courier = FakeCourier()
     hook = new_hook(courier, FakePartition(), step=0)
     hook.after_step(10)
-    courier.unread = [{**IN_TIME, "step": 10, "reason": "not connected"}]
+    courier.unread = [replace(IN_TIME, step=10, reason="not connected")]
     hook.after_step(11)
     hook.after_step(20)
-    assert [message["step"] for message in courier.posted if message["type"] == "snapshot"] == [10]
+    assert [message.step for message in courier.posted if isinstance(message, Snapshot)] == [10]
     assert (hook.totals.num_staged, hook.totals.num_dropped) == (1, 2)
     hook.after_step(30)
     assert hook.totals.num_staged == 2

@@ -10,24 +10,31 @@ import pytest
 import torch
 
 from sidecast.errors import ConfigError
-from sidecast.trainer.hook.attachment import NowcastAttachment
-from sidecast.trainer.hook.boundary import rollback_path
+from sidecast.protos.shards import ShardSpec
+from sidecast.trainer.hook.attachment import Attachment, rollback_path
 from sidecast.trainer.hook.ranks import Ranks
+from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.integrations.deepspeed import wrap
+from sidecast.trainer.partitions import StalePartitionError
+from sidecast.trainer.pipe.apply_log import Recorder
+from tests.support.courier_harness import session
 
 
-def attachment_at(step: int, resumed: list[Any], shards: tuple[Any, ...] = ()) -> NowcastAttachment:
-    """A hook on a run whose checkpoint leaves it at a step, with some shards."""
-    trainee: Any = SimpleNamespace(
-        map_partition=lambda: SimpleNamespace(upload_shards=shards, owned_shards=shards), applied_steps=lambda: step
-    )
+def attachment_at(step: int, resumed: list[Any], moved: str = "") -> Attachment:
+    """A hook on a run whose checkpoint leaves it at a step, and perhaps with something else on this rank."""
+
+    def map_anew() -> None:
+        if moved:
+            raise StalePartitionError(moved)
+
+    run: Any = SimpleNamespace(applied_steps=lambda: step)
+    partition: Any = SimpleNamespace(map_anew=map_anew)
     hook: Any = SimpleNamespace(
-        shards=((), ()),
         is_on_probation=False,
         resume=lambda state, *_, is_kept: resumed.append(is_kept and state is not None),
     )
-    courier: Any = SimpleNamespace(new_session=lambda session: resumed.append(session["run_id"]))
-    return NowcastAttachment(trainee, hook, courier, Ranks(None))
+    courier: Any = SimpleNamespace(new_session=lambda session: resumed.append(session.run_id))
+    return Attachment(run, hook, partition, Ranks(None), courier)
 
 
 @pytest.mark.parametrize(("loaded_step", "is_continued"), [(500, True), (0, False)])
@@ -50,8 +57,10 @@ def test_a_run_is_continued_only_at_the_step_of_its_checkpoint(
 
 
 def test_a_checkpoint_that_changes_what_a_rank_holds_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="changed this rank's partition"):
-        attachment_at(500, [], shards=(object(),)).resume(None, tmp_path)
+    resumed: list[Any] = []
+    with pytest.raises(ConfigError, match=r"this rank's partition \(other owned_shards\); attach after loading"):
+        attachment_at(500, resumed, moved="other owned_shards").resume(None, tmp_path)
+    assert resumed == []
 
 
 def test_a_checkpoint_without_a_jump_on_probation_keeps_no_older_rollback_copy(tmp_path: Path) -> None:
@@ -66,3 +75,29 @@ def test_a_checkpoint_without_a_jump_on_probation_keeps_no_older_rollback_copy(t
         attachment.save_rollback_copy(tmp_path)
         # Other ranks' copies are theirs to remove.
         assert list(tmp_path.iterdir()) == [others]
+
+
+def test_a_replay_resumes_by_the_step_of_the_checkpoint_whoever_saved_it(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "log", 0)
+    for step in (2, 5):
+        entry = {"action": "applied", "step": step, "weight": 1.0, "merge": "age_weighted", "moments": "keep"}
+        recorder.record(entry, memoryview(b"\0" * 8), session("s"))
+    steps = [0]
+    run: Any = SimpleNamespace(applied_steps=lambda: steps[-1])
+    jumps: list[int] = []
+    partition: Any = SimpleNamespace(
+        owned_shards=(ShardSpec(0, 0, 2),), map_anew=lambda: None, apply=lambda *_, **__: jumps.append(steps[-1])
+    )
+    replayer = Replayer(tmp_path / "log", partition, rank=0, step=0)
+    attachment = Attachment(run, replayer, partition, Ranks(None))
+    attachment.save_rollback_copy(tmp_path)
+    assert (attachment.state_dict(), attachment.rollback_state()) == (None, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+    for resumed_at in (4, 1):
+        steps.append(resumed_at)
+        attachment.resume({"run_id": "live", "step": resumed_at, "epoch": 1}, tmp_path)
+        for step in range(resumed_at + 1, 7):
+            steps.append(step)
+            attachment.after_step()
+    assert jumps == [5, 2, 5]
+    assert replayer.summary()["num_applied"] == 3

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sidecast.trainer.partitions.optimizer_state import OptimizerState
+from sidecast.trainer.partitions.optimizer_state import OptimizerState, whole_masters
 from sidecast.trainer.partitions.rollback import RollbackCopy, RollbackError, packed_bytes
 
 
@@ -83,21 +83,21 @@ def test_adam_needs_twelve_bytes_per_parameter() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1 << 16))
     optimizer = torch.optim.AdamW([parameter])
     state = OptimizerState([optimizer], None)
-    before_first_step = state.num_bytes([parameter])
+    before_first_step = state.num_bytes(whole_masters([parameter]))
     step(optimizer, parameter)
-    assert before_first_step == state.num_bytes([parameter])
-    assert 12 <= state.num_bytes([parameter]) / parameter.numel() < 12.01
+    assert before_first_step == state.num_bytes(whole_masters([parameter]))
+    assert 12 <= state.num_bytes(whole_masters([parameter])) / parameter.numel() < 12.01
 
 
 def test_state_made_after_the_capture_is_removed() -> None:
     parameter = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([parameter])
     state = OptimizerState([optimizer], None)
-    copy = RollbackCopy.allocate(state.num_bytes([parameter]))
-    state.capture([parameter], copy)
+    copy = RollbackCopy.allocate(state.num_bytes(whole_masters([parameter])))
+    state.capture(whole_masters([parameter]), copy)
     step(optimizer, parameter)
     with torch.no_grad():
-        state.restore([parameter], copy)
+        state.restore(whole_masters([parameter]), copy)
     assert parameter not in optimizer.state
     assert parameter.detach().equal(torch.ones(4))
 
@@ -105,14 +105,14 @@ def test_state_made_after_the_capture_is_removed() -> None:
 def test_restored_adam_steps_as_it_would_have() -> None:
     optimizer, parameter = stepped_adam()
     state = OptimizerState([optimizer], None)
-    copy = RollbackCopy.allocate(state.num_bytes([parameter]))
+    copy = RollbackCopy.allocate(state.num_bytes(whole_masters([parameter])))
     with torch.no_grad():
-        state.capture([parameter], copy)
+        state.capture(whole_masters([parameter]), copy)
     step(optimizer, parameter)
     expected = parameter.detach().clone()
     step(optimizer, parameter)
     with torch.no_grad():
-        state.restore([parameter], copy)
+        state.restore(whole_masters([parameter]), copy)
     step(optimizer, parameter)
     assert parameter.detach().equal(expected)
 
@@ -120,13 +120,13 @@ def test_restored_adam_steps_as_it_would_have() -> None:
 def test_an_empty_copy_or_one_of_other_tensors_restores_nothing() -> None:
     optimizer, parameter = stepped_adam()
     state = OptimizerState([optimizer], None)
-    copy = RollbackCopy.allocate(state.num_bytes([parameter]))
+    copy = RollbackCopy.allocate(state.num_bytes(whole_masters([parameter])))
     before = parameter.detach().clone()
     with pytest.raises(RollbackError, match="nothing was restored"):
-        state.restore([parameter], copy)
-    state.capture([torch.zeros(5)], copy)
+        state.restore(whole_masters([parameter]), copy)
+    state.capture(whole_masters([torch.zeros(5)]), copy)
     with pytest.raises(RollbackError, match="nothing was restored"):
-        state.restore([parameter], copy)
+        state.restore(whole_masters([parameter]), copy)
     assert parameter.detach().equal(before)
 
 
@@ -152,21 +152,21 @@ class FailingCopy(RollbackCopy):
 def test_pages_are_asked_for_before_a_rollback_and_not_during_it() -> None:
     optimizer, parameter = stepped_adam()
     state = OptimizerState([optimizer], None)
-    copy = FailingCopy.allocate(state.num_bytes([parameter]))
+    copy = FailingCopy.allocate(state.num_bytes(whole_masters([parameter])))
     assert isinstance(copy, FailingCopy)
     before = parameter.detach().clone()
     with torch.no_grad():
-        state.capture([parameter], copy)
+        state.capture(whole_masters([parameter]), copy)
     step(optimizer, parameter)
     with torch.no_grad():
         after = parameter.detach().clone()
-        state.require_restorable([parameter], copy)
+        state.require_restorable(whole_masters([parameter]), copy)
         copy.is_gone = True
         # One rank refuses before all agree, or none does.
         with pytest.raises(RollbackError, match="no pages"):
-            state.require_restorable([parameter], copy)
+            state.require_restorable(whole_masters([parameter]), copy)
         assert parameter.detach().equal(after)
-        state.restore([parameter], copy)
+        state.restore(whole_masters([parameter]), copy)
     assert parameter.detach().equal(before)
 
 
@@ -194,25 +194,25 @@ def test_moments_are_scaled_or_reset_and_undone_bit_for_bit(
     optimizer = make(parameter)
     step(optimizer, parameter)
     state = OptimizerState([optimizer], None)
-    copy = RollbackCopy.allocate(state.num_bytes([parameter]))
+    copy = RollbackCopy.allocate(state.num_bytes(whole_masters([parameter])))
     before = {key: value.clone() for key, value in optimizer.state[parameter].items()}
     with torch.no_grad():
-        state.capture([parameter], copy)
-        state.scale_momentum([parameter], 0.25)
+        state.capture(whole_masters([parameter]), copy)
+        state.scale_momentum(whole_masters([parameter]), 0.25)
         now = optimizer.state[parameter]
         assert now[momentum].equal(before[momentum] * 0.25)
         assert all(now[key].equal(before[key]) for key in before if key != momentum)
-        state.reset_moments([parameter])
+        state.reset_moments(whole_masters([parameter]))
         assert all(not value.any() for value in now.values())
         assert all(before[key].any() for key in before)
-        state.restore([parameter], copy)
+        state.restore(whole_masters([parameter]), copy)
     assert all(optimizer.state[parameter][key].equal(before[key]) for key in before)
 
 
 def test_a_step_counter_that_is_a_number_is_reset_too() -> None:
     optimizer, parameter = stepped_adam()
     optimizer.state[parameter]["step"] = 7
-    OptimizerState([optimizer], None).reset_moments([parameter])
+    OptimizerState([optimizer], None).reset_moments(whole_masters([parameter]))
     assert optimizer.state[parameter]["step"] == 0
 
 

@@ -14,12 +14,13 @@ from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.partitions import RollbackCopy
 from sidecast.trainer.pipe.apply_log import Recorder, log_path, read_delta, read_log
+from sidecast.trainer.pipe.messages import Session
 
 DELTA = memoryview(torch.tensor([1.0, 2.0]).numpy().tobytes())
 
 
-def session(name: str, resume_step: int = 0) -> dict[str, Any]:
-    return {"session_id": name, "resume_step": resume_step}
+def session(name: str, resume_step: int = 0) -> Session:
+    return Session(session_id=name, run_id="run", resumed=resume_step > 0, resume_step=resume_step, resume_epoch=0)
 
 
 def applied(step: int, weight: float = 1.0) -> dict[str, Any]:
@@ -42,7 +43,7 @@ class FakePartition:
     def read_owned(self, out: torch.Tensor) -> None:
         out.copy_(self.weights)
 
-    def apply(self, delta: torch.Tensor, weight: float, *, mode: str = "add", base: torch.Tensor | None = None) -> None:
+    def apply(self, delta: torch.Tensor, weight: float, *, base: torch.Tensor | None = None) -> None:
         self.weights = (self.weights if base is None else base) + weight * delta
 
     def scale_momentum(self, factor: float) -> None:
@@ -121,7 +122,7 @@ def test_a_replay_goes_on_from_a_checkpoint_but_cannot_undo_what_it_did_not_do(t
     partition = FakePartition()
     replayer = Replayer(tmp_path, partition, rank=0, step=0)  # type: ignore[arg-type]
     replayer.after_step(2)
-    replayer.resume(partition, 3)  # type: ignore[arg-type]
+    replayer.resume(None, 3, "run")
     with pytest.raises(ConfigError, match="the log undoes a jump at step 5"):
         replayer.after_step(5)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.predictors import tensor_parts
-from sidecast.predictors.base import History, Predictor
+from sidecast.predictors.base import History, Predictor, check_context_len
 from sidecast.predictors.registry import create_predictor
 from sidecast.predictors.wnn import WnnConfig, WnnNetwork
 
@@ -209,3 +212,18 @@ def test_wnn_refuses_other_weights_and_horizons(wnn_path: Path, nino_data: Path)
         create_predictor("wnn", weights=nino_data / "nino_mlp.pt")
     with pytest.raises(ConfigError, match=r"horizon is 7.*1 to 6"):
         delta(create_predictor("wnn", weights=wnn_path), wandering(4), 7)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "context_len", "needs"),
+    [(None, 1, "at least 2"), (None, 2, ""), (None, 9, ""), (5, 4, "exactly 5"), (5, 5, ""), (5, 6, "exactly 5")],
+)
+def test_a_number_of_states_that_will_not_do_is_one_line(wanted: int | None, context_len: int, needs: str) -> None:
+    predictor: Any = SimpleNamespace(name="x", context_len=wanted)
+    allowed = contextlib.nullcontext()
+    with (
+        pytest.raises(ConfigError, match=f"^context_len is {context_len}; .* 'x' needs {needs}$") if needs else allowed
+    ):
+        check_context_len(predictor, context_len)
+    with pytest.raises(ConfigError, match=f"^few given; predictor 'x' needs {needs}$") if needs else allowed:
+        check_context_len(predictor, context_len, "few given")

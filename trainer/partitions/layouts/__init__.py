@@ -1,1 +1,1 @@
-"""How each kind of DeepSpeed optimizer keeps the master weights of one rank."""
+"""The three ways in which optimizers keep master weights; made from tensors and plain values, without an engine."""

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.partitions.fragments import Fragment, even_share
+from sidecast.trainer.partitions.optimizer_state import Master, OptimizerState, whole_masters
 from sidecast.trainer.partitions.trainable import TrainableParameters
 
 
 class ReplicatedLayout:
-    """Masters that hold whole parameters, one or many each.
+    """Masters that hold whole parameters, one or many each; implements ``Layout``.
 
     Args:
         trainable: What is trained.
+        state: Of the optimizer.
         groups: Per master, the model's parameters that it holds one after another.
         masters: Looks the masters up in the optimizer.
         rank: This rank.
@@ -26,14 +28,17 @@ class ReplicatedLayout:
     def __init__(
         self,
         trainable: TrainableParameters,
+        state: OptimizerState,
         groups: Sequence[Sequence[nn.Parameter]],
         masters: Callable[[], Sequence[Tensor]],
         *,
         rank: int,
         world_size: int,
     ) -> None:
+        self.trainable = trainable
+        self.state = state
         self._groups = groups
-        self.masters = masters
+        self._masters = masters
         owned: list[Fragment] = []
         for index, group in enumerate(groups):
             offset = 0
@@ -45,12 +50,15 @@ class ReplicatedLayout:
         self.owned = tuple(owned)
         self.upload = even_share(self.owned, rank, world_size)
 
+    def masters(self) -> Sequence[Master]:
+        return whole_masters(self._masters())
+
     def placement(self) -> object:
         return None
 
     @torch.no_grad()
     def publish(self) -> None:
-        for group, master in zip(self._groups, self.masters(), strict=True):
+        for group, master in zip(self._groups, self._masters(), strict=True):
             offset = 0
             for parameter in group:
                 if parameter is not master:

@@ -2,57 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch import distributed as dist
+from torch import Tensor, nn
 
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.partitions.fragments import Fragment
-from sidecast.trainer.partitions.layout import require_loaded
+from sidecast.trainer.partitions.optimizer_state import Master, OptimizerState, whole_masters
 from sidecast.trainer.partitions.trainable import TrainableParameters
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One parameter's even split among ranks.
+
+    Attributes:
+        parameter: The model's own, which may be empty now.
+        numel: Elements of each rank's piece, with the padding.
+        rank: Whose piece this rank holds.
+    """
+
+    parameter: nn.Parameter
+    numel: int
+    rank: int
+
+
 class ShardedLayout:
-    """Masters that hold this rank's split of many parameters, one after another, with the padding.
+    """Masters that hold this rank's split of many parameters, one after another; implements ``Layout``.
 
     Args:
         trainable: What is trained.
-        optimizer: The stage 3 optimizer.
+        state: Of the optimizer.
+        sub_groups: Per master, the splits that it holds, with the padding.
+        masters: Looks the masters up in the optimizer.
+        publish: Derives the model's weights from the masters; collective.
     """
 
-    def __init__(self, trainable: TrainableParameters, optimizer: Any) -> None:
-        self._optimizer = optimizer
+    def __init__(
+        self,
+        trainable: TrainableParameters,
+        state: OptimizerState,
+        sub_groups: Sequence[Sequence[Split]],
+        masters: Callable[[], Sequence[Tensor]],
+        publish: Callable[[], None],
+    ) -> None:
+        self.trainable = trainable
+        self.state = state
+        self._masters = masters
+        self.publish = publish
         owned: list[Fragment] = []
-        for index, sub_group in enumerate(optimizer.fp16_groups):
+        for index, sub_group in enumerate(sub_groups):
             offset = 0
-            for parameter in sub_group:
-                numel = parameter.partition_numel()
-                start = dist.get_rank(parameter.ds_process_group) * numel
-                stop = min(start + numel, parameter.ds_numel)
-                position = trainable.index_of.get(id(parameter))
-                if position is not None and start < stop:
-                    owned.append(Fragment(ShardSpec(position, start, stop), index, offset))
-                offset += numel
-        self.owned = tuple(owned)
-        self.upload = self.owned
+            for split in sub_group:
+                position = trainable.index_of.get(id(split.parameter))
+                if position is not None:
+                    start = split.rank * split.numel
+                    stop = min(start + split.numel, trainable.specs[position].numel)
+                    if start < stop:
+                        owned.append(Fragment(ShardSpec(position, start, stop), index, offset))
+                offset += split.numel
+        self.owned = self.upload = tuple(owned)
 
-    def masters(self) -> Sequence[Tensor]:
-        return self._optimizer.fp32_partitioned_groups_flat
+    def masters(self) -> Sequence[Master]:
+        return whole_masters(self._masters())
 
     def placement(self) -> object:
-        require_loaded(self._optimizer)
         return None
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        optimizer = self._optimizer
-        # A parameter that happens to be gathered would otherwise keep its old weights.
-        optimizer._partition_all_parameters()
-        for index in range(len(self.masters())):
-            optimizer._reassign_or_swap_out_partitioned_parameters(index)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-        optimizer.invalidate_secondary_tensor()

@@ -3,51 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.partitions.fragments import Fragment
-from sidecast.trainer.partitions.layout import StalePartitionError, require_loaded
+from sidecast.trainer.partitions.layout import StalePartitionError
+from sidecast.trainer.partitions.optimizer_state import Master, OptimizerState, whole_masters
 from sidecast.trainer.partitions.trainable import TrainableParameters
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a rank holds of one group of parameters.
+
+    Attributes:
+        parameters: The model's own, views of the flat tensor.
+        flat: All of the group, in the precision of the model, padded; the same on every rank.
+        master: This rank's window of it, in full precision.
+        rank: This rank's position among those that share the flat tensor.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    flat: Tensor
+    master: Tensor
+    rank: int
+
+    def offsets(self) -> list[int]:
+        """Where each parameter begins in the flat tensor, in elements."""
+        begin, itemsize = self.flat.data_ptr(), self.flat.element_size()
+        return [(parameter.data_ptr() - begin) // itemsize for parameter in self.parameters]
+
+
 class WindowedLayout:
-    """Masters that are one window each of the flat low-precision weights.
+    """Masters that are one window each of the flat low-precision weights; implements ``Layout``.
 
     A parameter's place in the flat tensor is read off its address. That stays right under round-robin order,
     alignment padding between parameters and offloaded masters, where DeepSpeed's own mapping does not always.
 
     Args:
         trainable: What is trained.
-        optimizer: The ZeRO or BF16 optimizer.
-        groups: Per group, the model's parameters.
-        flats: Per group, the flat tensor that those parameters are views of; looked up in the optimizer.
-        masters: Per group, this rank's window in full precision; looked up in the optimizer.
-        ranks: Per group, this rank's position among those that share the flat tensor.
+        state: Of the optimizer.
+        windows: Looks up what this rank holds of each group.
+        publish: Derives the model's weights from the masters; collective.
+
+    Raises:
+        StalePartitionError: A parameter is not in its flat tensor now, or ``windows`` raises it.
     """
 
     def __init__(
         self,
         trainable: TrainableParameters,
-        optimizer: Any,
-        groups: Sequence[Sequence[nn.Parameter]],
-        flats: Callable[[], Sequence[Tensor]],
-        masters: Callable[[], Sequence[Tensor]],
-        ranks: Sequence[int],
+        state: OptimizerState,
+        windows: Callable[[], Sequence[Window]],
+        publish: Callable[[], None],
     ) -> None:
-        self._optimizer = optimizer
-        self._groups = groups
-        self._flats = flats
-        self.masters = masters
+        self.trainable = trainable
+        self.state = state
+        self._windows = windows
+        self.publish = publish
         owned: list[Fragment] = []
-        for index, (group, offsets) in enumerate(zip(groups, self._offsets(), strict=True)):
-            window_numel = masters()[index].numel()
-            begin = ranks[index] * window_numel
+        for index, window in enumerate(windows()):
+            window_numel = window.master.numel()
+            begin = window.rank * window_numel
             pieces: list[Fragment] = []
-            for parameter, offset in zip(group, offsets, strict=True):
-                if not 0 <= offset <= flats()[index].numel() - parameter.numel():
+            for parameter, offset in zip(window.parameters, window.offsets(), strict=True):
+                if not 0 <= offset <= window.flat.numel() - parameter.numel():
                     raise StalePartitionError(
                         f"a parameter of shape {tuple(parameter.shape)} lies outside its group's flat tensor; "
                         "its weights must be on the device, between optimizer steps"
@@ -58,19 +80,10 @@ class WindowedLayout:
                 if position is not None and start < stop:
                     pieces.append(Fragment(ShardSpec(position, start, stop), index, offset + start - begin))
             owned.extend(sorted(pieces, key=lambda piece: piece.offset))
-        self.owned = tuple(owned)
-        self.upload = self.owned
+        self.owned = self.upload = tuple(owned)
 
-    def _offsets(self) -> list[list[int]]:
-        require_loaded(self._optimizer)
-        offsets = []
-        for group, flat in zip(self._groups, self._flats(), strict=True):
-            begin, itemsize = flat.data_ptr(), flat.element_size()
-            offsets.append([(parameter.data_ptr() - begin) // itemsize for parameter in group])
-        return offsets
+    def masters(self) -> Sequence[Master]:
+        return whole_masters(window.master for window in self._windows())
 
     def placement(self) -> object:
-        return self._offsets()
-
-    def publish(self) -> None:
-        self._optimizer.update_lp_params()
+        return [window.offsets() for window in self._windows()]
