@@ -9,7 +9,7 @@ DEMO ?=
 
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: demo test lint types proto proto-check docs docs-check unit clean help
+.PHONY: demo test format lint types imports proto proto-check docs docs-check unit bench clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -17,10 +17,14 @@ help: ## what can be made
 demo: $(VENV)/.installed ## train a small Llama with nowcasting and write runs/demo/report.html
 	$(BIN)/python -m sidecast.trainer.demo $(DEMO)
 
-test: lint types proto-check docs-check unit ## lint, types, generated code and all tests
+test: lint types imports proto-check docs-check unit ## lint, types, generated code and all tests
 
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+format: $(VENV)/.installed ## ruff: mend what it can, and lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: $(VENV)/.installed ## ruff: style, errors and import rules
 	$(BIN)/ruff check .
@@ -29,17 +33,30 @@ lint: $(VENV)/.installed ## ruff: style, errors and import rules
 types: $(VENV)/.installed ## mypy
 	$(BIN)/mypy -p sidecast
 
+imports: $(VENV)/.installed ## what editors see: every import of the tree can be resolved
+	$(BIN)/basedpyright
+
 proto: $(VENV)/.installed ## regenerate protos/*_pb2*
 	$(BIN)/python protos/generate.py
 
 proto-check: $(VENV)/.installed
 	$(BIN)/python protos/generate.py --check
 
-docs: $(VENV)/.installed ## regenerate the tables of docs/settings.md
+docs: $(VENV)/.installed ## regenerate the tables of settings, metrics and decisions in docs/
 	$(BIN)/python docs/generate_settings.py
+	$(BIN)/python docs/generate_metrics.py
+	$(BIN)/python docs/generate_decisions.py
 
 docs-check: $(VENV)/.installed
 	$(BIN)/python docs/generate_settings.py --check
+	$(BIN)/python docs/generate_metrics.py --check
+	$(BIN)/python docs/generate_decisions.py --check
+
+bench: $(VENV)/.installed ## the benchmarks' short presets, a minute each, on the CPU
+	$(BIN)/python -m benchmarks.bench_graph --preset ci
+	$(BIN)/python -m benchmarks.bench_nino --preset small
+	$(BIN)/python -m benchmarks.bench_transport --quick
+	$(BIN)/python -m benchmarks.bench_stall --preset quick
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "sidecast needs Python 3.11 ($(PYTHON) not found; set PYTHON=...)"; exit 1; }

@@ -1,9 +1,10 @@
 """How fast and how lean the fused NiNo predictor is, against the plain module in the same run.
 
-    python -m benchmarks.bench_nino --weights nino_no_posw.pt --preset small | full | real
+    python -m benchmarks.bench_nino [--weights nino_no_posw.pt] --preset small | full | real
 
-Prints one JSON line for each measurement and a summary of ratios. Every case runs in a process of its own, one after
-another, the fused one before and after the plain one; bf16 products only where the processor has them.
+Without a file, weights are random: they cost the same. Prints one JSON line for each measurement and a summary of
+ratios. Every case runs in a process of its own, one after another, the fused one before and after the plain one; bf16
+products only where the processor has them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.nino_cases import SHAPES, measure, random_history
+from benchmarks.nino_cases import SHAPES, measure, random_history, random_weights
 from sidecast.predictors.base import Predictor
 from sidecast.predictors.nino.compiled import compiled_tiles
 from sidecast.predictors.nino.graph_cache import GraphCache
@@ -66,10 +67,10 @@ def matmul_rate(num_threads: int, tile_edges: int = 1024, repeats: int = 200) ->
     return max(rate[0] for rate in rates), max(rate[1] for rate in rates)
 
 
-def run_case(kind: str, size: str, weights_path: Path, num_threads: int) -> dict[str, Any]:
+def run_case(kind: str, size: str, weights_path: Path | None, num_threads: int) -> dict[str, Any]:
     """Nowcasts in this process, after one of a small model to warm up: medians of time, the most memory of any."""
     torch.set_num_threads(num_threads)
-    weights = load_weights(weights_path)
+    weights = random_weights() if weights_path is None else load_weights(weights_path)
     graphs = GraphCache()
     predictor: Predictor
     if kind in ("fused", "bf16"):
@@ -105,7 +106,7 @@ def run_case(kind: str, size: str, weights_path: Path, num_threads: int) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, required=True, help="published NiNo weights (nino_no_posw.pt)")
+    parser.add_argument("--weights", type=Path, help="NiNo weights (nino_no_posw.pt); random ones by default")
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--case", nargs=2, metavar=("KIND", "SIZE"), help="run one case in this process")
@@ -131,7 +132,8 @@ def main() -> None:
     cases += [("fused", size) for size in preset["scale"]]
     results = []
     for kind, size in cases:
-        command = [sys.executable, "-m", "benchmarks.bench_nino", "--weights", str(arguments.weights)]
+        command = [sys.executable, "-m", "benchmarks.bench_nino"]
+        command += [] if arguments.weights is None else ["--weights", str(arguments.weights)]
         command += ["--threads", str(arguments.threads), "--case", kind, size]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         results.append(json.loads(output))

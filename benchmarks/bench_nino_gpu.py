@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.llama_sizes import LLAMA_SIZES, LlamaSize
+from benchmarks.nino_cases import random_weights
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import History
-from sidecast.predictors.nino.config import NinoConfig
 from sidecast.predictors.nino.graph_cache import GraphCache
 from sidecast.predictors.nino.predictor import NinoPredictor
 from sidecast.predictors.nino.weights import NinoWeights, load_weights
@@ -55,17 +55,6 @@ def resident_history(manifest: ModelManifest, device: torch.device, num_states: 
                 chunk += states[-1][start : start + CHUNK_ELEMENTS]
         states.append(state)
     return History(manifest, states)
-
-
-def random_weights() -> NinoWeights:
-    """A NiNo network of the published size."""
-    generator = torch.Generator().manual_seed(0)
-    config = NinoConfig()
-    tensors = {
-        name: torch.randn(shape, generator=generator) / max(1, shape[-1]) ** 0.5
-        for name, shape in config.shapes().items()
-    }
-    return NinoWeights(config, tensors, "random")
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -262,7 +262,7 @@ def transfer(case: Case, port: int, peer_port: int, service_pid: int) -> dict[st
 
     for step in range(1, CONTEXT_LEN + 1):
         send("down", step)
-    published = next(iter(client.watch("down")))
+    published = next(iter(client.watch("down", 0)))
     assert published.WhichOneof("event") == "published", published
     steps = iter(range(1, 1_000_000))
 

@@ -13,6 +13,8 @@ import torch
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import History, Predictor
 from sidecast.predictors.file_workspace import predict_with_files
+from sidecast.predictors.nino.config import NinoConfig
+from sidecast.predictors.nino.weights import NinoWeights
 
 CONTEXT_LEN = 5
 
@@ -110,6 +112,17 @@ def random_history(manifest: ModelManifest) -> History:
         step = torch.empty(manifest.num_elements).normal_(std=0.002, generator=generator)
         states.append(step.add_(states[-1]))
     return History(manifest, states)
+
+
+def random_weights() -> NinoWeights:
+    """A NiNo network of the published size."""
+    generator = torch.Generator().manual_seed(0)
+    config = NinoConfig()
+    tensors = {
+        name: torch.randn(shape, generator=generator) / max(1, shape[-1]) ** 0.5
+        for name, shape in config.shapes().items()
+    }
+    return NinoWeights(config, tensors, "random")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ class RankPart:
 
     Attributes:
         dtype: How it travels, a WireDtype.
-        base_step: Of the snapshot that bf16 values are the changes since.
+        base_step: Step of the earlier snapshot that bf16 values are the changes since; 0 for fp32 values.
         chunks: Offset -> (length, crc32), in bytes as they travel.
     """
 

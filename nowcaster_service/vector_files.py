@@ -19,8 +19,8 @@ class HistoryFiles:
 
     Attributes:
         manifest: The model.
-        paths: One raw parameter vector each, newest last.
-        dtype: Of their elements.
+        paths: Files of one raw parameter vector of P elements each, newest last.
+        dtype: The type of their elements.
     """
 
     manifest: ModelManifest

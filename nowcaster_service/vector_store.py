@@ -143,7 +143,8 @@ class HistoryStore:
         for left in root.iterdir():
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
-        self.folder = Path(tempfile.mkdtemp(prefix="vectors-", dir=root))
+        # A short name: couriers hand memory over at a socket in it, whose path the system limits to 107 bytes.
+        self.folder = Path(tempfile.mkdtemp(prefix="v", dir=root))
 
     def close(self) -> None:
         """Removes all files and lets another store have the place."""

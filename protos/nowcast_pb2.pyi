@@ -235,10 +235,12 @@ class CommitReply(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("session_id",)
+    __slots__ = ("session_id", "rank")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     session_id: str
-    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+    rank: int
+    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class SnapshotCommitted(_message.Message):
     __slots__ = ("step", "epoch")

@@ -161,7 +161,7 @@ class Results:
         """The baseline's losses at all of its lengths, over the seeds that all of them have.
 
         Returns:
-            None with fewer than two lengths, or without such a seed: other seeds have other losses, whatever the length.
+            None with fewer than two lengths, or without such a seed: other seeds have other losses at any length.
         """
         by_length: dict[int, dict[int, float]] = {}
         for setting in self.settings():

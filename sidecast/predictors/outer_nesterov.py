@@ -21,7 +21,7 @@ class OuterNesterovPredictor:
     (momentum + ... + momentum ** k) * b_t.
 
     Args:
-        momentum: In [0, 1).
+        momentum: Share of the momentum that one snapshot interval leaves, at least 0 and below 1.
 
     Source: outer Nesterov momentum as in SNOO (arXiv 2510.15830) and DiLoCo (arXiv 2311.08105).
     Deviations: momentum is recomputed from the window instead of carried along, because predictors keep no state.

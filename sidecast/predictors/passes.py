@@ -207,9 +207,9 @@ def predict_in_passes(
 
     Args:
         predictor: Makes the plan.
-        history: See ``Predictor.predict``, as for the other two.
-        horizon_intervals: k.
-        out: The predicted change.
+        history: C states of P elements, oldest first.
+        horizon_intervals: How far ahead to predict, k, in snapshot intervals.
+        out: Receives the predicted change since the newest state, (P,) fp32.
         num_threads: Threads at hand for parts; one leaves them to torch's operators.
         workspace: Where sums for each node are kept; in memory if None.
     """
@@ -222,8 +222,8 @@ class Share(Sequence[PartT]):
     """Some of the parts, in their order; made when they are asked for, if the parts are.
 
     Args:
-        parts: All of them.
-        indices: Of those in this share.
+        parts: All parts of the model.
+        indices: Which of them are in this share, ascending.
     """
 
     def __init__(self, parts: Sequence[PartT], indices: Sequence[int]) -> None:

@@ -22,8 +22,8 @@ class CombinePass(WritingPass):
     """Writes the sum of ``weight * (state - newest)`` over the states of a window.
 
     Args:
-        predictor: Name for messages.
-        weights: Of the states.
+        predictor: The name that messages give the predictor.
+        weights: Gives the weights of a part's C states, (C,) fp32.
     """
 
     def __init__(self, predictor: str, weights: Weights) -> None:

@@ -47,7 +47,7 @@ def test_an_open_is_answered_while_the_nowcast_of_another_run_is_made(service: S
         stub.Open(open_request(**gated), timeout=WAIT_S)
         for rank in (0, 1):
             stub.Join(join_request(rank))
-        events = stub.Watch(pb.WatchRequest(session_id="s1"), timeout=2 * WAIT_S)
+        events = stub.Watch(pb.WatchRequest(session_id="s1", rank=0), timeout=2 * WAIT_S)
         for step in (10, 20):
             for rank in (0, 1):
                 messages = chunks(rank_bytes(state(step), rank), rank, step)

@@ -53,6 +53,9 @@ def test_the_documented_predictor_works() -> None:
     out = torch.empty(manifest.num_elements)
     predictor.predict(History(manifest, states), 2, out)
     torch.testing.assert_close(out, 0.75 * (states[-1] - states[-2]))
+    halves = [state.bfloat16() for state in states]
+    create_predictor("damped", options={"damping": 0.7}).predict(History(manifest, halves), 2, out)
+    torch.testing.assert_close(out, 1.19 * (halves[-1].float() - halves[-2].float()))
     states[0][21] = torch.nan
     with pytest.raises(ConfigError, match="'b' has NaN"):
         predictor.predict(History(manifest, states), 2, out)

@@ -22,7 +22,7 @@ NOT_INSTALLED = {".toml", ".cpp", ".so", ".pyc"}
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
     """Built from a copy, since a build folder in the tree would bring back modules that are there no more."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     for folder in (*FOLDERS, "src"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
@@ -64,3 +64,8 @@ def test_the_wheel_holds_what_modules_read(wheel: ZipFile) -> None:
 def test_the_wheel_brings_the_command(wheel: ZipFile) -> None:
     (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     assert "sidecast = sidecast.commands.__main__:main" in wheel.read(entry_points).decode()
+
+
+def test_the_wheel_carries_the_licence(wheel: ZipFile) -> None:
+    (licence,) = [name for name in wheel.namelist() if name.endswith(".dist-info/licenses/LICENSE")]
+    assert wheel.read(licence) == (REPOSITORY / "LICENSE").read_bytes()

@@ -81,7 +81,7 @@ def next_event(watch: Any, kind: str) -> Any:
 
 
 def watching(service: RunningService, session_id: str = "s1") -> Any:
-    return service.stub.Watch(pb.WatchRequest(session_id=session_id), timeout=WAIT_S)
+    return service.stub.Watch(pb.WatchRequest(session_id=session_id, rank=0), timeout=WAIT_S)
 
 
 def fetched(service: RunningService, rank: int, version: int, session_id: str = "s1") -> bytes:

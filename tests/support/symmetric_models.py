@@ -98,7 +98,7 @@ DECODER = {
 }
 
 
-def _decoder(name: str, **options: Any) -> SmallModel:
+def small_decoder(name: str, **options: Any) -> SmallModel:
     config = getattr(transformers, f"{name}Config")(**{**DECODER, **options})
     # The fused kernel of the experts does not know float64.
     config._experts_implementation = "eager"
@@ -189,13 +189,13 @@ def _residual_net() -> SmallModel:
 
 
 SMALL_MODELS: dict[str, Callable[[], SmallModel]] = {
-    "llama": lambda: _decoder("Llama", tie_word_embeddings=False),
-    "llama_tied": lambda: _decoder("Llama", tie_word_embeddings=True),
-    "llama_biases": lambda: _decoder("Llama", attention_bias=True, mlp_bias=True),
-    "mistral": lambda: _decoder("Mistral"),
-    "qwen2": lambda: _decoder("Qwen2", num_attention_heads=2, num_key_value_heads=1, head_dim=6),
-    "qwen3": lambda: _decoder("Qwen3"),
-    "mixtral": lambda: _decoder("Mixtral", num_local_experts=3, num_experts_per_tok=2),
+    "llama": lambda: small_decoder("Llama", tie_word_embeddings=False),
+    "llama_tied": lambda: small_decoder("Llama", tie_word_embeddings=True),
+    "llama_biases": lambda: small_decoder("Llama", attention_bias=True, mlp_bias=True),
+    "mistral": lambda: small_decoder("Mistral"),
+    "qwen2": lambda: small_decoder("Qwen2", num_attention_heads=2, num_key_value_heads=1, head_dim=6),
+    "qwen3": lambda: small_decoder("Qwen3"),
+    "mixtral": lambda: small_decoder("Mixtral", num_local_experts=3, num_experts_per_tok=2),
     "gpt2": _gpt2,
     "bert_mlm": lambda: _bert("BertForMaskedLM"),
     "bert_classifier": lambda: _bert("BertForSequenceClassification"),

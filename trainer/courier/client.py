@@ -198,9 +198,9 @@ class NowcastClient:
         )
         self._call(self._stub.Commit, request, self.call_s)
 
-    def watch(self, session_id: str) -> EventStream:
+    def watch(self, session_id: str, rank: int) -> EventStream:
         """Asks for the session's events."""
-        return EventStream(self._stub.Watch(pb.WatchRequest(session_id=session_id), metadata=self._metadata))
+        return EventStream(self._stub.Watch(pb.WatchRequest(session_id=session_id, rank=rank), metadata=self._metadata))
 
     def new_download(self, key: pb.ChunkKey, buffer: memoryview) -> Download:
         """A download with a part for each bulk connection."""

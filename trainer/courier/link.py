@@ -182,7 +182,7 @@ class Link:
         with self._changed:
             if self._session is not session:
                 return False
-            self._events = self._client.watch(session.session_id)
+            self._events = self._client.watch(session.session_id, self._rank)
             self._state = LinkState.CONNECTED
             self._changed.notify_all()
         self._tell(Connected(session_id=session.session_id))

@@ -19,8 +19,8 @@ class Curve:
     """A line of a chart.
 
     Attributes:
-        name: For the legend and the tooltip.
-        points: Steps and losses.
+        name: What the legend and the tooltip call it.
+        points: Pairs of an optimizer step and the loss there.
         style: Its CSS class: ``nowcast`` or ``baseline``, and ``faint`` for lines in the background.
         dotted: Draw the points too, each with a tooltip.
     """

@@ -85,8 +85,8 @@ class Picture:
         patches: The adjacency map, MAP_PX wide and high.
         bands: The flow's layers, by layer number.
         ribbons: The flow's connections.
-        flow_width: Of the flow.
-        flow_height: Of the flow.
+        flow_width: Width of the flow, in pixels.
+        flow_height: Height of the flow, in pixels.
         edge_types: The types that occur, with their numbers of edges.
     """
 

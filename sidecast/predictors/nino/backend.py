@@ -32,7 +32,7 @@ class NinoBackend:
         reader: Brings states to the device.
         features: Reads the edges of parts there.
         kernels: Does the tiles.
-        limits: Of the parts; None for those that suit a CPU.
+        limits: How large parts may be; None for those that suit a CPU.
         max_threads: Parts that may be worked on at the same time; None for as many as there are threads.
     """
 

@@ -80,9 +80,9 @@ class HiddenLayer:
     """One non-linear layer on an edge: SiLU(edge(input) + source(x_source) + target(x_target)).
 
     Attributes:
-        edge: From edge features (first layer; a bias for each edge type) or from the previous hidden vector.
-        source: From the source node; None in the output network.
-        target: From the target node; None in the output network.
+        edge: Maps edge features (first layer; a bias for each edge type) or the previous hidden vector.
+        source: Maps the features of the source node; None in the output network.
+        target: Maps the features of the target node; None in the output network.
     """
 
     edge: Affine

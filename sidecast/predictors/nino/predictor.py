@@ -34,8 +34,8 @@ class NinoPredictor:
         layout: Graph layout, ``official`` or ``symmetric``.
         upd_scale: Share of the predicted scaled change that is used, for all parameters or by name pattern.
         device: Where to compute: ``cpu``, ``cuda`` or ``cuda:0`` and so on. The history may be elsewhere.
-        precision: Of the products of hidden vectors: ``fp32``, or ``bf16`` for processors that have it; on CUDA also
-            ``tf32``.
+        precision: How hidden vectors are multiplied: in ``fp32``, or in ``bf16`` on processors that have it; on CUDA
+            also in ``tf32``. Sums are always fp32.
         num_threads: Threads to work on with a CPU; torch's number of intra-op threads if None. Engines of the service
             use no more than they were given.
         backend: What to compute with, instead of what suits the device and precision.

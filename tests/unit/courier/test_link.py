@@ -81,7 +81,7 @@ class FakeClient:
     def join(self, session_id: str, rank: int, *shards: Any) -> None:
         pass
 
-    def watch(self, session_id: str) -> Events:
+    def watch(self, session_id: str, rank: int) -> Events:
         self.watched.append(Events())
         return self.watched[-1]
 
