@@ -57,6 +57,7 @@ bench: $(VENV)/.installed ## the benchmarks' short presets, a minute each, on th
 	$(BIN)/python -m benchmarks.bench_nino --preset small
 	$(BIN)/python -m benchmarks.bench_transport --quick
 	$(BIN)/python -m benchmarks.bench_stall --preset quick
+	$(BIN)/python -m benchmarks.bench_farm --preset ci
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "sidecast needs Python 3.11 ($(PYTHON) not found; set PYTHON=...)"; exit 1; }

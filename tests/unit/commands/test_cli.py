@@ -17,6 +17,7 @@ ARGUMENTS = {
     "status": ["127.0.0.1:50051"],
     "predict": ["before", "now", "--out", "then"],
     "graph": ["model", "--out", "graph.html"],
+    "evaluate": ["--preset", "smoke", "--out", "results"],
 }
 
 
