@@ -57,8 +57,8 @@ def test_optimizer() -> None:
 
 
 def beside(service: RunningService) -> list[str]:
-    """Arguments of a run whose nowcasts are in time, however little its steps take."""
-    return ["--endpoint", service.endpoint, "--mode", "sync", "--max-steps", "100"]
+    """Arguments of a short run."""
+    return ["--endpoint", service.endpoint, "--max-steps", "100"]
 
 
 def test_lightning(service: RunningService) -> None:
@@ -72,3 +72,8 @@ def test_huggingface(service: RunningService, tmp_path: Path) -> None:
 
 def test_deepspeed(service: RunningService) -> None:
     assert num_applied(run("deepspeed_script.py", *beside(service), launcher=True)) >= 1
+
+
+def test_huggingface_with_deepspeed(service: RunningService, tmp_path: Path) -> None:
+    arguments = [*beside(service), "--deepspeed", "--output-dir", str(tmp_path)]
+    assert num_applied(run("huggingface_trainer.py", *arguments, launcher=True)) >= 1
