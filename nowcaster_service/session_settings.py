@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from sidecast.horizon import horizon_at
+from sidecast.horizon import horizon_at, resolve_horizons
 from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service.errors import MalformedError
 from sidecast.nowcaster_service.vector_store import FP32_BYTES
+from sidecast.protos import nowcast_pb2 as pb
 
+MAX_NOWCASTS = 1_000_000
+# A window of it is listed, looked up and opened at every nowcast.
+MAX_CONTEXT_LEN = 1_000
 # A second snapshot may begin before the last rank has finished the first; a third means that somebody gave up.
 MAX_RECEIVING = 2
 # Beside the c states of the window: those being received, and a prediction each being made, published and, though
@@ -67,3 +73,80 @@ class SessionSettings:
     def needed_bytes(self) -> int:
         """Most history that this session can hold at once."""
         return (self.context_len + NUM_EXTRA_VECTORS) * self.num_vector_bytes
+
+
+def check_scalars(request: pb.OpenRequest, manifest: ModelManifest) -> None:
+    """Refuses scalar fields with which no predictor could serve the run.
+
+    Args:
+        request: The announcement.
+        manifest: The model that it describes.
+
+    Raises:
+        MalformedError: A field is missing or out of range, named with its value and what is allowed.
+    """
+    if manifest.schema_hash != request.schema_hash:
+        raise MalformedError(f"schema hash is {request.schema_hash!r}; this manifest's is {manifest.schema_hash!r}")
+    for name, value in (
+        ("session_id", request.session_id),
+        ("run_id", request.run_id),
+        ("world_size", request.world_size),
+        ("snapshot_interval_steps", request.snapshot_interval_steps),
+        ("period_steps", request.period_steps),
+        ("manifest.parameters", manifest.num_elements),
+    ):
+        if not value:
+            raise MalformedError(f"{name} is {value!r}; it must not be empty or zero")
+    if request.wire_dtype not in pb.WireDtype.values():
+        raise MalformedError(f"wire_dtype is {request.wire_dtype}; allowed: {', '.join(pb.WireDtype.keys())}")
+    if not 2 <= request.context_len <= MAX_CONTEXT_LEN:
+        raise MalformedError(f"context_len is {request.context_len}; allowed: 2 to {MAX_CONTEXT_LEN}")
+    # No number would be above NaN: every jump would pass.
+    if not request.max_relative_norm >= 0:
+        raise MalformedError(f"max_relative_norm is {request.max_relative_norm}; allowed: 0 (any jump) or more")
+    if request.period_steps % request.snapshot_interval_steps != 0:
+        raise MalformedError(
+            f"period_steps is {request.period_steps}; allowed: multiples of snapshot_interval_steps "
+            f"({request.snapshot_interval_steps})"
+        )
+    if request.max_steps // request.period_steps > MAX_NOWCASTS:
+        raise MalformedError(
+            f"max_steps is {request.max_steps}; allowed: {MAX_NOWCASTS} periods of {request.period_steps} steps"
+        )
+
+
+def settings_of(
+    request: pb.OpenRequest, manifest: ModelManifest, options: Mapping[str, object], max_horizon: int
+) -> SessionSettings:
+    """What an announcement says whose scalar fields have been checked.
+
+    Args:
+        request: The announcement.
+        manifest: The model that it describes.
+        options: The predictor's options.
+        max_horizon: K, the predictor's own horizon in snapshot intervals, for a run that names none.
+
+    Raises:
+        ConfigError: The horizon's schedule or power is not one that is allowed.
+    """
+    return SessionSettings(
+        session_id=request.session_id,
+        run_id=request.run_id,
+        world_size=request.world_size,
+        manifest=manifest,
+        context_len=request.context_len,
+        snapshot_interval_steps=request.snapshot_interval_steps,
+        period_steps=request.period_steps,
+        horizons=resolve_horizons(
+            request.horizon.schedule,
+            request.horizon.max_intervals,
+            request.horizon.power or 2.0,
+            request.max_steps,
+            request.period_steps,
+            max_horizon,
+        ),
+        predictor=request.predictor,
+        predictor_options=options,
+        max_relative_norm=request.max_relative_norm or math.inf,
+        rounds_to_bf16=request.wire_dtype == pb.BF16,
+    )

@@ -91,7 +91,7 @@ class Courier:
             client,
             self._rank,
             (upload_shards, fetch_shards),
-            None if settings.opening is None else functools.partial(_announcement, settings),
+            None if settings.opening is None else functools.partial(announcement, settings),
             session,
             tell=self._tell,
             on_event=self._on_event,
@@ -231,7 +231,8 @@ class Courier:
                 log.error("rank %d: the apply log keeps jumps that the resume gave up: %s", self._rank, error)
 
 
-def _announcement(settings: CourierSettings, session: Session) -> pb.OpenRequest:
+def announcement(settings: CourierSettings, session: Session) -> pb.OpenRequest:
+    """What rank 0 asks the service to open: every field of its ``Opening`` and of the session, by its name."""
     assert settings.opening is not None
     fields = asdict(settings.opening) | asdict(session)
     fields["wire_dtype"] = "BF16" if settings.wire_dtype == "bf16_delta" else "FP32"
