@@ -15,10 +15,10 @@ from sidecast.nowcaster_service.errors import (
     CorruptChunkError,
     MalformedError,
     MissingReferenceError,
-    NotJoinedError,
     SaturatedError,
     WrongStateError,
 )
+from sidecast.nowcaster_service.joined_ranks import JoinedRanks
 from sidecast.nowcaster_service.session_events import (
     Event,
     FailureEvent,
@@ -32,7 +32,7 @@ from sidecast.nowcaster_service.snapshots import RankPart, Snapshot, SnapshotSta
 from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, buffer_digest
-from sidecast.protos.shards import ShardSpec, coverage_error
+from sidecast.protos.shards import ShardSpec
 
 
 class Session:
@@ -56,9 +56,7 @@ class Session:
         self.prediction: Prediction | None = None
         self._store = store
         self._notify = notify
-        self._upload_shards: dict[int, tuple[ShardSpec, ...]] = {}
-        self._upload_plans: dict[int, RankPlan] = {}
-        self._fetch_plans: dict[int, RankPlan] = {}
+        self._ranks = JoinedRanks(settings.session_id, settings.manifest, settings.world_size)
         self._snapshots: dict[int, Snapshot] = {}
         # Snapshots up to this step have been committed, aborted or overtaken: none of them begins again.
         self._last_ended_step = -1
@@ -68,13 +66,12 @@ class Session:
         # The session of a resumed run that goes on with the nowcast that is being made here.
         self._successor: Session | None = None
         self._is_closed = False
-        self._shared: dict[int, tuple[memoryview, ...]] = {}
 
     # --- joining
 
     @property
     def num_joined(self) -> int:
-        return len(self._upload_plans)
+        return len(self._ranks)
 
     @property
     def history_steps(self) -> list[int]:
@@ -82,40 +79,14 @@ class Session:
         return sorted(step for step, item in self._snapshots.items() if item.state is SnapshotState.COMMITTED)
 
     def join(self, rank: int, upload_shards: Sequence[ShardSpec], fetch_shards: Sequence[ShardSpec]) -> None:
-        """Takes in one rank's ranges; once all ranks have joined, they must cover the model exactly once.
-
-        Raises:
-            MalformedError: A rank or range that the model does not have, or ranges that overlap or leave gaps.
-        """
-        self._check_rank(rank, must_have_joined=False)
-        numels = [spec.numel for spec in self.settings.manifest.parameters]
-        for shard in (*upload_shards, *fetch_shards):
-            if not (0 <= shard.parameter < len(numels) and 0 <= shard.start < shard.stop <= numels[shard.parameter]):
-                raise MalformedError(f"rank {rank} names {shard}, which the model does not have")
-        candidate = {**self._upload_shards, rank: tuple(upload_shards)}
-        if len(candidate) == self.settings.world_size:
-            fault = coverage_error(numels, [candidate[index] for index in range(self.settings.world_size)])
-            if fault is not None:
-                raise MalformedError(f"the ranks' ranges do not cover the model exactly once: {fault}")
-        self._shared.pop(rank, None)
-        self._upload_shards = candidate
-        self._upload_plans[rank] = RankPlan(self.settings.manifest, upload_shards)
-        self._fetch_plans[rank] = RankPlan(self.settings.manifest, fetch_shards)
-
-    def _check_rank(self, rank: int, *, must_have_joined: bool = True) -> None:
-        if self._is_closed:
-            raise WrongStateError(f"session {self.settings.session_id} was superseded by a later one of its run")
-        if not 0 <= rank < self.settings.world_size:
-            raise MalformedError(f"rank is {rank}; the session has ranks 0 to {self.settings.world_size - 1}")
-        if must_have_joined and rank not in self._upload_plans:
-            raise NotJoinedError(f"rank {rank} has not joined session {self.settings.session_id}")
-
-    # --- buffers of ranks on this host
+        """Takes in one rank's ranges; see ``JoinedRanks.join``."""
+        self._require_open()
+        self._ranks.join(rank, upload_shards, fetch_shards)
 
     def share(self, rank: int, buffers: Sequence[memoryview]) -> None:
         """Takes a rank's mapped buffers: those that it stages in, and its prediction buffer last."""
-        self._check_rank(rank)
-        self._shared[rank] = tuple(buffers)
+        self._require_open()
+        self._ranks.share(rank, buffers)
 
     def shared(self, rank: int, index: int, offset_bytes: int, num_bytes: int) -> memoryview:
         """A piece of one of a rank's buffers.
@@ -123,11 +94,15 @@ class Session:
         Raises:
             MissingReferenceError: The rank shares no such memory.
         """
-        buffers = self._shared.get(rank, ())
-        end = offset_bytes + num_bytes
-        if not -len(buffers) <= index < len(buffers) or end > len(buffers[index]):
-            raise MissingReferenceError(f"rank {rank} shares no buffer {index} with a byte {end - 1}: send the bytes")
-        return buffers[index][offset_bytes:end]
+        return self._ranks.shared(rank, index, offset_bytes, num_bytes)
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise WrongStateError(f"session {self.settings.session_id} was superseded by a later one of its run")
+
+    def _check_rank(self, rank: int) -> None:
+        self._require_open()
+        self._ranks.require(rank)
 
     # --- receiving
 
@@ -149,7 +124,7 @@ class Session:
         if part is None or (part.dtype, part.base_step) != (key.dtype, key.base_step):
             # A rank that turns from changes to states, because the base is gone, begins anew.
             part = snapshot.parts[key.rank] = RankPart(key.dtype, key.base_step)
-        plan, vector = self._upload_plans[key.rank], snapshot.vector.view
+        plan, vector = self._ranks.upload_plan(key.rank), snapshot.vector.view
         if key.dtype == pb.BF16:
             plan.scatter_changes(vector, self._base(snapshot, key).vector.view, frame.offset_bytes, data)
         elif key.dtype == pb.FP32:
@@ -176,7 +151,7 @@ class Session:
         if snapshot is None or snapshot.epoch != key.epoch:
             return []
         if key.rank in snapshot.rank_digests:
-            return [(0, self._upload_plans[key.rank].travelling_bytes(key.dtype))]
+            return [(0, self._ranks.upload_plan(key.rank).travelling_bytes(key.dtype))]
         part = snapshot.parts.get(key.rank)
         return [] if part is None or (part.dtype, part.base_step) != (key.dtype, key.base_step) else part.ranges
 
@@ -194,7 +169,7 @@ class Session:
         known = self._snapshots.get(step)
         if known is not None and known.epoch == epoch and known.rank_digests.get(rank) == request.digest:
             return None
-        num_bytes = self._upload_plans[rank].travelling_bytes(request.dtype)
+        num_bytes = self._ranks.upload_plan(rank).travelling_bytes(request.dtype)
         if request.num_bytes != num_bytes:
             raise MalformedError(f"rank {rank} commits {request.num_bytes} bytes; its ranges hold {num_bytes}")
         snapshot = self._receiving(step, epoch)
@@ -347,7 +322,7 @@ class Session:
         if prediction is None or prediction.task.version != version:
             current = "none" if prediction is None else f"version {prediction.task.version}"
             raise WrongStateError(f"version {version} is not published; published: {current}")
-        return self._fetch_plans[rank], prediction
+        return self._ranks.fetch_plan(rank), prediction
 
     # --- from one session of a run to the next
 
@@ -383,7 +358,7 @@ class Session:
         for snapshot in self._snapshots.values():
             snapshot.vector.delete()
         self._snapshots.clear()
-        self._shared.clear()
+        self._ranks.forget_shared()
         if self.prediction is not None:
             self.prediction.task.delta.delete()
             self.prediction = None

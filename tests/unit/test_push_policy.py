@@ -27,7 +27,7 @@ def test_a_steady_run_ends_up_at_twice_its_speed() -> None:
         own = motion.advance(params)
         assert own is not None
         torch.testing.assert_close(own, torch.ones(1), rtol=0, atol=1e-4)
-        fold_(carry, own, lr_sum=20 * 1e-3, momentum=config.momentum)
+        fold_(carry, own, lr_sum=20 * 1e-3, momentum=config.momentum(20))
         factor = push_factor(config, step, 20 * 1e-3, float(carry.norm()), float(own.norm()))
         apply_(params, carry, factor)
         motion.applied(carry, factor)
