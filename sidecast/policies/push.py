@@ -39,8 +39,8 @@ class PushConfig:
     """How long the average of the own motion is; a time constant of T steps is a momentum of exp(-K / T)."""
     gain: float = 1.0
     """Length of a push in units of the averaged own motion of one interval: 1 doubles the steady speed."""
-    start_step: int = 0
-    """No push is made from a snapshot before this step."""
+    start_step: int = 200
+    """No push is made from a snapshot before this step: what a run does in its warm-up says little of its way."""
     stop_step: int | None = None
     """No push is made from a snapshot at or after this step; None: pushes go on to the end."""
     max_relative_norm: float | None = 2.0

@@ -46,10 +46,10 @@ def test_an_interval_without_a_learning_rate_says_nothing() -> None:
 
 
 def test_a_push_is_capped_by_the_runs_own_motion() -> None:
-    config = PushConfig(gain=20.0, max_relative_norm=2.0)
+    config = PushConfig(gain=20.0, max_relative_norm=2.0, start_step=0)
     factor = push_factor(config, 0, 0.1, carry_norm=10.0, own_norm=1.0)
     assert factor * 10.0 == pytest.approx(2.0)
-    free = PushConfig(gain=20.0, max_relative_norm=None)
+    free = PushConfig(gain=20.0, max_relative_norm=None, start_step=0)
     assert push_factor(free, 0, 0.1, carry_norm=10.0, own_norm=1.0) == pytest.approx(2.0)
 
 
