@@ -30,6 +30,10 @@ class CarriedMotion:
         self._store = store
         self._carry: VectorFile | None = None
 
+    def is_due(self, step: int) -> bool:
+        """Whether the run may wait for a push from the snapshot of this step."""
+        return self._settings.push is not None and self._settings.push.is_active(step)
+
     def advance(self, snapshot: Snapshot, published: Prediction | None) -> PushTask | str:
         """Ends an interval with a committed snapshot, which begins the next one.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
 from zlib import crc32
 
 from sidecast.nowcaster_service.assembly import RankPlan
@@ -26,7 +25,6 @@ from sidecast.nowcaster_service.session_events import (
     FailureEvent,
     NowcastTask,
     Prediction,
-    PushTask,
     SessionCounts,
     SnapshotEvent,
 )
@@ -36,8 +34,6 @@ from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame
 from sidecast.protos.shards import ShardSpec
-
-Task = TypeVar("Task", bound=NowcastTask)
 
 
 class Session:
@@ -287,16 +283,17 @@ class Session:
         )
         return self._begin(task)
 
-    def _due_push(self, snapshot: Snapshot, motion: CarriedMotion) -> PushTask | None:
+    def _due_push(self, snapshot: Snapshot, motion: CarriedMotion) -> NowcastTask | None:
         if motion.base is not None:
             del self._snapshots[motion.base.step]
         task = motion.advance(snapshot, self.prediction)
         if isinstance(task, str):
-            self.fail(snapshot.step, task)
+            if motion.is_due(snapshot.step):
+                self.fail(snapshot.step, task)
             return None
         return self._begin(task)
 
-    def _begin(self, task: Task) -> Task:
+    def _begin(self, task: NowcastTask) -> NowcastTask:
         self._nowcast = task
         for vector in task.held_files:
             vector.pin()

@@ -40,6 +40,8 @@ from sidecast.trainer.pipe.messages import (
 
 # The states before and after an interval.
 PUSH_CONTEXT_LEN = 2
+# What a service shows of a run with pushes in place of a predictor.
+PUSH_PREDICTOR = "push"
 
 
 def is_disabled(section: Any) -> bool:
@@ -159,7 +161,7 @@ def _opening(config: NowcasterConfig, manifest: ModelManifest, world_size: int) 
             max_intervals=config.horizon.max or 0,
             power=config.horizon.power,
         ),
-        predictor=config.predictor,
+        predictor=config.predictor if config.policy == "jump" else PUSH_PREDICTOR,
         predictor_options_json=json.dumps(dict(config.predictor_options)),
         max_relative_norm=config.max_relative_norm,
         aliases=dict(manifest.aliases),

@@ -40,9 +40,7 @@ def sent(request: pb.OpenRequest, name: str) -> Any:
 def opening() -> Opening:
     made = settings("127.0.0.1:1", MANIFEST, []).opening
     assert made is not None
-    push = PushSettings(
-        time_constant_steps=50.0, gain=2.0, start_step=10, stop_step=1000, max_relative_norm=3.0
-    )
+    push = PushSettings(time_constant_steps=50.0, gain=2.0, start_step=10, stop_step=1000, max_relative_norm=3.0)
     changed: Opening = renewed(replace(made, horizon=renewed(made.horizon), push=push))
     return changed
 
