@@ -49,8 +49,8 @@ class PushConfig:
     def __post_init__(self) -> None:
         if self.interval_steps < 1:
             raise ConfigError(f"push.interval_steps is {self.interval_steps}; it must be at least 1")
-        if not self.time_constant_steps > 0:
-            raise ConfigError(f"push.time_constant_steps is {self.time_constant_steps}; it must be above 0")
+        if not (math.isfinite(self.time_constant_steps) and self.time_constant_steps > 0):
+            raise ConfigError(f"push.time_constant_steps is {self.time_constant_steps}; it must be above 0 and finite")
         if not (math.isfinite(self.gain) and self.gain >= 0):
             raise ConfigError(f"push.gain is {self.gain}; it must be at least 0 and finite")
         if self.start_step < 0:
