@@ -9,19 +9,23 @@ from sidecast.trainer.pipe.messages import Applied, Prediction
 
 
 class Policy(Protocol):
-    """Decides how much of a prediction is applied, and what follows from the losses; the same on all ranks.
+    """Decides how much of a prediction is applied, and what follows from the losses; the same on all ranks."""
 
-    Attributes:
-        merge: How predictions meet what training has done since, for the apply log.
-        moments: What applying one does to the optimizer's moments, for the apply log.
-        last_loss: The newest mean loss of all ranks.
-        is_suspended: Whether nothing will be applied for the rest of the run.
-    """
+    @property
+    def merge(self) -> str:
+        """How predictions meet what training has done since, for the apply log."""
 
-    merge: str
-    moments: str
-    last_loss: float | None
-    is_suspended: bool
+    @property
+    def moments(self) -> str:
+        """What applying one does to the optimizer's moments, for the apply log."""
+
+    @property
+    def last_loss(self) -> float | None:
+        """The newest mean loss of all ranks."""
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether nothing will be applied for the rest of the run."""
 
     @property
     def allows(self) -> bool:
