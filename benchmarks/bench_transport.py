@@ -43,11 +43,11 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import decode_chunk, encode_chunk
 from sidecast.protos.shards import ShardSpec
 from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
-from sidecast.trainer.courier.client import ClientConfig, NowcastClient, open_request
+from sidecast.trainer.courier.client import NowcastClient, open_request
 from sidecast.trainer.courier.upload import Upload
 from sidecast.trainer.hook.courier_handle import courier_environment
 from sidecast.trainer.pipe.buffers import SharedBuffer
-from sidecast.trainer.pipe.messages import Snapshot
+from sidecast.trainer.pipe.messages import ClientSettings, Snapshot
 
 MIB = 1 << 20
 PARAMETER_BYTES = 32 * MIB
@@ -219,7 +219,7 @@ def transfer(case: Case, port: int, peer_port: int, service_pid: int) -> dict[st
     np.frombuffer(staged.view, np.float32)[:] = np.random.default_rng(0).standard_normal(case.num_bytes // 4)
     peer = TcpClient(peer_port, chunk_bytes)
     client = NowcastClient(
-        ClientConfig(
+        ClientSettings(
             endpoint=f"127.0.0.1:{port}",
             token_file=None,
             tls_ca=None,

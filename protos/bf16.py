@@ -5,8 +5,12 @@ Shape legend: N elements.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 BF16_BYTES = 2
 _QUIET_NAN = np.uint16(0x40)

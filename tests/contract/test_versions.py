@@ -12,8 +12,9 @@ import pytest
 from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import version
-from sidecast.trainer.courier.client import ClientConfig, NowcastClient, open_request
+from sidecast.trainer.courier.client import NowcastClient, open_request
 from sidecast.trainer.courier.refusals import RefusedError
+from sidecast.trainer.pipe.messages import ClientSettings
 from tests.support import service_harness
 from tests.support.service_calls import refusal, refusal_name
 from tests.support.service_harness import MANIFEST, WAIT_S, RunningService
@@ -27,7 +28,7 @@ def client(service: RunningService) -> Iterator[NowcastClient]:
 
 def client_of(service: RunningService) -> NowcastClient:
     waits = {"connect_s": WAIT_S, "chunk_s": WAIT_S, "stream_s": WAIT_S}
-    return NowcastClient(ClientConfig(endpoint=service.endpoint, token_file=None, tls_ca=None, **waits))
+    return NowcastClient(ClientSettings(endpoint=service.endpoint, token_file=None, tls_ca=None, **waits))
 
 
 def announcement() -> pb.OpenRequest:

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from sidecast.nowcaster_service.session import Session
 from sidecast.protos.bf16 import from_bf16, round_to_bf16
 from sidecast.protos.codec import ChunkFrame
-from sidecast.trainer.courier.client import ClientConfig, NowcastClient
+from sidecast.trainer.courier.client import NowcastClient
 from sidecast.trainer.courier.refusals import UnavailableError
 from sidecast.trainer.hook.courier_handle import CourierHandle
 from sidecast.trainer.hook.messenger import ForHook
 from sidecast.trainer.pipe.apply_log import read_delta, read_log
-from sidecast.trainer.pipe.messages import Connected, Disconnected, Dropped, Prediction, Report, Sent, Snapshot
+from sidecast.trainer.pipe.messages import (
+    ClientSettings,
+    Connected,
+    Disconnected,
+    Dropped,
+    Prediction,
+    Report,
+    Sent,
+    Snapshot,
+)
 from tests.support.courier_calls import applied, predicted, settled, stage
 from tests.support.courier_harness import session, settings, start_courier, until
 from tests.support.relay import Relay
-from tests.support.service_harness import CHUNK_BYTES, MANIFEST, RunningService, chunks, open_request, state
+from tests.support.service_harness import CHUNK_BYTES, MANIFEST, WAIT_S, RunningService, chunks, open_request, state
 
 ALL = [(0, 0, 15), (1, 0, 40_000)]
 
@@ -54,6 +67,42 @@ def test_a_window_goes_up_and_its_prediction_comes_down_and_is_recorded(courier:
     entries = read_log(tmp_path / "record", 0)
     assert [(entry["action"], entry["step"]) for entry in entries] == [("applied", 24), ("rolled_back", 30)]
     assert read_delta(tmp_path / "record", entries[0], len(expected)) == expected
+
+
+def served_series(port: int) -> dict[str, float]:
+    """What a courier serves: values by name, with the label that tells series of one name apart."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=WAIT_S) as reply:
+        text = reply.read().decode()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    names = ("state", "direction", "run_id")
+    return {
+        "/".join((item.name, *(item.labels[key] for key in names if key in item.labels))): item.value
+        for item in samples
+    }
+
+
+def test_what_a_courier_did_is_served_where_the_rank_has_a_port(
+    service: RunningService, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    courier = start_courier(replace(settings(service.endpoint, MANIFEST, ALL), metrics_port=0))
+    try:
+        until(courier, Connected)
+        predicted(courier)
+        (port,) = [int(text.split()[-1]) for text in caplog.messages if "serves metrics on port" in text]
+        series = served_series(port)
+    finally:
+        courier.close()
+    num_bytes = 4 * MANIFEST.num_elements
+    assert series["sidecast_trainer_uploaded_bytes_total"] == 2 * num_bytes
+    assert series["sidecast_trainer_upload_seconds_count"] == 2
+    assert series["sidecast_trainer_fetched_bytes_total"] == num_bytes
+    assert series["sidecast_trainer_fetch_seconds_count"] == 1
+    assert series["sidecast_trainer_snapshots_total/committed"] == 2
+    assert series["sidecast_trainer_snapshots_total/unsent"] == 0
+    assert series["sidecast_trainer_transfers_resumed_total/upload"] == 0
+    assert series["sidecast_trainer_connected"] == 1
+    assert series["sidecast_trainer_run_info/run"] == 1
 
 
 def test_a_run_that_another_job_took_over_is_told_so(service: RunningService, courier: CourierHandle) -> None:
@@ -264,7 +313,7 @@ def test_a_listener_that_never_answers_does_not_delay_the_service_that_follows(t
         deaf.listen(64)
         port = deaf.getsockname()[1]
         client = NowcastClient(
-            ClientConfig(
+            ClientSettings(
                 endpoint=f"127.0.0.1:{port}", token_file=None, tls_ca=None, connect_s=1.0, chunk_s=5.0, stream_s=9.0
             )
         )

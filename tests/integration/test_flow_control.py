@@ -12,9 +12,10 @@ import pytest
 
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame
-from sidecast.trainer.courier.client import ClientConfig, NowcastClient
+from sidecast.trainer.courier.client import NowcastClient
 from sidecast.trainer.courier.refusals import UnavailableError
 from sidecast.trainer.courier.upload import Upload
+from sidecast.trainer.pipe.messages import ClientSettings
 from tests.support.service_harness import RunningService
 
 CHUNK_BYTES = 1 << 20
@@ -52,7 +53,7 @@ def test_a_service_that_takes_nothing_soon_stops_the_courier(tmp_path: Path, cha
 
     with RunningService(tmp_path, interceptors=[Stall()]) as service:
         client = NowcastClient(
-            ClientConfig(
+            ClientSettings(
                 endpoint=service.endpoint,
                 token_file=None,
                 tls_ca=None,

@@ -15,7 +15,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # The folders at the top, by where they are installed.
 FOLDERS = {"sidecast": "", "trainer": "trainer/", "nowcaster_service": "nowcaster_service/", "protos": "protos/"}
 # Read by tools and compilers, or made by them.
-NOT_INSTALLED = {".toml", ".cpp", ".so", ".pyc"}
+NOT_INSTALLED = {".toml", ".cpp", ".h", ".so", ".pyc"}
+# But for what is compiled where it is used.
+COMPILED_WHERE_USED = REPOSITORY / "sidecast/evaluation/native"
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,14 @@ def tree() -> set[str]:
         f"sidecast/{prefix}{path.relative_to(REPOSITORY / folder)}"
         for folder, prefix in FOLDERS.items()
         for path in (REPOSITORY / folder).rglob("*")
-        if path.is_file() and path.suffix not in NOT_INSTALLED and "/." not in str(path.relative_to(REPOSITORY))
+        if path.is_file() and is_installed(path)
     }
+
+
+def is_installed(path: Path) -> bool:
+    if path.parent == COMPILED_WHERE_USED and path.suffix in {".cpp", ".h"}:
+        return True
+    return path.suffix not in NOT_INSTALLED and "/." not in str(path.relative_to(REPOSITORY))
 
 
 def test_the_wheel_holds_the_modules_of_the_tree(wheel: ZipFile) -> None:
@@ -58,6 +66,7 @@ def test_the_wheel_holds_the_modules_of_the_tree(wheel: ZipFile) -> None:
 def test_the_wheel_holds_what_modules_read(wheel: ZipFile) -> None:
     expected = {name for name in tree() if not name.endswith(".py")}
     assert "sidecast/trainer/report/templates/report.html" in expected
+    assert {"sidecast/evaluation/native/llama_gradient.cpp", "sidecast/evaluation/native/memory.h"} <= expected
     assert {name for name in wheel.namelist() if not name.endswith(".py") and ".dist-info/" not in name} == expected
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -22,23 +21,9 @@ from sidecast.trainer.courier.handover import hand_over
 from sidecast.trainer.courier.refusals import CorruptError, RefusedError, UnavailableError, translated
 from sidecast.trainer.courier.throttle import Throttle
 from sidecast.trainer.courier.upload import Upload
-from sidecast.trainer.pipe.messages import Snapshot
+from sidecast.trainer.pipe.messages import ClientSettings, Snapshot
 
 KEEPALIVE_MS = 20_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClientConfig:
-    """How to reach the service: plain values, since they travel to the courier as JSON."""
-
-    endpoint: str
-    token_file: str | None
-    tls_ca: str | None
-    connect_s: float
-    chunk_s: float
-    stream_s: float
-    channels: int = 1
-    max_bytes_per_s: float | None = None
 
 
 class EventStream:
@@ -74,7 +59,7 @@ class NowcastClient:
         is_sharing: Whether the service has mapped the buffers, so that chunks need not hold their bytes.
     """
 
-    def __init__(self, config: ClientConfig, shared: Sequence[int] = ()) -> None:
+    def __init__(self, config: ClientSettings, shared: Sequence[int] = ()) -> None:
         self._config = config
         self._metadata: tuple[tuple[str, str | bytes], ...] = ()
         if config.token_file is not None:

@@ -14,8 +14,8 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.trainer.courier.attempts import Attempts
 from sidecast.trainer.courier.client import NowcastClient
 from sidecast.trainer.courier.link import Link
-from sidecast.trainer.courier.metrics import CourierMetrics
 from sidecast.trainer.courier.refusals import CorruptError, UnavailableError
+from sidecast.trainer.courier.unserved_metrics import Metrics
 from sidecast.trainer.pipe.messages import Failed, Prediction, ToHook
 
 FINITE_BLOCK = 1 << 20
@@ -41,7 +41,7 @@ class Fetcher:
         rank: int,
         buffer: memoryview,
         link: Link,
-        metrics: CourierMetrics,
+        metrics: Metrics,
         tell: Callable[[ToHook], None],
         *,
         dtype: pb.WireDtype,
@@ -108,11 +108,10 @@ class Fetcher:
                 return str(error)
             if not attempts.wait():
                 return reason
-            self._metrics.resumed.labels(*self._metrics.labels, "fetch").inc()
+            self._metrics.count_resumed("fetch")
         if not _is_finite(self._buffer):
             return "the prediction is not finite"
-        self._metrics.fetched_bytes.labels(*self._metrics.labels).inc(download.num_bytes)
-        self._metrics.fetch_seconds.labels(*self._metrics.labels).observe(time.perf_counter() - started_s)
+        self._metrics.count_fetch(download.num_bytes, time.perf_counter() - started_s)
         self._tell(
             Prediction(
                 session_id=session_id,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
 
+from sidecast.trainer.courier.unserved_metrics import SnapshotEnd, TransferDirection
 from sidecast.trainer.pipe.messages import Stats
 
 TRANSFER_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120)
-SNAPSHOT_STATES = ("committed", "aborted", "unsent")
-TRANSFER_DIRECTIONS = ("upload", "fetch")
 _LABELS = ("run", "rank", "stage")
 
 
@@ -35,9 +35,9 @@ class CourierMetrics:
         self.resumed = self._counter("transfers_resumed", "Transfers that went on after an interruption", "direction")
         self._connected = self._gauge("connected", "1 while joined to the service").labels(*self.labels)
         # Prometheus sees no increase in a series that begins at one: all begin at zero.
-        for state in SNAPSHOT_STATES:
+        for state in get_args(SnapshotEnd):
             self.snapshots.labels(*self.labels, state)
-        for direction in TRANSFER_DIRECTIONS:
+        for direction in get_args(TransferDirection):
             self.resumed.labels(*self.labels, direction)
         for metric in (self.uploaded_bytes, self.fetched_bytes, self.upload_seconds, self.fetch_seconds):
             metric.labels(*self.labels)
@@ -79,6 +79,24 @@ class CourierMetrics:
                 self._seen[name] = value
             elif name in self._levels and value is not None:
                 self._levels[name].labels(*self.labels).set(value)
+
+    def count_snapshot(self, end: SnapshotEnd) -> None:
+        """Counts a snapshot by how it ended."""
+        self.snapshots.labels(*self.labels, end).inc()
+
+    def count_upload(self, num_bytes: int, seconds: float) -> None:
+        """Counts a part that the service has: its bytes, and how long upload and commit took."""
+        self.uploaded_bytes.labels(*self.labels).inc(num_bytes)
+        self.upload_seconds.labels(*self.labels).observe(seconds)
+
+    def count_fetch(self, num_bytes: int, seconds: float) -> None:
+        """Counts a prediction that is here: its bytes, and how long the download took."""
+        self.fetched_bytes.labels(*self.labels).inc(num_bytes)
+        self.fetch_seconds.labels(*self.labels).observe(seconds)
+
+    def count_resumed(self, direction: TransferDirection) -> None:
+        """Counts a transfer that goes on after an interruption."""
+        self.resumed.labels(*self.labels, direction).inc()
 
     def serve(self, port: int | None) -> int | None:
         """Serves the series over HTTP; port 0 picks a free one.

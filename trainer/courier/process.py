@@ -21,13 +21,13 @@ from typing import Any, assert_never
 
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.shards import ShardSpec, total_elements
-from sidecast.trainer.courier.client import ClientConfig, NowcastClient, open_request
+from sidecast.trainer.courier.client import NowcastClient, open_request
 from sidecast.trainer.courier.fetcher import Fetcher
 from sidecast.trainer.courier.link import Link
-from sidecast.trainer.courier.metrics import CourierMetrics
 from sidecast.trainer.courier.reconstruction import FP32_BYTES, Reconstruction
 from sidecast.trainer.courier.sender import Sender
 from sidecast.trainer.courier.snapshot_outcomes import SnapshotOutcomes
+from sidecast.trainer.courier.unserved_metrics import Metrics, UnservedMetrics
 from sidecast.trainer.courier.uploader import Uploader
 from sidecast.trainer.pipe.apply_log import Recorder
 from sidecast.trainer.pipe.buffers import map_inherited
@@ -77,14 +77,14 @@ class Courier:
         self._is_ending = False
         self._rank = settings.rank
         self._metrics_port = settings.metrics_port
-        self._metrics = CourierMetrics(settings.run_name, self._rank, settings.stage)
+        self._metrics = _metrics(settings)
         self._metrics.begin_session(session.run_id)
         self._recorder = Recorder(settings.record_dir, self._rank) if settings.record_dir else None
         self._prediction = map_inherited(hello.prediction_descriptor, fetch_bytes)
         slots = [map_inherited(descriptor, upload_bytes) for descriptor in hello.slot_descriptors]
         descriptors = (*hello.slot_descriptors, hello.prediction_descriptor)
         shared = descriptors if settings.shared_memory == "auto" else ()
-        client = NowcastClient(ClientConfig(**asdict(settings.client)), shared)
+        client = NowcastClient(settings.client, shared)
         sends_changes = settings.wire_dtype == "bf16_delta"
         self._outcomes = SnapshotOutcomes()
         self._link = Link(
@@ -193,12 +193,12 @@ class Courier:
         match event.WhichOneof("event"):
             case "committed":
                 self._outcomes.commit(session_id, event.committed.epoch, event.committed.step)
-                self._metrics.snapshots.labels(*self._metrics.labels, "committed").inc()
+                self._metrics.count_snapshot("committed")
                 self._tell(Committed(step=event.committed.step))
             case "aborted":
                 # Not if this rank could not send its part: that loss has been counted.
                 if self._outcomes.lose(session_id, event.aborted.epoch, event.aborted.step):
-                    self._metrics.snapshots.labels(*self._metrics.labels, "aborted").inc()
+                    self._metrics.count_snapshot("aborted")
                     self._tell(Dropped(step=event.aborted.step, reason=event.aborted.reason))
             case "published":
                 self._fetcher.put(session_id, event.published)
@@ -229,6 +229,15 @@ class Courier:
                 self._recorder.resume(session)
             except OSError as error:
                 log.error("rank %d: the apply log keeps jumps that the resume gave up: %s", self._rank, error)
+
+
+def _metrics(settings: CourierSettings) -> Metrics:
+    if settings.metrics_port is None:
+        return UnservedMetrics()
+    # Not above: it brings a fifth of all that a courier loads, which no other rank has a use for.
+    from sidecast.trainer.courier.metrics import CourierMetrics
+
+    return CourierMetrics(settings.run_name, settings.rank, settings.stage)
 
 
 def announcement(settings: CourierSettings, session: Session) -> pb.OpenRequest:

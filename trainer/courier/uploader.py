@@ -13,7 +13,6 @@ from sidecast.protos.bf16 import BF16_BYTES
 from sidecast.trainer.courier.attempts import Attempts
 from sidecast.trainer.courier.client import NowcastClient
 from sidecast.trainer.courier.link import Link
-from sidecast.trainer.courier.metrics import CourierMetrics
 from sidecast.trainer.courier.reconstruction import FP32_BYTES, Base, Reconstruction
 from sidecast.trainer.courier.refusals import (
     CorruptError,
@@ -24,6 +23,7 @@ from sidecast.trainer.courier.refusals import (
     UnavailableError,
 )
 from sidecast.trainer.courier.snapshot_outcomes import SnapshotOutcomes
+from sidecast.trainer.courier.unserved_metrics import Metrics
 from sidecast.trainer.courier.upload import Upload
 from sidecast.trainer.pipe.messages import Sent, Snapshot, ToHook
 
@@ -54,7 +54,7 @@ class Uploader:
         slots: Sequence[memoryview],
         link: Link,
         outcomes: SnapshotOutcomes,
-        metrics: CourierMetrics,
+        metrics: Metrics,
         tell: Callable[[ToHook], None],
         reconstruction: Reconstruction | None,
     ) -> None:
@@ -86,12 +86,11 @@ class Uploader:
         num_bytes = 0
         if not reason:
             num_bytes = upload.num_bytes
-            self._metrics.uploaded_bytes.labels(*self._metrics.labels).inc(num_bytes)
-            self._metrics.upload_seconds.labels(*self._metrics.labels).observe(seconds)
+            self._metrics.count_upload(num_bytes, seconds)
             if self._reconstruction is not None:
                 self._reconstruction.follow(upload.key, buffer, upload.digest)
         elif self._outcomes.lose(session_id, snapshot.epoch, snapshot.step):
-            self._metrics.snapshots.labels(*self._metrics.labels, "unsent").inc()
+            self._metrics.count_snapshot("unsent")
         else:
             # The service has told of its end before: that loss has been counted.
             reason = ""
@@ -172,7 +171,7 @@ class Uploader:
                 if not attempts.wait():
                     return reason
                 received = self._received(upload)
-            self._metrics.resumed.labels(*self._metrics.labels, "upload").inc()
+            self._metrics.count_resumed("upload")
             upload.fill(self._client.chunk_bytes, received)
 
     def _received(self, upload: Upload) -> list[tuple[int, int]] | None:

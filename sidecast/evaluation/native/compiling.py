@@ -1,4 +1,4 @@
-"""Compiles a source file for this machine's processor, once, into a folder of the caller's."""
+"""Compiles C++ for this machine's processor, once, into a folder of the caller's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,19 +16,22 @@ _COMPILERS = ("g++", "clang++", "c++")
 
 
 def compiled(source: Path, folder: Path) -> ctypes.CDLL | None:
-    """The library that a source file makes.
+    """The library that a source file makes, with the headers that it includes.
 
     Args:
-        source: A C++ file.
+        source: A C++ file; what it includes in quotes lies beside it.
         folder: Where libraries are kept; its files are of use on this kind of processor only.
 
     Returns:
         None where there is no compiler, or none that can do it.
+
+    Raises:
+        FileNotFoundError: The source or a header is not there.
     """
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None or not source.exists():
+    if compiler is None:
         return None
-    text = "\0".join([source.read_text(), compiler, *_FLAGS, platform.machine(), _processor()])
+    text = "\0".join([*_parts(source).values(), compiler, *_FLAGS, platform.machine(), _processor()])
     library = folder / f"{source.stem}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,6 +42,18 @@ def compiled(source: Path, folder: Path) -> ctypes.CDLL | None:
             return None
         unfinished.replace(library)
     return ctypes.CDLL(str(library))
+
+
+def _parts(source: Path) -> dict[Path, str]:
+    """The text of a source file and of every header that it includes in quotes, itself or through another."""
+    parts: dict[Path, str] = {}
+    left = [source]
+    while left:
+        path = left.pop()
+        if path not in parts:
+            parts[path] = path.read_text()
+            left += [path.with_name(name) for name in re.findall(r'^#include "(.+)"', parts[path], re.MULTILINE)]
+    return parts
 
 
 def _processor() -> str:

@@ -25,7 +25,7 @@ MAX_LAYERS = 64
 
 
 class _Dims(ctypes.Structure):
-    """The mirror of ``Dims`` in llama_gradient.cpp."""
+    """The mirror of ``Dims`` in memory.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("vocab", "width", "hidden", "layers", "heads", "kv_heads", "head_dim")),
