@@ -34,6 +34,7 @@ class AutomorphismCheck:
         num_automorphisms: Automorphisms that were carried out on parameters.
         num_moved_nodes: Nodes that any of them moved.
         num_moved_elements: Elements of the parameter vector that any of them moved.
+        num_elements: P.
         largest_change: The largest change of any output, in standard deviations of that output.
         without_effect: Parameters on which the output does not depend with these inputs: nothing is proved of them.
     """
@@ -41,6 +42,7 @@ class AutomorphismCheck:
     num_automorphisms: int
     num_moved_nodes: int
     num_moved_elements: int
+    num_elements: int
     largest_change: float
     without_effect: tuple[str, ...]
 
@@ -101,6 +103,7 @@ class _Check:
             num_automorphisms=self._num_automorphisms,
             num_moved_nodes=int(self._moved_nodes.sum()),
             num_moved_elements=int(self._moved_elements_P.sum()),
+            num_elements=len(self._vector_P),
             largest_change=self._largest_change,
             without_effect=self._network.without_effect(self._vector_P),
         )

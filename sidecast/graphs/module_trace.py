@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from sidecast.errors import ConfigError
-from sidecast.graphs.automorphism_check import check_automorphisms
+from sidecast.graphs.automorphism_check import AutomorphismCheck, check_automorphisms
 from sidecast.graphs.double_precision import ExampleInputs
 from sidecast.graphs.registry import build_topology
 from sidecast.graphs.topology import Topology
@@ -64,6 +64,15 @@ def manifest_of_module(module: nn.Module, example_inputs: ExampleInputs | None =
             symmetry that it lacks; or the example inputs are missing or do not fit.
         NoRoomError: Memory has no room for the copy.
     """
+    manifest, check = checked_manifest_of_module(module, example_inputs)
+    _warn(module, check)
+    return manifest
+
+
+def checked_manifest_of_module(
+    module: nn.Module, example_inputs: ExampleInputs | None
+) -> tuple[ModelManifest, AutomorphismCheck]:
+    """What ``manifest_of_module`` gives, and what its check has done, in place of a warning."""
     name = type(module).__name__
     try:
         traced = fx.Tracer().trace(module)
@@ -73,8 +82,8 @@ def manifest_of_module(module: nn.Module, example_inputs: ExampleInputs | None =
     reader = _OperationReader(module)
     operations = [operation for node in traced.nodes if (operation := reader.read(node)) is not None]
     config = {"model_type": MODEL_TYPE, "operations": operations}
-    _check(module, config, _required(name, example_inputs))
-    return _manifest(module, config, frozen=False)
+    check = _check(module, config, example_inputs)
+    return _manifest(module, config, frozen=False), check
 
 
 def manifest_of_chain(module: nn.Module, example_inputs: ExampleInputs | None = None) -> ModelManifest:
@@ -93,23 +102,22 @@ def manifest_of_chain(module: nn.Module, example_inputs: ExampleInputs | None = 
         NoRoomError: Memory has no room for the copy.
     """
     config = {"model_type": "sequential"}
-    _check(module, config, _required(type(module).__name__, example_inputs))
+    _warn(module, _check(module, config, example_inputs))
     return _manifest(module, config, frozen=False)
 
 
-def _required(name: str, example_inputs: ExampleInputs | None) -> ExampleInputs:
+def _check(module: nn.Module, config: dict[str, Any], example_inputs: ExampleInputs | None) -> AutomorphismCheck:
+    """Checks the graph of all parameters, frozen ones included."""
     if example_inputs is None:
         raise ConfigError(
-            f"the graph of {name} is checked by running it, which needs example_inputs: a tensor, a tuple of "
-            "arguments, or a mapping of named ones"
+            f"the graph of {type(module).__name__} is checked by running it, which needs example_inputs: a tensor, "
+            "a tuple of arguments, or a mapping of named ones"
         )
-    return example_inputs
-
-
-def _check(module: nn.Module, config: dict[str, Any], example_inputs: ExampleInputs) -> None:
-    """Checks the graph of all parameters, frozen ones included."""
     topology = build_topology(_manifest(module, config, frozen=True), "symmetric", unknown_parameters="isolate")
-    check = check_automorphisms(topology, module, example_inputs)
+    return check_automorphisms(topology, module, example_inputs)
+
+
+def _warn(module: nn.Module, check: AutomorphismCheck) -> None:
     if check.without_effect:
         more = f" and {len(check.without_effect) - 1} more" if len(check.without_effect) > 1 else ""
         warnings.warn(
