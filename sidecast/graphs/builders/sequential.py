@@ -1,10 +1,12 @@
 """Fully connected and convolutional chains without branches, read from shapes alone.
 
 A matrix or kernel begins a layer; the vectors after it (bias, norm weight and bias) attach to that layer's outputs.
+Shapes do not tell grouped or transposed convolutions, nor norms over some of the channels: ``manifest_of_chain`` does.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from sidecast.errors import ConfigError
@@ -13,6 +15,8 @@ from sidecast.graphs.builder import GraphBuilder
 from sidecast.graphs.model_config import ModelConfig
 from sidecast.graphs.topology import EdgeType, NodeRange, ParameterView
 from sidecast.manifest import ParameterSpec
+
+_REPARAMETRISED = re.compile(r"\.parametrizations\.|(^|\.)weight_(g|v|orig)$|(^|\.)original\d*$")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ def draw_sequential(assembler: TopologyAssembler, config: ModelConfig) -> None:
 def _layers(parameters: tuple[ParameterSpec, ...]) -> list[_Layer]:
     layers: list[_Layer] = []
     for spec in parameters:
+        if _REPARAMETRISED.search(spec.fqn):
+            raise ConfigError(
+                f"parameter {spec.fqn!r} is a factor of a weight (weight or spectral norm), which a plain chain has no "
+                "place for; remove the parametrisation, or use a predictor without a graph"
+            )
         if len(spec.shape) >= 2:
             layers.append(_Layer(spec, ()))
         elif not layers or len(spec.shape) != 1 or spec.numel != layers[-1].weight.shape[0]:

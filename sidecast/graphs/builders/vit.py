@@ -27,7 +27,8 @@ def draw_vit(assembler: TopologyAssembler, config: ModelConfig) -> None:
     shape = AttentionShape.from_config(config)
     prefix = "vit." if assembler.has_prefix("vit.") else ""
     stream = _embeddings(assembler, config, f"{prefix}embeddings", shape.hidden)
-    for layer in range(config.count("num_hidden_layers")):
+    num_layers = config.count("num_hidden_layers")
+    for layer in range(num_layers):
         name = f"{prefix}layers.{layer}"
         projections = tuple(f"{name}.attention.{part}_proj" for part in "qkvo")
         weights = AttentionWeights.separate(
@@ -40,7 +41,9 @@ def draw_vit(assembler: TopologyAssembler, config: ModelConfig) -> None:
         attended = next_stream(assembler, f"{name}.attention", stream)
         attention(assembler, f"{name}.attention", weights, shape, stream, attended, has_rotary=False)
         layer_norm(assembler, f"{name}.layernorm_after", attended)
-        stream = next_stream(assembler, f"{name}.mlp", attended)
+        # A bare encoder returns its stream.
+        is_output = not prefix and layer == num_layers - 1
+        stream = next_stream(assembler, f"{name}.mlp", attended, is_output=is_output)
         inner = config.count("intermediate_size")
         into = Projection.linear(f"{name}.mlp.fc1", shape.hidden, inner, has_bias=True)
         out_of = Projection.linear(f"{name}.mlp.fc2", inner, shape.hidden, has_bias=True)

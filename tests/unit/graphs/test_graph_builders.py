@@ -19,9 +19,9 @@ from sidecast.graphs import (
     to_edges,
     topology_of_module,
 )
+from sidecast.graphs.automorphisms import SmallGraph
 from sidecast.graphs.export import edge_features, from_edges
 from sidecast.manifest import ModelManifest
-from tests.support.graph_automorphisms import SmallGraph
 from tests.support.symmetric_models import SMALL_MODELS, ResidualNet
 
 
@@ -245,7 +245,7 @@ def test_experts_in_modules_of_their_own_are_drawn_as_fused_ones() -> None:
 def test_module_is_drawn_on_the_meta_device() -> None:
     with torch.device("meta"):
         module = ResidualNet()
-    topology = topology_of_module(module)
+    topology = topology_of_module(module, torch.randn(2, 3, 8, 8))
     depthwise = next(block for block in topology.blocks if block.name == "depthwise.weight")
     assert depthwise.kind is BlockKind.DIAGONAL
     stem = [block for block in topology.blocks if block.name.startswith("stem.weight")]
@@ -286,7 +286,7 @@ class Sorts(CallsTwice):
 )
 def test_module_without_a_place_in_a_graph_is_refused(module: nn.Module, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        topology_of_module(module)
+        topology_of_module(module, torch.randn(2, 3))
 
 
 def test_chain_refuses_shapes_that_do_not_follow() -> None:
