@@ -69,7 +69,7 @@ class NowcastHook:
         self._votes = votes
         self._schedule = Schedule.of(config)
         self._reporter = Reporter(courier, self._trajectory)
-        self._windows = WindowLosses(config.nowcast_interval_steps)
+        self._windows = WindowLosses(config.nowcast_interval_steps, config.nowcast_interval_setting)
         self._inbox = Inbox(
             courier,
             self._trajectory,
@@ -174,7 +174,7 @@ class NowcastHook:
 
     def _stage(self, deadline_s: float) -> bool:
         """Hands the courier a snapshot; False if it could not."""
-        self._policy.at_snapshot()
+        self._policy.at_snapshot(self.step)
         self._applier.after_snapshot(self.step, is_base=self._schedule.is_base(self.step))
         # Not for snapshots of which nothing can come any more.
         is_patient = self.config.mode == "sync" and not self._policy.is_suspended

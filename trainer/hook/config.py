@@ -162,6 +162,11 @@ class NowcasterConfig:
         return self.push.interval_steps if self.policy == "push" else self.period_steps
 
     @property
+    def nowcast_interval_setting(self) -> str:
+        """The setting that says how often there is a nowcast."""
+        return "nowcaster.push.interval_steps" if self.policy == "push" else "nowcaster.period_steps"
+
+    @property
     def num_slots(self) -> int:
         """Snapshots that a rank may have staged and not yet sent."""
         # In sync mode one: a rank that is two ahead of another has the service give up that one's snapshot, and a run

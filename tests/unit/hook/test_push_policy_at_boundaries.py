@@ -70,8 +70,9 @@ def snapshots(courier: FakeCourier) -> list[Snapshot]:
 def test_a_push_weighs_by_its_age(
     courier: FakeCourier, partition: FakePartition, late_steps: int, weight: float
 ) -> None:
-    hook = new_hook(courier, partition, step=INTERVAL_STEPS)
-    for step in range(INTERVAL_STEPS + 1, INTERVAL_STEPS + late_steps):
+    hook = new_hook(courier, partition, step=INTERVAL_STEPS - 1)
+    hook.observe(1.0)
+    for step in range(INTERVAL_STEPS, INTERVAL_STEPS + late_steps):
         hook.after_step(step)
     courier.unread.append(push_of(INTERVAL_STEPS, 0))
     hook.after_step(INTERVAL_STEPS + late_steps)
@@ -81,6 +82,7 @@ def test_a_push_weighs_by_its_age(
 
 def test_a_push_of_the_interval_before_is_never_applied(courier: FakeCourier, partition: FakePartition) -> None:
     hook = new_hook(courier, partition, step=2 * INTERVAL_STEPS - 1)
+    hook.observe(1.0)
     hook.after_step(2 * INTERVAL_STEPS)
     courier.unread.append(push_of(INTERVAL_STEPS, 0))
     hook.after_step(2 * INTERVAL_STEPS + 1)
@@ -93,6 +95,7 @@ def test_snapshots_say_what_is_to_be_taken_out_of_the_motion(courier: FakeCourie
     for step in range(1, 2 * INTERVAL_STEPS + 1):
         if step == INTERVAL_STEPS + 2:
             courier.unread.append(push_of(INTERVAL_STEPS, 0))
+        hook.observe(1.0)
         partition.rates = (0.25, 0.75) if step > INTERVAL_STEPS else (0.25, 0.25)
         hook.after_step(step)
     first, second = snapshots(courier)
@@ -122,6 +125,19 @@ def test_a_rise_of_the_loss_ends_pushes_and_snapshots_and_says_so(
         hook.after_step(step)
     assert len(snapshots(courier)) == num_snapshots
     assert partition.weights.tolist() == [0.0, 0.0]
+
+
+def test_no_push_is_applied_unseen(
+    courier: FakeCourier, partition: FakePartition, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without losses nothing would end pushes that harm; it is said once."""
+    hook = new_hook(courier, partition)
+    for step in range(1, 4 * INTERVAL_STEPS):
+        if step % INTERVAL_STEPS == 1 and step > 1:
+            courier.unread.append(push_of(step - 1, 0))
+        hook.after_step(step)
+    assert partition.weights.tolist() == [0.0, 0.0]
+    assert caplog.text.count("no push is applied as long as no loss is seen") == 1
 
 
 def test_a_checkpoint_keeps_sums_guard_and_what_was_applied(courier: FakeCourier, partition: FakePartition) -> None:

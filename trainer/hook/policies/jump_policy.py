@@ -72,7 +72,7 @@ class JumpPolicy:
     def after_step(self) -> None:
         """Nothing: what counts are the rates at snapshots."""
 
-    def at_snapshot(self) -> None:
+    def at_snapshot(self, step: int) -> None:
         self._learning_rates.add(self._applier.partition.learning_rates())
 
     def is_due(self, step: int) -> bool:

@@ -45,7 +45,7 @@ class Policy(Protocol):
     def after_step(self) -> None:
         """Takes note of an optimizer step."""
 
-    def at_snapshot(self) -> None:
+    def at_snapshot(self, step: int) -> None:
         """Takes note of a snapshot step, before the snapshot is taken."""
 
     @property

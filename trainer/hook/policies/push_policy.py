@@ -38,6 +38,7 @@ class PushPolicy:
         self._reporter = reporter
         self._guard = LossGuard(LossGuardConfig())
         self._last_loss_step = 0
+        self._is_warned = False
 
     @property
     def is_suspended(self) -> bool:
@@ -45,7 +46,8 @@ class PushPolicy:
 
     @property
     def allows(self) -> bool:
-        return not self.is_suspended
+        # Without losses there is no guard.
+        return not self.is_suspended and self.last_loss is not None
 
     @property
     def wants_snapshots(self) -> bool:
@@ -59,8 +61,14 @@ class PushPolicy:
         rates = self._partition.learning_rates()
         self.learning_rate_sum += sum(rates) / len(rates)
 
-    def at_snapshot(self) -> None:
-        """Nothing: what counts are the rates of all steps."""
+    def at_snapshot(self, step: int) -> None:
+        is_blind = self._config.is_active(step) and self.last_loss is None
+        if is_blind and not self._is_warned:
+            log.warning(
+                "no push is applied as long as no loss is seen, since nothing would end pushes that harm: call "
+                "observe(loss) with the mean loss of each micro-batch"
+            )
+        self._is_warned |= is_blind
 
     def is_due(self, step: int) -> bool:
         return self.allows and self._config.is_active(step)
