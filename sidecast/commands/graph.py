@@ -18,7 +18,7 @@ from sidecast.checkpoints.staging import manifest_of
 from sidecast.commands.graph_check import check_config, check_module, load_module
 from sidecast.commands.transformers_models import model_of_config
 from sidecast.errors import ConfigError
-from sidecast.graphs import Topology, build_topology, graph_builders
+from sidecast.graphs import Topology, build_topology
 from sidecast.graphs.pictures.html import picture_html
 from sidecast.graphs.pictures.png import picture_png
 from sidecast.graphs.pictures.weight_colours import ReadTensor
@@ -96,8 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if args.snapshot is not None:
         checkpoint = open_checkpoint(args.snapshot)
     manifest = _manifest_of_config(config) if checkpoint is None else manifest_of(checkpoint, config)
-    layout = args.layout or _default_layout(config)
-    topology = build_topology(manifest, layout, unknown_parameters=args.unknown_parameters)
+    topology = build_topology(manifest, args.layout, unknown_parameters=args.unknown_parameters)
     _draw(topology, checkpoint, args.out)
     return 0
 
@@ -136,11 +135,6 @@ def _open_model(path: Path) -> tuple[Mapping[str, Any], Checkpoint | None]:
         return read_json_object(config_file), None
     problem = "is no model that can be drawn" if path.exists() else "does not exist"
     raise ConfigError(f"{path} {problem}; give {_MODELS}")
-
-
-def _default_layout(config: Mapping[str, Any]) -> str:
-    builder = graph_builders().get(str(config.get("model_type")))
-    return LAYOUTS[0] if builder is None or LAYOUTS[0] in builder.layouts else LAYOUTS[1]
 
 
 def _reader(checkpoint: Checkpoint) -> ReadTensor:

@@ -103,8 +103,9 @@ class Casting(nn.Module):
         self.into, self.out_of = nn.Linear(4, 6), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.into(x.to(self.into.weight.dtype))).float().to(torch.bfloat16)
-        return self.out_of(hidden.to(torch.float32).type_as(x)) + torch.zeros(3, dtype=torch.float32)
+        hidden = torch.tanh(self.into(x.to(self.into.weight.dtype)))
+        scale = hidden.float().square().mean(-1, keepdim=True) + hidden.to(torch.float32).exp().sum(-1, keepdim=True)
+        return self.out_of(hidden * scale) + torch.zeros(3, dtype=torch.float32)
 
 
 def test_casts_to_lower_precision_do_not_blur_the_check() -> None:
