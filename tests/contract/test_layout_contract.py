@@ -1,6 +1,6 @@
 """What every layout must keep, whatever holds the masters; none of it needs DeepSpeed.
 
-``RowShardedLayout`` is a backend of somebody else's: everything that its author has to write, put through the same.
+Put through the same: the layout that CONTRIBUTING.md shows, which is everything that its author has to write.
 """
 
 from __future__ import annotations
@@ -18,47 +18,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from sidecast.errors import ConfigError
 from sidecast.protos.shards import ShardSpec, coverage_error, total_elements
 from sidecast.trainer.partitions import Layout, Partition, RollbackCopy, StalePartitionError
-from sidecast.trainer.partitions.fragments import Fragment
-from sidecast.trainer.partitions.optimizer_state import Master, OptimizerState
 from sidecast.trainer.partitions.rollback import RollbackError, packed_bytes
 from sidecast.trainer.partitions.trainable import trainable_parameters
 from tests.support.layout_worlds import PADDING, WORLDS, Held, Make, Model, swap, true_weights
+from tests.support.recipes import module_of
+
+recipe = module_of('"""FSDP2', "row_sharded")
 
 
 def local_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-class RowShardedLayout:
-    """Parameters that are DTensors, split by rows, and their own masters, as FSDP2 keeps them.
-
-    Args:
-        module: With such parameters.
-        optimizer: That updates them in place.
-        rank: This rank.
-        world_size: Number of ranks that the rows are split among.
-    """
-
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world_size: int) -> None:
-        self._optimizer = optimizer
-        self.trainable = trainable_parameters(module, optimizer.param_groups[0]["params"])
-        self.state = OptimizerState([optimizer], None, local_of)
-        fragments = []
-        for index, parameter in enumerate(self.trainable.tensors):
-            rows = -(-parameter.shape[0] // world_size)
-            start = rank * rows * (parameter.numel() // parameter.shape[0])
-            if numel := local_of(parameter).numel():
-                fragments.append(Fragment(ShardSpec(index, start, start + numel), index, 0))
-        self.owned = self.upload = tuple(fragments)
-
-    def masters(self) -> Sequence[Master]:
-        return [Master(parameter, local_of(parameter)) for parameter in self._optimizer.param_groups[0]["params"]]
-
-    def placement(self) -> object:
-        return None
-
-    def publish(self) -> None:
-        """Nothing to do: the model computes with its masters."""
 
 
 def row_sharded(kind: str, world_size: int) -> list[Held]:
@@ -88,11 +57,18 @@ def _rows_of(kind: str, rank: int, world_size: int) -> Held:
         model.wide = model.tied = nn.Parameter(old.detach().clone())
         swap(optimizer, old, model.wide)
 
+    def masters() -> list[Tensor]:
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def map_layout() -> Layout:
+        trainable = trainable_parameters(model, model.trained)
+        return recipe.RowShardedLayout(trainable, optimizer, masters, rank=rank, world_size=world_size)
+
     def published(shard: ShardSpec) -> Tensor:
         return local_of(model.trained[shard.parameter]).detach().view(-1)
 
     return Held(
-        map_layout=lambda: RowShardedLayout(model, optimizer, rank, world_size),
+        map_layout=map_layout,
         optimizer=optimizer,
         locals=lambda: [local_of(parameter).detach() for parameter in model.trained],
         published=published,
@@ -100,7 +76,7 @@ def _rows_of(kind: str, rank: int, world_size: int) -> Held:
     )
 
 
-MAKERS: dict[str, Make] = {**WORLDS, "somebody else's": row_sharded}
+MAKERS: dict[str, Make] = {**WORLDS, "of the recipe": row_sharded}
 SIZES = [("usual", 1), ("usual", 3), ("tiny", 5)]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -18,17 +16,8 @@ from sidecast.graphs.automorphisms import SmallGraph
 from sidecast.manifest import ModelManifest
 from sidecast.predictors import registry as predictors
 from sidecast.predictors.base import History
+from tests.support.recipes import listing
 from tests.support.symmetric_models import SmallModel, small_decoder
-
-PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
-
-
-def listing(beginning: str) -> str:
-    found = re.search(
-        rf"^ *```python\n( *{re.escape(beginning)}.*?)^ *```$", PAGE.read_text(), re.MULTILINE | re.DOTALL
-    )
-    assert found is not None
-    return textwrap.dedent(found[1])
 
 
 @pytest.fixture
