@@ -205,8 +205,8 @@ class Session:
             self.begin_epoch(epoch)
         snapshot = self._snapshots.get(step)
         if snapshot is not None:
-            if snapshot.state is not SnapshotState.RECEIVING:
-                raise WrongStateError(f"the snapshot of step {step} is {snapshot.state.value}")
+            if snapshot.state is not SnapshotState.RECEIVING or snapshot.epoch != epoch:
+                raise WrongStateError(f"the snapshot of step {step}, epoch {snapshot.epoch}, is {snapshot.state.value}")
             return snapshot
         if step <= self._last_ended_step:
             # Beginning it again for a straggler would push out the snapshot that all others are at.
@@ -357,7 +357,8 @@ class Session:
         self.epoch = epoch
         # A copy: the earlier session may still count the end of a nowcast.
         self.counts = replace(earlier.counts)
-        if earlier.settings.manifest.schema_hash != self.settings.manifest.schema_hash:
+        is_other_model = earlier.settings.manifest.schema_hash != self.settings.manifest.schema_hash
+        if is_other_model or (self._motion is None) != (earlier._motion is None):
             return
         predicts_alike = self.settings.predicts_like(earlier.settings)
         if self._motion is None or earlier._motion is None:

@@ -13,6 +13,7 @@ from sidecast.trainer.hook.reporting import NowcastEvent
 from sidecast.trainer.hook.rollback_memory import keeps_rollback_copy
 from sidecast.trainer.pipe.messages import Applied, Prediction, Report, Snapshot
 from tests.support.hook_harness import FakeCourier, FakePartition, OneVoter
+from tests.support.hook_harness import new_hook as new_jumping_hook
 
 INTERVAL_STEPS = 10
 
@@ -153,6 +154,30 @@ def test_a_checkpoint_keeps_sums_guard_and_what_was_applied(courier: FakeCourier
     assert later.state_dict() == state
     assert state["push"]["applied"] == {"version": 1, "weight": 1.0}
     assert (later.epoch, later.step) == (1, INTERVAL_STEPS + 2)
+
+
+def test_a_checkpoint_of_the_other_policy_is_a_beginning(courier: FakeCourier, partition: FakePartition) -> None:
+    pushing, jumping = new_hook(courier, partition), new_jumping_hook(FakeCourier(), partition, step=0)
+    for step in range(1, 5):
+        for hook in (pushing, jumping):
+            hook.observe(1.0)
+            hook.after_step(step)
+    of_pushes, of_jumps = pushing.state_dict(), jumping.state_dict()
+    jumping.resume(of_pushes, 4, "run")
+    pushing.resume(of_jumps, 4, "run")
+    assert jumping.state_dict()["trend"] == []
+    assert pushing.state_dict()["push"]["learning_rate_sum"] == 0.0
+
+
+def test_no_push_is_applied_by_the_vote_that_brings_the_alarm(courier: FakeCourier, partition: FakePartition) -> None:
+    hook = new_hook(courier, partition, step=INTERVAL_STEPS - 1)
+    hook.observe(1.0)
+    hook.after_step(INTERVAL_STEPS)
+    courier.unread.append(push_of(INTERVAL_STEPS, 0))
+    hook.observe(float("nan"))
+    hook.after_step(INTERVAL_STEPS + 1)
+    assert hook.summary()["suspended"]
+    assert partition.weights.tolist() == [0.0, 0.0]
 
 
 def test_a_run_with_pushes_keeps_no_rollback_copy_and_one_staging_slot() -> None:

@@ -127,5 +127,7 @@ class JumpPolicy:
         return {"learning_rates": self._learning_rates.state(), **self._probation.state()}
 
     def load(self, state: Mapping[str, Any] | None) -> None:
-        self._learning_rates.load([] if state is None else state["learning_rates"])
-        self._probation.load(state)
+        # A checkpoint of a run with pushes has none of this.
+        own = state if state is not None and "learning_rates" in state else None
+        self._learning_rates.load([] if own is None else own["learning_rates"])
+        self._probation.load(own)

@@ -78,6 +78,9 @@ class PushPolicy:
         return 1.0
 
     def weight(self, held: Prediction, step: int, weight_scale: float) -> float:
+        if self.is_suspended:
+            # The vote that brought the alarm may have brought a push, too.
+            return 0.0
         return age_weight(step - held.base_step, self._config.interval_steps)
 
     def on_applied(self, held: Prediction, weight: float, step: int) -> None:
