@@ -47,7 +47,7 @@ from sidecast.trainer.courier.client import NowcastClient, open_request
 from sidecast.trainer.courier.upload import Upload
 from sidecast.trainer.hook.courier_handle import courier_environment
 from sidecast.trainer.pipe.buffers import SharedBuffer
-from sidecast.trainer.pipe.messages import ClientSettings
+from sidecast.trainer.pipe.messages import ClientSettings, Snapshot
 
 MIB = 1 << 20
 PARAMETER_BYTES = 32 * MIB
@@ -259,7 +259,7 @@ def transfer(case: Case, port: int, peer_port: int, service_pid: int) -> dict[st
         )
         upload.fill(client.chunk_bytes)
         client.upload(upload)
-        client.commit(upload)
+        client.commit(upload, Snapshot(slot=0, step=step, epoch=0))
 
     for step in range(1, CONTEXT_LEN + 1):
         send("down", step)

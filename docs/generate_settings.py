@@ -13,12 +13,14 @@ SERVE_BEGIN, SERVE_END = "<!-- generated: serve begin -->\n", "<!-- generated: s
 BEGIN, END = "<!-- generated: begin -->\n", "<!-- generated: end -->\n"
 JSON_NAMES = {"None": "null", "True": "true", "False": "false", "field(default_factory=dict)": "{}"}
 HOOK, JOB = REPOSITORY / "trainer" / "hook", REPOSITORY / "trainer" / "job"
+POLICIES = REPOSITORY / "sidecast" / "policies"
 # What stands between the page's marks, in the page's order: the tables, each a class by its title.
 PLACES = (
     (
         (HOOK / "config.py", "NowcasterConfig", "nowcaster"),
         (HOOK / "config.py", "HorizonConfig", "nowcaster.horizon"),
         (HOOK / "config.py", "TimeoutConfig", "nowcaster.timeouts"),
+        (POLICIES / "push.py", "PushConfig", "nowcaster.push"),
     ),
     (
         (JOB / "config.py", "TrainingConfig", "training"),

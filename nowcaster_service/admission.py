@@ -31,6 +31,9 @@ async def admit(request: pb.OpenRequest, checks: PredictorChecks) -> SessionSett
     )
     check_scalars(request, manifest)
     options = _json_object("predictor_options_json", request.predictor_options_json)
+    if request.HasField("push"):
+        # The direction is the run's own average motion: no predictor is asked.
+        return settings_of(request, manifest, options, 1)
     answer = await checks.check(
         PredictorRequest(
             predictor=request.predictor,

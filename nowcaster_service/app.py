@@ -26,6 +26,7 @@ from sidecast.nowcaster_service.nowcasting import (
     PredictorAnswer,
     PredictorRequest,
 )
+from sidecast.nowcaster_service.pushing import PushRequest
 from sidecast.nowcaster_service.server import create_server
 from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.nowcaster_service.vector_store import HistoryStore
@@ -66,6 +67,9 @@ class EngineActor:
     def predict(self, request: NowcastRequest) -> NowcastAnswer:
         return self._nowcasting.predict(request)
 
+    def push(self, request: PushRequest) -> NowcastAnswer:
+        return self._nowcasting.push(request)
+
 
 class RayEngines:
     """The engine actor as the servicer sees it."""
@@ -78,6 +82,9 @@ class RayEngines:
 
     async def predict(self, request: NowcastRequest) -> NowcastAnswer:
         return await self._actor.predict.remote(request)
+
+    async def push(self, request: PushRequest) -> NowcastAnswer:
+        return await self._actor.push.remote(request)
 
 
 class IngressActor:

@@ -8,8 +8,10 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorRequest
+from sidecast.nowcaster_service.pushing import PushRequest
 from sidecast.nowcaster_service.session import Session
-from sidecast.nowcaster_service.session_events import NowcastTask, Prediction
+from sidecast.nowcaster_service.session_events import NowcastTask, Prediction, PushTask
+from sidecast.nowcaster_service.session_settings import SessionSettings
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +20,8 @@ class Predictions(Protocol):
     """Whoever runs predictors: an actor pool in the service, the test's own process in tests."""
 
     async def predict(self, request: NowcastRequest) -> NowcastAnswer: ...
+
+    async def push(self, request: PushRequest) -> NowcastAnswer: ...
 
 
 class Dispatcher:
@@ -38,31 +42,52 @@ class Dispatcher:
         self._spawn(self._nowcast(session, task))
 
     async def _nowcast(self, session: Session, task: NowcastTask) -> None:
-        settings = session.settings
-        request = NowcastRequest(
-            predictor=PredictorRequest(
-                predictor=settings.predictor,
-                options=settings.predictor_options,
-                manifest_json=settings.manifest.to_json(),
-                context_len=settings.context_len,
-            ),
-            state_paths=tuple(vector.path for vector in task.states),
-            delta_path=task.delta.path,
-            horizon_intervals=task.horizon_intervals,
-            max_relative_norm=settings.max_relative_norm,
-            rounds_to_bf16=settings.rounds_to_bf16,
-        )
         try:
-            answer = await asyncio.wait_for(self._engines.predict(request), self._timeout_s)
+            answer = await asyncio.wait_for(self._ask(session.settings, task), self._timeout_s)
         except TimeoutError:
             answer = NowcastAnswer(refusal=f"the nowcast took longer than {self._timeout_s:g} s")
         except Exception:
             log.exception("the nowcast of step %d failed", task.base_step)
             answer = NowcastAnswer(refusal="the predictor failed; the service's log says how")
         prediction = None
-        if not answer.refusal:
+        if not answer.refusal and not answer.is_empty:
             prediction = Prediction(task, answer.digest, answer.relative_norm, answer.nowcast_s)
         session.finish(task, prediction, answer.refusal)
+
+    async def _ask(self, settings: SessionSettings, task: NowcastTask) -> NowcastAnswer:
+        if isinstance(task, PushTask):
+            assert settings.push is not None, "the session has made a push of it"
+            return await self._engines.push(
+                PushRequest(
+                    manifest_json=settings.manifest.to_json(),
+                    push=settings.push,
+                    step=task.base_step,
+                    num_steps=task.num_steps,
+                    learning_rate_sum=task.learning_rate_sum,
+                    state_path=task.states[-1].path,
+                    carry_path=task.carry.path,
+                    applied_path=None if task.applied is None else task.applied.path,
+                    applied_weight=task.applied_weight,
+                    delta_path=task.delta.path,
+                    max_relative_norm=settings.max_relative_norm,
+                    rounds_to_bf16=settings.rounds_to_bf16,
+                )
+            )
+        return await self._engines.predict(
+            NowcastRequest(
+                predictor=PredictorRequest(
+                    predictor=settings.predictor,
+                    options=settings.predictor_options,
+                    manifest_json=settings.manifest.to_json(),
+                    context_len=settings.context_len,
+                ),
+                state_paths=tuple(vector.path for vector in task.states),
+                delta_path=task.delta.path,
+                horizon_intervals=task.horizon_intervals,
+                max_relative_norm=settings.max_relative_norm,
+                rounds_to_bf16=settings.rounds_to_bf16,
+            )
+        )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         # The loop holds tasks weakly; an unreferenced one may vanish half-way.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sidecast.errors import SidecastError
 from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service.pushing import PushRequest, make_push
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
 from sidecast.predictors.base import ModelPredictor, Predictor, check_context_len
 from sidecast.predictors.file_workspace import predict_with_files
@@ -73,9 +74,13 @@ class NowcastRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class NowcastAnswer:
-    """Its result. ``refusal`` says why the prediction must not be published, and is empty if it may be."""
+    """Its result. ``refusal`` says why the prediction must not be published, and is empty if it may be.
+
+    ``is_empty``: nothing went wrong, and there is nothing to publish.
+    """
 
     refusal: str = ""
+    is_empty: bool = False
     digest: int = 0
     relative_norm: float = 0.0
     nowcast_s: float = 0.0
@@ -156,19 +161,20 @@ class Nowcasting:
             self._runner.predict(predictor, files, request.horizon_intervals, request.delta_path)
         except SidecastError as error:
             return NowcastAnswer(refusal=str(error))
-        if request.rounds_to_bf16:
-            # What is checked, named by the digest and sent is what every rank will apply.
-            round_in_place(delta_P.numpy())
-        relative_norm = jump_norm(delta_P, history.states[-1])
-        if not math.isfinite(relative_norm):
-            return NowcastAnswer(refusal=f"the prediction is not finite: {_first_bad_tensor(manifest, delta_P)}")
-        if relative_norm > request.max_relative_norm:
-            return NowcastAnswer(
-                refusal=f"the jump's relative norm is {relative_norm:.4g}; allowed: {request.max_relative_norm:g}"
-            )
-        return NowcastAnswer(
-            digest=_digest(delta_P), relative_norm=relative_norm, nowcast_s=time.perf_counter() - started_s
-        )
+        return _checked(request, manifest, delta_P, history.states[-1], started_s)
+
+    def push(self, request: PushRequest) -> NowcastAnswer:
+        """Averages a run's own motion and writes the push, then checks it as any prediction."""
+        started_s = time.perf_counter()
+        manifest = ModelManifest.from_json(request.manifest_json)
+        try:
+            if not make_push(request):
+                return NowcastAnswer(is_empty=True)
+            delta_P = map_vector(request.delta_path, manifest, torch.float32, writable=True)
+            state_P = map_vector(request.state_path, manifest, torch.float32)
+        except SidecastError as error:
+            return NowcastAnswer(refusal=str(error))
+        return _checked(request, manifest, delta_P, state_P, started_s)
 
     def _predictor(self, request: PredictorRequest) -> Predictor:
         key = (request.predictor, repr(sorted(request.options.items())))
@@ -180,6 +186,25 @@ class Nowcasting:
                     options.setdefault("device", self._device)
                 self._predictors[key] = create_predictor(request.predictor, weights=weights, options=options)
             return self._predictors[key]
+
+
+def _checked(
+    request: NowcastRequest | PushRequest, manifest: ModelManifest, delta_P: Tensor, base_P: Tensor, started_s: float
+) -> NowcastAnswer:
+    """Rounds a predicted change as it will travel, looks at its size, and names it."""
+    if request.rounds_to_bf16:
+        # What is checked, named by the digest and sent is what every rank will apply.
+        round_in_place(delta_P.numpy())
+    relative_norm = jump_norm(delta_P, base_P)
+    if not math.isfinite(relative_norm):
+        return NowcastAnswer(refusal=f"the prediction is not finite: {_first_bad_tensor(manifest, delta_P)}")
+    if relative_norm > request.max_relative_norm:
+        return NowcastAnswer(
+            refusal=f"the jump's relative norm is {relative_norm:.4g}; allowed: {request.max_relative_norm:g}"
+        )
+    return NowcastAnswer(
+        digest=_digest(delta_P), relative_norm=relative_norm, nowcast_s=time.perf_counter() - started_s
+    )
 
 
 def _first_bad_tensor(manifest: ModelManifest, delta_P: Tensor) -> str:

@@ -11,14 +11,15 @@ from dataclasses import replace
 from zlib import crc32
 
 from sidecast.nowcaster_service.assembly import RankPlan
+from sidecast.nowcaster_service.carried_motion import CarriedMotion
 from sidecast.nowcaster_service.errors import (
     CorruptChunkError,
     MalformedError,
     MissingReferenceError,
-    NotJoinedError,
     SaturatedError,
     WrongStateError,
 )
+from sidecast.nowcaster_service.joined_ranks import JoinedRanks
 from sidecast.nowcaster_service.session_events import (
     Event,
     FailureEvent,
@@ -27,12 +28,12 @@ from sidecast.nowcaster_service.session_events import (
     SessionCounts,
     SnapshotEvent,
 )
-from sidecast.nowcaster_service.session_settings import MAX_RECEIVING, SessionSettings
-from sidecast.nowcaster_service.snapshots import RankPart, Snapshot, SnapshotState
+from sidecast.nowcaster_service.session_settings import SessionSettings
+from sidecast.nowcaster_service.snapshots import Motion, RankPart, Snapshot, SnapshotState
 from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
-from sidecast.protos.codec import ChunkFrame, buffer_digest
-from sidecast.protos.shards import ShardSpec, coverage_error
+from sidecast.protos.codec import ChunkFrame
+from sidecast.protos.shards import ShardSpec
 
 
 class Session:
@@ -56,10 +57,9 @@ class Session:
         self.prediction: Prediction | None = None
         self._store = store
         self._notify = notify
-        self._upload_shards: dict[int, tuple[ShardSpec, ...]] = {}
-        self._upload_plans: dict[int, RankPlan] = {}
-        self._fetch_plans: dict[int, RankPlan] = {}
+        self._ranks = JoinedRanks(settings.session_id, settings.manifest, settings.world_size)
         self._snapshots: dict[int, Snapshot] = {}
+        self._motion = None if settings.push is None else CarriedMotion(settings, store)
         # Snapshots up to this step have been committed, aborted or overtaken: none of them begins again.
         self._last_ended_step = -1
         self._nowcast: NowcastTask | None = None
@@ -68,13 +68,12 @@ class Session:
         # The session of a resumed run that goes on with the nowcast that is being made here.
         self._successor: Session | None = None
         self._is_closed = False
-        self._shared: dict[int, tuple[memoryview, ...]] = {}
 
     # --- joining
 
     @property
     def num_joined(self) -> int:
-        return len(self._upload_plans)
+        return len(self._ranks)
 
     @property
     def history_steps(self) -> list[int]:
@@ -82,52 +81,26 @@ class Session:
         return sorted(step for step, item in self._snapshots.items() if item.state is SnapshotState.COMMITTED)
 
     def join(self, rank: int, upload_shards: Sequence[ShardSpec], fetch_shards: Sequence[ShardSpec]) -> None:
-        """Takes in one rank's ranges; once all ranks have joined, they must cover the model exactly once.
-
-        Raises:
-            MalformedError: A rank or range that the model does not have, or ranges that overlap or leave gaps.
-        """
-        self._check_rank(rank, must_have_joined=False)
-        numels = [spec.numel for spec in self.settings.manifest.parameters]
-        for shard in (*upload_shards, *fetch_shards):
-            if not (0 <= shard.parameter < len(numels) and 0 <= shard.start < shard.stop <= numels[shard.parameter]):
-                raise MalformedError(f"rank {rank} names {shard}, which the model does not have")
-        candidate = {**self._upload_shards, rank: tuple(upload_shards)}
-        if len(candidate) == self.settings.world_size:
-            fault = coverage_error(numels, [candidate[index] for index in range(self.settings.world_size)])
-            if fault is not None:
-                raise MalformedError(f"the ranks' ranges do not cover the model exactly once: {fault}")
-        self._shared.pop(rank, None)
-        self._upload_shards = candidate
-        self._upload_plans[rank] = RankPlan(self.settings.manifest, upload_shards)
-        self._fetch_plans[rank] = RankPlan(self.settings.manifest, fetch_shards)
-
-    def _check_rank(self, rank: int, *, must_have_joined: bool = True) -> None:
-        if self._is_closed:
-            raise WrongStateError(f"session {self.settings.session_id} was superseded by a later one of its run")
-        if not 0 <= rank < self.settings.world_size:
-            raise MalformedError(f"rank is {rank}; the session has ranks 0 to {self.settings.world_size - 1}")
-        if must_have_joined and rank not in self._upload_plans:
-            raise NotJoinedError(f"rank {rank} has not joined session {self.settings.session_id}")
-
-    # --- buffers of ranks on this host
+        """Takes in one rank's ranges; see ``JoinedRanks.join``."""
+        self._require_open()
+        self._ranks.join(rank, upload_shards, fetch_shards)
 
     def share(self, rank: int, buffers: Sequence[memoryview]) -> None:
-        """Takes a rank's mapped buffers: those that it stages in, and its prediction buffer last."""
-        self._check_rank(rank)
-        self._shared[rank] = tuple(buffers)
+        """Takes a rank's mapped buffers; see ``JoinedRanks.share``."""
+        self._require_open()
+        self._ranks.share(rank, buffers)
 
     def shared(self, rank: int, index: int, offset_bytes: int, num_bytes: int) -> memoryview:
-        """A piece of one of a rank's buffers.
+        """A piece of one of a rank's buffers; see ``JoinedRanks.shared``."""
+        return self._ranks.shared(rank, index, offset_bytes, num_bytes)
 
-        Raises:
-            MissingReferenceError: The rank shares no such memory.
-        """
-        buffers = self._shared.get(rank, ())
-        end = offset_bytes + num_bytes
-        if not -len(buffers) <= index < len(buffers) or end > len(buffers[index]):
-            raise MissingReferenceError(f"rank {rank} shares no buffer {index} with a byte {end - 1}: send the bytes")
-        return buffers[index][offset_bytes:end]
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise WrongStateError(f"session {self.settings.session_id} was superseded by a later one of its run")
+
+    def _check_rank(self, rank: int) -> None:
+        self._require_open()
+        self._ranks.require(rank)
 
     # --- receiving
 
@@ -149,7 +122,7 @@ class Session:
         if part is None or (part.dtype, part.base_step) != (key.dtype, key.base_step):
             # A rank that turns from changes to states, because the base is gone, begins anew.
             part = snapshot.parts[key.rank] = RankPart(key.dtype, key.base_step)
-        plan, vector = self._upload_plans[key.rank], snapshot.vector.view
+        plan, vector = self._ranks.upload_plan(key.rank), snapshot.vector.view
         if key.dtype == pb.BF16:
             plan.scatter_changes(vector, self._base(snapshot, key).vector.view, frame.offset_bytes, data)
         elif key.dtype == pb.FP32:
@@ -176,7 +149,7 @@ class Session:
         if snapshot is None or snapshot.epoch != key.epoch:
             return []
         if key.rank in snapshot.rank_digests:
-            return [(0, self._upload_plans[key.rank].travelling_bytes(key.dtype))]
+            return [(0, self._ranks.upload_plan(key.rank).travelling_bytes(key.dtype))]
         part = snapshot.parts.get(key.rank)
         return [] if part is None or (part.dtype, part.base_step) != (key.dtype, key.base_step) else part.ranges
 
@@ -194,22 +167,21 @@ class Session:
         known = self._snapshots.get(step)
         if known is not None and known.epoch == epoch and known.rank_digests.get(rank) == request.digest:
             return None
-        num_bytes = self._upload_plans[rank].travelling_bytes(request.dtype)
+        num_bytes = self._ranks.upload_plan(rank).travelling_bytes(request.dtype)
         if request.num_bytes != num_bytes:
             raise MalformedError(f"rank {rank} commits {request.num_bytes} bytes; its ranges hold {num_bytes}")
         snapshot = self._receiving(step, epoch)
+        motion = Motion(request.learning_rate_sum, request.applied_version, request.applied_weight)
+        if snapshot.motion not in (None, motion):
+            raise WrongStateError(f"rank {rank} says of step {step} {motion}; another rank {snapshot.motion}")
         part = snapshot.parts.get(rank)
         if part is None or (part.dtype, part.base_step) != (request.dtype, request.base_step):
             part = RankPart(request.dtype, request.base_step)
-        ranges = part.ranges
-        position = ranges[0][1] if ranges and ranges[0][0] == 0 else 0
-        if position != num_bytes:
-            raise WrongStateError(f"rank {rank}'s part of step {step} has a gap at byte {position} of {num_bytes}")
         base_digest = b"" if part.dtype == pb.FP32 else self._base(snapshot, request).rank_digests[rank]
-        rows = ((offset, length, crc) for offset, (length, crc) in part.chunks.items())
-        if buffer_digest(rows, base_digest) != request.digest:
-            raise WrongStateError(f"rank {rank}'s part of step {step} does not have the digest that it committed")
+        if fault := part.fault(num_bytes, request.digest, base_digest):
+            raise WrongStateError(f"rank {rank}'s part of step {step} {fault}")
         snapshot.rank_digests[rank] = request.digest
+        snapshot.motion = motion
         if len(snapshot.rank_digests) < self.settings.world_size:
             return None
         snapshot.state = SnapshotState.COMMITTED
@@ -217,6 +189,8 @@ class Session:
         self._last_ended_step = max(self._last_ended_step, step)
         self.counts.committed += 1
         self._notify(SnapshotEvent(step, epoch))
+        if self._motion is not None:
+            return self._due_push(snapshot, self._motion)
         self._discard_before(step)
         return self._due_nowcast(step)
 
@@ -224,20 +198,24 @@ class Session:
         interval_steps = self.settings.snapshot_interval_steps
         if step == 0 or step % interval_steps != 0:
             raise MalformedError(f"a snapshot of step {step} was sent; allowed: multiples of {interval_steps}")
-        if epoch < self.epoch:
+        # Pushes are taken out of the run's motion: no state is of no use because of one.
+        if epoch < self.epoch and self._motion is None:
             raise WrongStateError(f"step {step} belongs to epoch {epoch}; the session is in epoch {self.epoch}")
         if epoch > self.epoch:
             self.begin_epoch(epoch)
         snapshot = self._snapshots.get(step)
         if snapshot is not None:
-            if snapshot.state is not SnapshotState.RECEIVING:
-                raise WrongStateError(f"the snapshot of step {step} is {snapshot.state.value}")
+            if snapshot.state is not SnapshotState.RECEIVING or snapshot.epoch != epoch:
+                raise WrongStateError(f"the snapshot of step {step}, epoch {snapshot.epoch}, is {snapshot.state.value}")
             return snapshot
         if step <= self._last_ended_step:
             # Beginning it again for a straggler would push out the snapshot that all others are at.
             raise WrongStateError(f"the snapshot of step {step} was aborted; later ones have begun")
         receiving = sorted(s for s, item in self._snapshots.items() if item.state is SnapshotState.RECEIVING)
-        if len(receiving) >= MAX_RECEIVING:
+        if self._motion is not None and self._nowcast is not None:
+            # Its vector is that of the state before, which the engine still reads.
+            raise SaturatedError(f"the push of step {self._nowcast.base_step} is still being made")
+        if len(receiving) >= self.settings.max_receiving:
             self._abort(receiving[0], f"not complete when the snapshot of step {step} began")
         vector = self._store.create(self.settings.manifest.num_elements)
         snapshot = self._snapshots[step] = Snapshot(step, epoch, vector)
@@ -266,6 +244,8 @@ class Session:
         if epoch <= self.epoch:
             return
         self.epoch = epoch
+        if self._motion is not None:
+            return
         for step in list(self._snapshots):
             if self._snapshots[step].state is SnapshotState.RECEIVING:
                 self._abort(step, f"epoch {epoch} began")
@@ -278,7 +258,7 @@ class Session:
         settings = self.settings
         if step % settings.period_steps != 0:
             return None
-        window = [step - i * settings.snapshot_interval_steps for i in reversed(range(settings.context_len))]
+        window = settings.window(step)
         missing = [item for item in window if item not in self._snapshots]
         if missing:
             self.fail(step, f"the window lacks the snapshots of steps {missing}")
@@ -293,7 +273,7 @@ class Session:
             # The snapshot is committed all the same: its commit must not be refused for the prediction's sake.
             self.fail(step, str(error))
             return None
-        self._nowcast = task = NowcastTask(
+        task = NowcastTask(
             version=step // settings.period_steps,
             base_step=step,
             epoch=self.epoch,
@@ -301,25 +281,42 @@ class Session:
             states=tuple(self._snapshots[item].vector for item in window),
             delta=delta,
         )
-        for vector in task.states:
+        return self._begin(task)
+
+    def _due_push(self, snapshot: Snapshot, motion: CarriedMotion) -> NowcastTask | None:
+        if motion.base is not None:
+            del self._snapshots[motion.base.step]
+        task = motion.advance(snapshot, self.prediction)
+        if isinstance(task, str):
+            if motion.is_due(snapshot.step):
+                self.fail(snapshot.step, task)
+            return None
+        return self._begin(task)
+
+    def _begin(self, task: NowcastTask) -> NowcastTask:
+        self._nowcast = task
+        for vector in task.held_files:
             vector.pin()
         return task
 
     def finish(self, task: NowcastTask, prediction: Prediction | None, reason: str = "") -> None:
-        """Takes a nowcast's result: publishes the prediction, or counts the failure."""
+        """Takes a nowcast's result: publishes the prediction, or counts the failure. A push may come to nothing."""
         if self._successor is not None:
             self._successor.finish(task, prediction, reason)
             return
         self._nowcast = None
-        if prediction is None:
+        if reason:
             # An engine that was given up on may still be reading the states and writing its delta.
-            for vector in (*task.states, task.delta):
+            for vector in (*task.held_files, task.delta):
                 vector.forbid_reuse()
-        for vector in task.states:
+        if self._motion is not None:
+            self._motion.end(has_failed=bool(reason))
+        for vector in task.held_files:
             vector.unpin()
         if prediction is None or self._is_closed:
             task.delta.delete()
-            self.fail(task.base_step, reason)
+            if reason or self._is_closed:
+                self.fail(task.base_step, reason)
             return
         if self.prediction is not None:
             self.prediction.task.delta.delete()
@@ -347,7 +344,7 @@ class Session:
         if prediction is None or prediction.task.version != version:
             current = "none" if prediction is None else f"version {prediction.task.version}"
             raise WrongStateError(f"version {version} is not published; published: {current}")
-        return self._fetch_plans[rank], prediction
+        return self._ranks.fetch_plan(rank), prediction
 
     # --- from one session of a run to the next
 
@@ -360,17 +357,27 @@ class Session:
         self.epoch = epoch
         # A copy: the earlier session may still count the end of a nowcast.
         self.counts = replace(earlier.counts)
-        if earlier.settings.manifest.schema_hash != self.settings.manifest.schema_hash:
+        is_other_model = earlier.settings.manifest.schema_hash != self.settings.manifest.schema_hash
+        if is_other_model or (self._motion is None) != (earlier._motion is None):
             return
-        for known in list(earlier._snapshots):
-            snapshot = earlier._snapshots[known]
-            if snapshot.state is SnapshotState.COMMITTED and snapshot.epoch == epoch and known <= step:
-                self._snapshots[known] = earlier._snapshots.pop(known)
-        if not self.settings.predicts_like(earlier.settings):
-            return
+        predicts_alike = self.settings.predicts_like(earlier.settings)
+        if self._motion is None or earlier._motion is None:
+            for known in list(earlier._snapshots):
+                snapshot = earlier._snapshots[known]
+                if snapshot.state is SnapshotState.COMMITTED and snapshot.epoch == epoch and known <= step:
+                    self._snapshots[known] = earlier._snapshots.pop(known)
+            oldest_step, kept_epoch, settled_version = 0, epoch, earlier._settled_version
+        else:
+            base = self._motion.adopt(earlier._motion, step, epoch) if predicts_alike else None
+            if base is None:
+                return
+            self._snapshots[base.step] = earlier._snapshots.pop(base.step)
+            # Also one that was applied: it is to be taken out of the motion since.
+            oldest_step, kept_epoch, settled_version = base.step, base.epoch, -1
 
         def is_kept(task: NowcastTask) -> bool:
-            return task.epoch == epoch and task.base_step <= step and task.version > earlier._settled_version
+            is_alike = predicts_alike and task.epoch == kept_epoch and task.version > settled_version
+            return is_alike and oldest_step <= task.base_step <= step
 
         if earlier.prediction is not None and is_kept(earlier.prediction.task):
             self.prediction, earlier.prediction = earlier.prediction, None
@@ -380,10 +387,12 @@ class Session:
     def close(self) -> None:
         """Refuses everything from now on and gives all space back."""
         self._is_closed = True
+        if self._motion is not None:
+            self._motion.close()
         for snapshot in self._snapshots.values():
             snapshot.vector.delete()
         self._snapshots.clear()
-        self._shared.clear()
+        self._ranks.forget_shared()
         if self.prediction is not None:
             self.prediction.task.delta.delete()
             self.prediction = None

@@ -8,7 +8,7 @@ from sidecast.nowcaster_service.vector_store import VectorFile
 from sidecast.protos import nowcast_pb2 as pb
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NowcastTask:
     """One nowcast to be made; its files are pinned until ``Session.finish``."""
 
@@ -18,6 +18,35 @@ class NowcastTask:
     horizon_intervals: int
     states: tuple[VectorFile, ...]
     delta: VectorFile
+
+    @property
+    def held_files(self) -> tuple[VectorFile, ...]:
+        """What an engine has open besides ``delta``."""
+        return self.states
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushTask(NowcastTask):
+    """One push to be made; ``states`` is the newest state alone, ``delta`` holds the one before until it is made.
+
+    Attributes:
+        carry: The average own motion, to be averaged with that of the interval between the two states.
+        applied: What was added to the weights in between; None for nothing.
+        applied_weight: With which factor.
+        num_steps: Optimizer steps in between.
+        learning_rate_sum: Of those steps.
+    """
+
+    carry: VectorFile
+    applied: VectorFile | None
+    applied_weight: float
+    num_steps: int
+    learning_rate_sum: float
+
+    @property
+    def held_files(self) -> tuple[VectorFile, ...]:
+        held = (*self.states, self.carry)
+        return held if self.applied is None else (*held, self.applied)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from sidecast.horizon import horizon_at, resolve_horizons
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.errors import MalformedError
 from sidecast.nowcaster_service.vector_store import FP32_BYTES
+from sidecast.policies.push import PushConfig
 from sidecast.protos import nowcast_pb2 as pb
 
 MAX_NOWCASTS = 1_000_000
@@ -20,6 +21,9 @@ MAX_RECEIVING = 2
 # Beside the c states of the window: those being received, and a prediction each being made, published and, though
 # replaced, still fetched.
 NUM_EXTRA_VECTORS = MAX_RECEIVING + 3
+# With pushes: the state that is received, the one before, the average, and the published push.
+NUM_PUSH_VECTORS = 4
+PUSH_CONTEXT_LEN = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,7 @@ class SessionSettings:
         predictor_options: Its options.
         max_relative_norm: Largest accepted ||prediction - base|| / ||base||.
         rounds_to_bf16: Predictions are rounded to bf16 before they are checked and published.
+        push: Of a run with pushes instead of jumps; None for jumps.
     """
 
     session_id: str
@@ -53,10 +58,15 @@ class SessionSettings:
     predictor_options: Mapping[str, object]
     max_relative_norm: float
     rounds_to_bf16: bool = False
+    push: PushConfig | None = None
 
     def horizon_at(self, base_step: int) -> int:
         """The horizon of the nowcast made at a step, in snapshot intervals: a function of the step alone."""
         return horizon_at(self.horizons, base_step, self.period_steps)
+
+    def window(self, base_step: int) -> list[int]:
+        """Steps of the snapshots that the nowcast made at a step looks at, oldest first."""
+        return [base_step - i * self.snapshot_interval_steps for i in reversed(range(self.context_len))]
 
     def predicts_like(self, other: SessionSettings) -> bool:
         """Whether its nowcasts would be those of another session of the run, however many ranks share them."""
@@ -72,7 +82,14 @@ class SessionSettings:
     @property
     def needed_bytes(self) -> int:
         """Most history that this session can hold at once."""
-        return (self.context_len + NUM_EXTRA_VECTORS) * self.num_vector_bytes
+        num_vectors = self.context_len + NUM_EXTRA_VECTORS if self.push is None else NUM_PUSH_VECTORS
+        return num_vectors * self.num_vector_bytes
+
+    @property
+    def max_receiving(self) -> int:
+        """Snapshots that may be on their way at once."""
+        # Ranks with pushes stage none before every rank has sent the last one.
+        return MAX_RECEIVING if self.push is None else 1
 
 
 def check_scalars(request: pb.OpenRequest, manifest: ModelManifest) -> None:
@@ -109,6 +126,14 @@ def check_scalars(request: pb.OpenRequest, manifest: ModelManifest) -> None:
             f"period_steps is {request.period_steps}; allowed: multiples of snapshot_interval_steps "
             f"({request.snapshot_interval_steps})"
         )
+    if request.HasField("push") and (request.context_len, request.period_steps) != (
+        PUSH_CONTEXT_LEN,
+        request.snapshot_interval_steps,
+    ):
+        raise MalformedError(
+            f"context_len is {request.context_len} and period_steps {request.period_steps}; allowed with push: "
+            f"{PUSH_CONTEXT_LEN} and snapshot_interval_steps ({request.snapshot_interval_steps})"
+        )
     if request.max_steps // request.period_steps > MAX_NOWCASTS:
         raise MalformedError(
             f"max_steps is {request.max_steps}; allowed: {MAX_NOWCASTS} periods of {request.period_steps} steps"
@@ -127,7 +152,7 @@ def settings_of(
         max_horizon: K, the predictor's own horizon in snapshot intervals, for a run that names none.
 
     Raises:
-        ConfigError: The horizon's schedule or power is not one that is allowed.
+        ConfigError: The horizon's schedule or power, or a field of the pushes, is not one that is allowed.
     """
     return SessionSettings(
         session_id=request.session_id,
@@ -149,4 +174,19 @@ def settings_of(
         predictor_options=options,
         max_relative_norm=request.max_relative_norm or math.inf,
         rounds_to_bf16=request.wire_dtype == pb.BF16,
+        push=_push_of(request),
+    )
+
+
+def _push_of(request: pb.OpenRequest) -> PushConfig | None:
+    if not request.HasField("push"):
+        return None
+    push = request.push
+    return PushConfig(
+        interval_steps=request.snapshot_interval_steps,
+        time_constant_steps=push.time_constant_steps,
+        gain=push.gain,
+        start_step=push.start_step,
+        stop_step=push.stop_step if push.HasField("stop_step") else None,
+        max_relative_norm=push.max_relative_norm if push.HasField("max_relative_norm") else None,
     )

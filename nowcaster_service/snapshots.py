@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from sidecast.nowcaster_service.vector_store import VectorFile
+from sidecast.protos.codec import buffer_digest
 
 
 class SnapshotState(Enum):
@@ -39,6 +40,36 @@ class RankPart:
                 ranges.append((offset, offset + length))
         return ranges
 
+    def fault(self, num_bytes: int, digest: bytes, base_digest: bytes) -> str:
+        """Why what is there is not what the rank commits; empty if it is.
+
+        Args:
+            num_bytes: That the part has as it travels.
+            digest: That the rank commits.
+            base_digest: Of the earlier snapshot's part that its bf16 values are the changes since; empty for fp32.
+        """
+        ranges = self.ranges
+        position = ranges[0][1] if ranges and ranges[0][0] == 0 else 0
+        if position != num_bytes:
+            return f"has a gap at byte {position} of {num_bytes}"
+        rows = ((offset, length, crc) for offset, (length, crc) in self.chunks.items())
+        return "" if buffer_digest(rows, base_digest) == digest else "does not have the digest that it committed"
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What a run with pushes says with each snapshot, to be taken out of its motion.
+
+    Attributes:
+        learning_rate_sum: Of all steps up to the snapshot's, since the run began.
+        applied_version: Of the prediction that began the snapshot's epoch; 0 if none did.
+        applied_weight: The factor that it was applied with.
+    """
+
+    learning_rate_sum: float
+    applied_version: int
+    applied_weight: float
+
 
 @dataclass
 class Snapshot:
@@ -50,3 +81,4 @@ class Snapshot:
     state: SnapshotState = SnapshotState.RECEIVING
     parts: dict[int, RankPart] = field(default_factory=dict)
     rank_digests: dict[int, bytes] = field(default_factory=dict)
+    motion: Motion | None = None

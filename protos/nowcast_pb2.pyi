@@ -74,8 +74,22 @@ class Horizon(_message.Message):
     power: float
     def __init__(self, schedule: _Optional[str] = ..., max_intervals: _Optional[int] = ..., power: _Optional[float] = ...) -> None: ...
 
+class Push(_message.Message):
+    __slots__ = ("time_constant_steps", "gain", "start_step", "stop_step", "max_relative_norm")
+    TIME_CONSTANT_STEPS_FIELD_NUMBER: _ClassVar[int]
+    GAIN_FIELD_NUMBER: _ClassVar[int]
+    START_STEP_FIELD_NUMBER: _ClassVar[int]
+    STOP_STEP_FIELD_NUMBER: _ClassVar[int]
+    MAX_RELATIVE_NORM_FIELD_NUMBER: _ClassVar[int]
+    time_constant_steps: float
+    gain: float
+    start_step: int
+    stop_step: int
+    max_relative_norm: float
+    def __init__(self, time_constant_steps: _Optional[float] = ..., gain: _Optional[float] = ..., start_step: _Optional[int] = ..., stop_step: _Optional[int] = ..., max_relative_norm: _Optional[float] = ...) -> None: ...
+
 class OpenRequest(_message.Message):
-    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch", "wire_dtype", "protocol_version")
+    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch", "wire_dtype", "protocol_version", "push")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +108,7 @@ class OpenRequest(_message.Message):
     RESUME_EPOCH_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PUSH_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     run_id: str
     world_size: int
@@ -112,7 +127,8 @@ class OpenRequest(_message.Message):
     resume_epoch: int
     wire_dtype: WireDtype
     protocol_version: int
-    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+    push: Push
+    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., protocol_version: _Optional[int] = ..., push: _Optional[_Union[Push, _Mapping]] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("chunk_bytes", "protocol_version")
@@ -211,7 +227,7 @@ class ProgressReply(_message.Message):
     def __init__(self, received: _Optional[_Iterable[_Union[ByteRange, _Mapping]]] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
-    __slots__ = ("session_id", "rank", "step", "epoch", "num_bytes", "digest", "dtype", "base_step")
+    __slots__ = ("session_id", "rank", "step", "epoch", "num_bytes", "digest", "dtype", "base_step", "learning_rate_sum", "applied_version", "applied_weight")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +236,9 @@ class CommitRequest(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     BASE_STEP_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_SUM_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     rank: int
     step: int
@@ -228,7 +247,10 @@ class CommitRequest(_message.Message):
     digest: bytes
     dtype: WireDtype
     base_step: int
-    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., step: _Optional[int] = ..., epoch: _Optional[int] = ..., num_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., dtype: _Optional[_Union[WireDtype, str]] = ..., base_step: _Optional[int] = ...) -> None: ...
+    learning_rate_sum: float
+    applied_version: int
+    applied_weight: float
+    def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., step: _Optional[int] = ..., epoch: _Optional[int] = ..., num_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., dtype: _Optional[_Union[WireDtype, str]] = ..., base_step: _Optional[int] = ..., learning_rate_sum: _Optional[float] = ..., applied_version: _Optional[int] = ..., applied_weight: _Optional[float] = ...) -> None: ...
 
 class CommitReply(_message.Message):
     __slots__ = ()

@@ -1,4 +1,4 @@
-"""``sidecast graph``: draws a model's neural graph."""
+"""``sidecast graph``: draws a model's neural graph, and proves it on the network."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from sidecast.checkpoints.checkpoint import Checkpoint, read_json_object
 from sidecast.checkpoints.huggingface import CONFIG_FILE
 from sidecast.checkpoints.opening import holds_weights, open_checkpoint
 from sidecast.checkpoints.staging import manifest_of
+from sidecast.commands.graph_check import check_config, check_module, load_module
+from sidecast.commands.transformers_models import model_of_config
 from sidecast.errors import ConfigError
-from sidecast.graphs import Topology, build_topology, graph_builders
+from sidecast.graphs import Topology, build_topology
 from sidecast.graphs.pictures.html import picture_html
 from sidecast.graphs.pictures.png import picture_png
 from sidecast.graphs.pictures.weight_colours import ReadTensor
@@ -32,12 +34,23 @@ def add_parser(subparsers: Any) -> None:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
         "graph",
-        help="draw a model's neural graph as HTML or PNG",
+        help="draw a model's neural graph as HTML or PNG, or check it",
         description="Draws the blocks of a model's neural graph as an adjacency map and its layers as a flow. "
-        "With a snapshot, the map shows the weights.",
+        "With a snapshot, the map shows the weights. With --check, runs the network before and after permutations that "
+        "keep its graph, and fails if the output changes.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help=_MODELS)
-    parser.add_argument("--out", type=Path, required=True, help="file to write; .html or .png")
+    parser.add_argument("model", type=Path, nargs="?", metavar="MODEL", help=_MODELS)
+    parser.add_argument("--out", type=Path, help="file to write; .html or .png (default with --check: none)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="prove the symmetric graph on the network: of MODEL's family at tiny widths, or of --module as it is",
+    )
+    parser.add_argument(
+        "--module",
+        metavar="MODULE:FUNCTION",
+        help="in place of MODEL: a Python function that gives (module, example_inputs); its graph is checked",
+    )
     parser.add_argument("--layout", choices=LAYOUTS, help="default: official where the family has it, else symmetric")
     parser.add_argument(
         "--snapshot",
@@ -56,24 +69,47 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws the graph; returns the exit status."""
-    if args.out.suffix not in (".html", ".png"):
+    """Draws or checks the graph; returns the exit status."""
+    if (args.model is None) == (args.module is None):
+        raise ConfigError("give either MODEL or --module MODULE:FUNCTION")
+    if args.out is None and not args.check:
+        raise ConfigError("give --out FILE to draw the graph, or --check to check it")
+    if args.out is not None and args.out.suffix not in (".html", ".png"):
         raise ConfigError(f"--out is {str(args.out)!r}; its name must end in .html or .png")
+    if args.layout == LAYOUTS[0] and (args.check or args.module is not None):
+        raise ConfigError(
+            f"--layout is {args.layout!r}, which has the flaws of what was published; a check needs 'symmetric'"
+        )
+    if args.module is not None:
+        if args.snapshot is not None:
+            raise ConfigError("--snapshot shows the weights of MODEL; --module has none to show")
+        topology, line = check_module(*load_module(args.module))
+        sys.stdout.write(f"{line}\n")
+        if args.out is not None:
+            _draw(topology, None, args.out)
+        return 0
     config, checkpoint = _open_model(args.model)
+    if args.check:
+        sys.stdout.write(f"{check_config(config)}\n")
+    if args.out is None:
+        return 0
     if args.snapshot is not None:
         checkpoint = open_checkpoint(args.snapshot)
     manifest = _manifest_of_config(config) if checkpoint is None else manifest_of(checkpoint, config)
-    layout = args.layout or _default_layout(config)
-    topology = build_topology(manifest, layout, unknown_parameters=args.unknown_parameters)
+    topology = build_topology(manifest, args.layout, unknown_parameters=args.unknown_parameters)
+    _draw(topology, checkpoint, args.out)
+    return 0
+
+
+def _draw(topology: Topology, checkpoint: Checkpoint | None, out: Path) -> None:
     read = None if checkpoint is None else _reader(checkpoint)
-    picture = picture_html(topology, read).encode() if args.out.suffix == ".html" else picture_png(topology, read)
+    picture = picture_html(topology, read).encode() if out.suffix == ".html" else picture_png(topology, read)
     try:
-        with replacing(args.out) as partial:
+        with replacing(out) as partial:
             partial.write_bytes(picture)
     except OSError as error:
-        raise ConfigError(f"--out {args.out} cannot be written: {error.strerror}") from error
-    sys.stdout.write(_summary(topology, args.out))
-    return 0
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from error
+    sys.stdout.write(_summary(topology, out))
 
 
 def _summary(topology: Topology, out: Path) -> str:
@@ -101,11 +137,6 @@ def _open_model(path: Path) -> tuple[Mapping[str, Any], Checkpoint | None]:
     raise ConfigError(f"{path} {problem}; give {_MODELS}")
 
 
-def _default_layout(config: Mapping[str, Any]) -> str:
-    builder = graph_builders().get(str(config.get("model_type")))
-    return LAYOUTS[0] if builder is None or LAYOUTS[0] in builder.layouts else LAYOUTS[1]
-
-
 def _reader(checkpoint: Checkpoint) -> ReadTensor:
     def read(fqn: str) -> Tensor | None:
         stored = checkpoint.tensors.get(fqn)
@@ -116,30 +147,6 @@ def _reader(checkpoint: Checkpoint) -> ReadTensor:
 
 def _manifest_of_config(config: Mapping[str, Any]) -> ModelManifest:
     """The parameters of the architecture that the configuration names, without weights."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ConfigError("a model's shapes are read from its weights, or else need transformers") from error
-    architectures = config.get("architectures") or [_causal_lm_of(config.get("model_type"))]
-    model_class = getattr(transformers, str(architectures[0]), None)
-    if model_class is None:
-        raise ConfigError(
-            f"the configuration has architectures={architectures[0]!r} and model_type={config.get('model_type')!r}; "
-            "without weights it must name a class of transformers, or the type of a causal language model"
-        )
-    try:
-        with torch.device("meta"):
-            model = model_class(model_class.config_class.from_dict(dict(config)))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"transformers cannot make a {architectures[0]} of this configuration: {error}") from error
+    model = model_of_config(config, device="meta")
     shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
     return ModelManifest.from_shapes(shapes, config)
-
-
-def _causal_lm_of(model_type: object) -> str | None:
-    """The class of causal language models of that type, for a configuration that was written by hand."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(model_type))
-    return name if isinstance(name, str) else None

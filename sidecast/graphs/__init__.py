@@ -2,7 +2,7 @@
 
 from sidecast.graphs.builder import GraphBuilder
 from sidecast.graphs.export import to_edges, to_pyg
-from sidecast.graphs.module_trace import manifest_of_module, topology_of_module
+from sidecast.graphs.module_trace import manifest_of_chain, manifest_of_module, topology_of_module
 from sidecast.graphs.positional import laplacian_encoding
 from sidecast.graphs.registry import build_topology, graph_builders
 from sidecast.graphs.topology import Block, BlockKind, EdgeType, NodeLayer, NodeRange, ParameterView, Topology
@@ -19,6 +19,7 @@ __all__ = [
     "build_topology",
     "graph_builders",
     "laplacian_encoding",
+    "manifest_of_chain",
     "manifest_of_module",
     "to_edges",
     "to_pyg",

@@ -17,6 +17,9 @@ from sidecast.graphs.topology import Block, EdgeType, NodeRange, Topology
 from sidecast.manifest import ModelManifest, ParameterSpec
 
 _WRAPPER = "base_model.model."
+# What torch.compile, FSDP, Lightning and activation checkpointing put between a module and its parent.
+_INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_forward_module|_checkpoint_wrapped_module)\.")
+_DATA_PARALLEL = "module."
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[^.]+)\.weight$")
 _SAVED = re.compile(r"\.(?:base_layer|modules_to_save\.[^.]+)(?=\.)")
 
@@ -51,8 +54,21 @@ class AdaptedModel:
     names: dict[str, str]
 
 
+def _unwrapped(manifest: ModelManifest) -> dict[str, str]:
+    """``{name in the manifest: name without what wrappers add}``, of parameters and aliases."""
+    names = {name: name for name in (*(spec.fqn for spec in manifest.parameters), *manifest.aliases)}
+    if manifest.config.get("model_type") == "module_graph":
+        # Its operations have the names of the module that was traced.
+        return names
+    names = {name: _INSIDE.sub("", name) for name in names}
+    # A module may well be called "module"; a wrapper has all of them.
+    while names and all(plain.startswith(_DATA_PARALLEL) for plain in names.values()):
+        names = {name: plain.removeprefix(_DATA_PARALLEL) for name, plain in names.items()}
+    return {name: plain.removeprefix(_WRAPPER) for name, plain in names.items()}
+
+
 def take_apart(manifest: ModelManifest) -> AdaptedModel:
-    """Separates adapters from the model that they adapt.
+    """Separates adapters from the model that they adapt, and takes off what wrappers add to names.
 
     Raises:
         ConfigError: A factor's counterpart is missing.
@@ -60,8 +76,9 @@ def take_apart(manifest: ModelManifest) -> AdaptedModel:
     factors: dict[tuple[str, str], dict[str, ParameterSpec]] = {}
     names: dict[str, str] = {}
     base = []
+    unwrapped = _unwrapped(manifest)
     for spec in manifest.parameters:
-        plain = _SAVED.sub("", spec.fqn.removeprefix(_WRAPPER))
+        plain = _SAVED.sub("", unwrapped[spec.fqn])
         match = _FACTOR.match(plain)
         if match:
             factors.setdefault((match["module"], match["adapter"]), {})[match["side"]] = spec
@@ -74,7 +91,8 @@ def take_apart(manifest: ModelManifest) -> AdaptedModel:
             fqn = next(iter(pair.values())).fqn
             raise ConfigError(f"parameter {fqn!r} is one factor of an adapter; the manifest lacks the other")
         adapters.append(Adapter(module=module, down=pair["A"], up=pair["B"]))
-    return AdaptedModel(ModelManifest(tuple(base), manifest.config, manifest.aliases), tuple(adapters), names)
+    aliases = {unwrapped[alias]: unwrapped.get(fqn, fqn) for alias, fqn in manifest.aliases.items()}
+    return AdaptedModel(ModelManifest(tuple(base), manifest.config, aliases), tuple(adapters), names)
 
 
 def draw_adapter(assembler: TopologyAssembler, adapter: Adapter) -> list[Block]:

@@ -11,6 +11,7 @@ from sidecast.graphs.topology import Block, BlockKind, EdgeType, NodeLayer, Node
 from sidecast.manifest import ModelManifest
 
 MAX_KERNEL_ELEMENTS = 9
+_LARGEST_UNKNOWN_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,14 +245,19 @@ class TopologyAssembler:
                 rest of the graph, instead of refusing it.
 
         Raises:
-            ConfigError: A parameter was not claimed, and ``isolate_unknown`` is not set.
+            ConfigError: A parameter was not claimed, and ``isolate_unknown`` is not set, or most were not.
         """
         unknown = [spec.fqn for spec in self.manifest.parameters if spec.fqn not in self._known]
         if unknown and not isolate_unknown:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise ConfigError(
                 f"the {family!r} graph builder does not know parameter {unknown[0]!r}{more}; "
-                "unknown_parameters='isolate' predicts such parameters apart from the rest of the graph"
+                "predictors without a graph (linear, average, rank1, wnn) take any parameter"
+            )
+        if len(unknown) > _LARGEST_UNKNOWN_SHARE * len(self.manifest.parameters):
+            raise ConfigError(
+                f"the {family!r} graph builder knows only {len(self._known)} of {len(self.manifest.parameters)} "
+                f"parameters, and not {unknown[0]!r}: names or configuration are another model's, so none is set apart"
             )
         for fqn in unknown:
             self._isolate(fqn)

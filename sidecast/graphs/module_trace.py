@@ -6,13 +6,17 @@ The result is plain JSON in the manifest's configuration: whoever holds the mani
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import UninitializedParameter
 
 from sidecast.errors import ConfigError
+from sidecast.graphs.automorphism_check import AutomorphismCheck, check_automorphisms
+from sidecast.graphs.double_precision import ExampleInputs
 from sidecast.graphs.registry import build_topology
 from sidecast.graphs.topology import Topology
 from sidecast.manifest import ModelManifest, ParameterSpec
@@ -34,47 +38,119 @@ _CHANNELWISE_FUNCTIONS: dict[Callable[..., Any], str] = {
     operator.add: "add",
     operator.iadd: "add",
     torch.add: "add",
-    operator.mul: "add",
-    operator.imul: "add",
-    torch.mul: "add",
+    operator.mul: "mul",
+    operator.imul: "mul",
+    torch.mul: "mul",
 }
 
 
-def manifest_of_module(module: nn.Module) -> ModelManifest:
-    """The trainable parameters of a module, and its operations as the configuration.
+def manifest_of_module(module: nn.Module, example_inputs: ExampleInputs | None = None) -> ModelManifest:
+    """The trainable parameters of a module, and its operations as the configuration; its graph is checked.
+
+    The check runs a copy in double precision with random parameters, before and after random automorphisms of the
+    graph: the output may not change. Frozen parameters are treated as trainable there.
 
     Args:
-        module: On any device, ``meta`` included; ``torch.fx`` must be able to trace it.
+        module: On any device; ``torch.fx`` must be able to trace it. On ``meta`` it may have no buffers but those of
+            norms.
+        example_inputs: What it is called with: a tensor, a sequence of arguments, or a mapping of named ones. A warning
+            names parameters that have no effect on the output: sequences of one token, for one, show no recurrence.
 
     Returns:
         A manifest of model type ``module_graph``.
 
     Raises:
-        ConfigError: The module cannot be traced, or does something that has no place in a graph.
+        ConfigError: The module cannot be traced, does something that has no place in a graph, or its graph has a
+            symmetry that it lacks; or the example inputs are missing or do not fit.
+        NoRoomError: Memory has no room for the copy.
     """
+    manifest, check = checked_manifest_of_module(module, example_inputs)
+    _warn(module, check)
+    return manifest
+
+
+def checked_manifest_of_module(
+    module: nn.Module, example_inputs: ExampleInputs | None
+) -> tuple[ModelManifest, AutomorphismCheck]:
+    """What ``manifest_of_module`` gives, and what its check has done, in place of a warning."""
+    name = type(module).__name__
     try:
         traced = fx.Tracer().trace(module)
-    except (fx.proxy.TraceError, TypeError) as error:
-        raise ConfigError(f"{type(module).__name__} cannot be traced: {error}") from error
+    except Exception as error:  # tracing runs the module's own code
+        first = next(iter(str(error).splitlines()), "")
+        raise ConfigError(f"{name} cannot be traced: {type(error).__name__}: {first}") from error
     reader = _OperationReader(module)
     operations = [operation for node in traced.nodes if (operation := reader.read(node)) is not None]
+    config = {"model_type": MODEL_TYPE, "operations": operations}
+    check = _check(module, config, example_inputs)
+    return _manifest(module, config, frozen=False), check
+
+
+def manifest_of_chain(module: nn.Module, example_inputs: ExampleInputs | None = None) -> ModelManifest:
+    """The trainable parameters of a plain chain of layers, whose graph has the published layout; it is checked.
+
+    Args:
+        module: Linear and convolutional layers and norms, one after another, in the order of their parameters.
+        example_inputs: As for ``manifest_of_module``.
+
+    Returns:
+        A manifest of model type ``sequential``.
+
+    Raises:
+        ConfigError: The shapes do not follow on one another; a layer does what a plain chain's does not (grouped or
+            transposed convolutions, norms over groups of channels); or the example inputs are missing or do not fit.
+        NoRoomError: Memory has no room for the copy.
+    """
+    config = {"model_type": "sequential"}
+    _warn(module, _check(module, config, example_inputs))
+    return _manifest(module, config, frozen=False)
+
+
+def _check(module: nn.Module, config: dict[str, Any], example_inputs: ExampleInputs | None) -> AutomorphismCheck:
+    """Checks the graph of all parameters, frozen ones included."""
+    if example_inputs is None:
+        raise ConfigError(
+            f"the graph of {type(module).__name__} is checked by running it, which needs example_inputs: a tensor, "
+            "a tuple of arguments, or a mapping of named ones"
+        )
+    topology = build_topology(_manifest(module, config, frozen=True), "symmetric", unknown_parameters="isolate")
+    return check_automorphisms(topology, module, example_inputs)
+
+
+def _warn(module: nn.Module, check: AutomorphismCheck) -> None:
+    if check.without_effect:
+        more = f" and {len(check.without_effect) - 1} more" if len(check.without_effect) > 1 else ""
+        warnings.warn(
+            f"the output of {type(module).__name__} does not depend on {check.without_effect[0]!r}{more} with these "
+            "example inputs, so that the place of that in the graph is unchecked; give longer or larger inputs",
+            stacklevel=3,
+        )
+
+
+def _manifest(module: nn.Module, config: dict[str, Any], *, frozen: bool) -> ModelManifest:
+    """The module's parameters, with or without frozen ones, tied ones once."""
     parameters: list[ParameterSpec] = []
     aliases: dict[str, str] = {}
     seen: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
+        if not (frozen or parameter.requires_grad):
             continue
+        if isinstance(parameter, UninitializedParameter):
+            raise ConfigError(f"parameter {name!r} has no shape yet; run the module once before its graph is drawn")
         if id(parameter) in seen:
             aliases[name] = seen[id(parameter)]
         else:
             seen[id(parameter)] = name
             parameters.append(ParameterSpec(name, tuple(parameter.shape)))
-    return ModelManifest(tuple(parameters), {"model_type": MODEL_TYPE, "operations": operations}, aliases)
+    return ModelManifest(tuple(parameters), config, aliases)
 
 
-def topology_of_module(module: nn.Module, *, unknown_parameters: str = "error") -> Topology:
+def topology_of_module(
+    module: nn.Module, example_inputs: ExampleInputs | None = None, *, unknown_parameters: str = "error"
+) -> Topology:
     """Draws a module's graph in the symmetric layout: what ``manifest_of_module`` reads, built."""
-    return build_topology(manifest_of_module(module), "symmetric", unknown_parameters=unknown_parameters)
+    manifest = manifest_of_module(module, example_inputs)
+    return build_topology(manifest, "symmetric", unknown_parameters=unknown_parameters)
 
 
 class _OperationReader:
@@ -86,6 +162,7 @@ class _OperationReader:
         self._recurrent: set[str] = set()
 
     def read(self, node: fx.Node) -> Operation | None:
+        """What a node of the traced graph does; None if it makes no value of the network."""
         if node.op == "placeholder":
             return {"kind": "input", "value": node.name, "inputs": []}
         if node.op == "output":
@@ -99,7 +176,11 @@ class _OperationReader:
     def _read_module(self, node: fx.Node) -> Operation:
         name = str(node.target)
         module = self._module.get_submodule(name)
-        operation: Operation = {"value": node.name, "inputs": _values(node)[:1], "module": name}
+        inputs = _values(node)
+        if len(inputs) > 1:
+            what = "an initial state" if isinstance(module, nn.RNNBase) else f"{len(inputs)} values"
+            raise ConfigError(f"module {name!r} is given {what}; its graph has a place for one value")
+        operation: Operation = {"value": node.name, "inputs": inputs, "module": name}
         if any(True for _ in module.parameters()):
             if name in self._called:
                 raise ConfigError(f"module {name!r} is called twice; its graph has no place for shared weights")
@@ -117,18 +198,30 @@ class _OperationReader:
             self._recurrent.add(node.name)
             return {"kind": "pass", "value": node.name, "inputs": inputs[:1]}
         if not isinstance(target, str) and target in _CHANNELWISE_FUNCTIONS:
-            kind = _CHANNELWISE_FUNCTIONS[target] if len(inputs) > 1 else "pass"
-            return {"kind": kind, "value": node.name, "inputs": inputs}
+            kind = "add" if len(inputs) > 1 else "pass"
+            function = _CHANNELWISE_FUNCTIONS[target] + _constants(node)
+            return {"kind": kind, "value": node.name, "inputs": inputs, "function": function}
         if name == "size":
             return None
         flattens = name in ("view", "reshape") and len(node.args) == 3 and node.args[2] == -1
         if name in _PASSING_FUNCTIONS or flattens:
-            return {"kind": "pass", "value": node.name, "inputs": inputs[:1]}
+            if len(inputs) > 1:
+                raise ConfigError(
+                    f"the model calls {name!r} with {len(inputs)} values, which its graph has no place for"
+                )
+            return {"kind": "pass", "value": node.name, "inputs": inputs, "function": name + _constants(node)}
         raise ConfigError(f"the model calls {name!r}, which its graph has no place for")
 
 
 def _values(node: fx.Node) -> list[str]:
-    return [argument.name for argument in node.all_input_nodes]
+    return [argument.name for argument in node.all_input_nodes if argument.target != "size"]
+
+
+def _constants(node: fx.Node) -> str:
+    """A call's arguments but for values of the network."""
+    arguments = [repr(argument) for argument in node.args if not isinstance(argument, fx.Node)]
+    arguments += [f"{key}={value!r}" for key, value in node.kwargs.items() if not isinstance(value, fx.Node)]
+    return f"({', '.join(arguments)})"
 
 
 def _describe(name: str, module: nn.Module) -> Operation:
@@ -152,10 +245,13 @@ def _describe(name: str, module: nn.Module) -> Operation:
     if type(module).__module__.endswith((".batchnorm", ".normalization", ".instancenorm")):
         if weight is not None and weight.dim() != 1:
             raise ConfigError(f"module {name!r} normalises over {weight.dim()} axes; its graph has a place for one")
-        return {"kind": "norm", "has_weight": weight is not None, "has_bias": bias is not None}
+        if isinstance(module, nn.LocalResponseNorm | nn.CrossMapLRN2d):
+            raise ConfigError(f"module {name!r} is a {type(module).__name__}, which mixes neighbouring channels")
+        flags = {"has_weight": weight is not None, "has_bias": bias is not None}
+        return {"kind": "norm", **flags, "function": type(module).__name__}
     is_passing = isinstance(module, _PASSING_MODULES) or type(module).__module__.endswith(_PASSING_PACKAGES)
     if is_passing and not any(True for _ in module.parameters()):
-        return {"kind": "pass"}
+        return {"kind": "pass", "function": repr(module)}
     raise ConfigError(f"module {name!r} is a {type(module).__name__}, which its graph has no place for")
 
 

@@ -9,6 +9,7 @@ Shape suffixes: A atoms or cells, N entries of a sparse matrix.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +45,7 @@ def atoms(topology: Topology) -> EquitablePartition:
 
     Cells are in node order.
     """
-    cuts = _cut_points(topology)
+    cuts = cut_points(topology)
     position = {cut: number for number, cut in enumerate(cuts)}
     size_A: NDArray[np.int64] = np.diff(np.asarray(cuts, dtype=np.int64)).astype(np.int64)
     pairs = _AtomPairs(len(size_A), size_A)
@@ -58,9 +59,14 @@ def atoms(topology: Topology) -> EquitablePartition:
     return pairs.partition()
 
 
-def _cut_points(topology: Topology) -> list[int]:
-    """Where ranges of any block begin or end, closed under the diagonal blocks, which carry cuts across."""
-    cuts = {0, topology.num_nodes}
+def cut_points(topology: Topology, further: Iterable[int] = ()) -> list[int]:
+    """Where ranges of any block begin or end, closed under the diagonal blocks, which carry cuts across.
+
+    Args:
+        topology: Of any size.
+        further: Nodes before which to cut as well.
+    """
+    cuts = {0, topology.num_nodes, *further}
     diagonals: list[tuple[NodeRange, int]] = []
     for block in topology.blocks:
         cuts.update((block.source.start, block.source.stop, block.target.start, block.target.stop))

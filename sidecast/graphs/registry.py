@@ -38,12 +38,15 @@ def graph_builders() -> dict[str, GraphBuilder]:
     return builders
 
 
-def build_topology(manifest: ModelManifest, layout: str = "official", *, unknown_parameters: str = "error") -> Topology:
+def build_topology(
+    manifest: ModelManifest, layout: str | None = "official", *, unknown_parameters: str = "error"
+) -> Topology:
     """Draws the neural graph of a model from names, shapes and configuration alone.
 
     Args:
         manifest: The model's trainable parameters and its configuration.
-        layout: ``official``, as the published weights know it, or ``symmetric``.
+        layout: ``official``, as the published weights know it, or ``symmetric``; None for ``official`` where the family
+            has it, else ``symmetric``.
         unknown_parameters: What becomes of a parameter that the builder does not know: ``error`` refuses the
             model, ``isolate`` gives it nodes of its own.
 
@@ -56,7 +59,7 @@ def build_topology(manifest: ModelManifest, layout: str = "official", *, unknown
     """
     if unknown_parameters not in ("error", "isolate"):
         raise ConfigError(f"unknown_parameters is {unknown_parameters!r}; allowed: error, isolate")
-    if layout not in LAYOUTS:
+    if layout is not None and layout not in LAYOUTS:
         raise ConfigError(f"layout is {layout!r}; allowed: {', '.join(LAYOUTS)}")
     config = ModelConfig(manifest.config)
     builder = graph_builders().get(config.model_type)
@@ -64,6 +67,8 @@ def build_topology(manifest: ModelManifest, layout: str = "official", *, unknown
         raise ConfigError(
             f"no graph builder for model_type {config.model_type!r}; supported: {', '.join(sorted(graph_builders()))}"
         )
+    if layout is None:
+        layout = next((name for name in LAYOUTS if name in builder.layouts), LAYOUTS[0])
     draw = builder.layouts.get(layout)
     if draw is None:
         raise ConfigError(

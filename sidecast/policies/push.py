@@ -16,12 +16,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sidecast.errors import ConfigError
 
+GUARD_LEAD_STEPS = 100
+"""Steps before the first push from which on the guard sees losses: what came long before says nothing of a trend."""
 DAMPED_FROM_INTERVALS = 0.5
 DROPPED_FROM_INTERVALS = 2.0
+# A few of them fit a core's cache; large enough to hide the cost of a call.
+_PIECE_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +39,8 @@ class PushConfig:
     """How long the average of the own motion is; a time constant of T steps is a momentum of exp(-K / T)."""
     gain: float = 1.0
     """Length of a push in units of the averaged own motion of one interval: 1 doubles the steady speed."""
-    start_step: int = 0
-    """No push is made from a snapshot before this step."""
+    start_step: int = 200
+    """No push is made from a snapshot before this step: what a run does in its warm-up says little of its way."""
     stop_step: int | None = None
     """No push is made from a snapshot at or after this step; None: pushes go on to the end."""
     max_relative_norm: float | None = 2.0
@@ -44,8 +49,8 @@ class PushConfig:
     def __post_init__(self) -> None:
         if self.interval_steps < 1:
             raise ConfigError(f"push.interval_steps is {self.interval_steps}; it must be at least 1")
-        if not self.time_constant_steps > 0:
-            raise ConfigError(f"push.time_constant_steps is {self.time_constant_steps}; it must be above 0")
+        if not (math.isfinite(self.time_constant_steps) and self.time_constant_steps > 0):
+            raise ConfigError(f"push.time_constant_steps is {self.time_constant_steps}; it must be above 0 and finite")
         if not (math.isfinite(self.gain) and self.gain >= 0):
             raise ConfigError(f"push.gain is {self.gain}; it must be at least 0 and finite")
         if self.start_step < 0:
@@ -55,10 +60,9 @@ class PushConfig:
         if self.max_relative_norm is not None and not self.max_relative_norm > 0:
             raise ConfigError(f"push.max_relative_norm is {self.max_relative_norm}; it must be above 0, or null")
 
-    @property
-    def momentum(self) -> float:
-        """The share of the carry that is kept from one snapshot to the next."""
-        return math.exp(-self.interval_steps / self.time_constant_steps)
+    def momentum(self, num_steps: int) -> float:
+        """The share of the carry that is kept over so many steps."""
+        return math.exp(-num_steps / self.time_constant_steps)
 
     def is_snapshot_step(self, step: int) -> bool:
         """Whether a snapshot is taken after this many steps."""
@@ -67,6 +71,45 @@ class PushConfig:
     def is_active(self, step: int) -> bool:
         """Whether a snapshot of this step may lead to a push."""
         return self.gain > 0 and step >= self.start_step and (self.stop_step is None or step < self.stop_step)
+
+
+@torch.no_grad()
+def fold_interval_(
+    carry_P: Tensor,
+    before_P: Tensor,
+    after_P: Tensor,
+    applied_P: Tensor | None,
+    weight: float,
+    lr_sum: float,
+    momentum: float,
+) -> tuple[float, float]:
+    """Averages the own motion of one interval into the carry, in place, piece by piece.
+
+    What an ``OwnMotion`` that was told of the same push gives, to the last bit, without a vector for it.
+
+    Args:
+        carry_P: The average.
+        before_P: State at the interval's beginning.
+        after_P: State at its end.
+        applied_P: What was added within it; None for nothing.
+        weight: Factor of that.
+        lr_sum: The sum of the learning rates of its steps.
+        momentum: The share of the carry that is kept.
+
+    Returns:
+        Euclidean norms of the whole carry and of the whole own motion.
+    """
+    carry_square = own_square = 0.0
+    for start in range(0, len(carry_P), _PIECE_ELEMENTS):
+        piece = slice(start, start + _PIECE_ELEMENTS)
+        anchor_P = before_P[piece]
+        if applied_P is not None and weight != 0.0:
+            anchor_P = anchor_P + applied_P[piece] * weight
+        own_P = after_P[piece] - anchor_P
+        fold_(carry_P[piece], own_P, lr_sum, momentum)
+        carry_square += float(torch.linalg.vector_norm(carry_P[piece])) ** 2
+        own_square += float(torch.linalg.vector_norm(own_P)) ** 2
+    return math.sqrt(carry_square), math.sqrt(own_square)
 
 
 class OwnMotion:
@@ -84,9 +127,8 @@ class OwnMotion:
         self._is_known = True
 
     def applied(self, change_P: Tensor, weight: float) -> None:
-        """Takes note of ``weight * change_P`` having been added to the run."""
-        if weight != 0.0:
-            self.anchor_P.add_(change_P, alpha=weight)
+        """Takes note of ``weight * change_P`` having been added to the run, as by ``apply_``."""
+        apply_(self.anchor_P, change_P, weight)
 
     def lose(self) -> None:
         """Something was applied, or may have been, that is not known: the interval is to be left out."""
@@ -152,4 +194,5 @@ def age_weight(age_steps: int, interval_steps: int) -> float:
 def apply_(params_P: Tensor, push_P: Tensor, weight: float) -> None:
     """Adds a push to the weights in place; a weight of 0 leaves every bit alone."""
     if weight != 0.0:
-        params_P.add_(push_P, alpha=weight)
+        # Product and sum are rounded one after the other, as in a trainer's partition: the same bits everywhere.
+        params_P.add_(push_P * weight)

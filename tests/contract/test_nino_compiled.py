@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from sidecast.predictors.nino import compiled as nino_compiled
-from sidecast.predictors.nino.compiled import CompiledKernels, compiled_tiles, cpu_kernels, multiplies_bf16
+from sidecast.predictors.nino.compiled import (
+    CompiledKernels,
+    compiled_tiles,
+    cpu_kernels,
+    find_compiled_tiles,
+    multiplies_bf16,
+)
 from sidecast.predictors.nino.fusion import Affine
 from sidecast.predictors.nino.kernels import CpuKernels, Layer
 from sidecast.predictors.nino.predictor import NinoPredictor
@@ -21,9 +27,9 @@ from tests.support.nino_goldens import GoldenPrediction
 
 @pytest.fixture
 def fresh_search() -> Iterator[None]:
-    compiled_tiles.cache_clear()
+    find_compiled_tiles.cache_clear()
     yield
-    compiled_tiles.cache_clear()
+    find_compiled_tiles.cache_clear()
 
 
 def random_layers(num_features: int, num_targets: int, num_sources: int, num_layers: int, dim: int) -> list[Layer]:

@@ -47,7 +47,8 @@ class Passage:
         losses_are_finite: All of them.
         slowest_step_s: The longest time from one step to the next.
         applied: The jumps: version, digest, step, base_step, checksum of what was added, and state_error: how
-            far the states that the service predicted from were from this rank's at their steps, at most.
+            far the states that the service predicted from were from this rank's at their steps, as a share of what had
+            changed.
         reasons: What was told of things that went wrong.
         weights: Checksum of the whole model, as this rank has it.
         masters_are_published: Whether this rank's masters are what the model has.
@@ -81,7 +82,7 @@ class TrainingRank:
     ) -> None:
         self.rank = rank
         self._published = folder / "published"
-        self._states: dict[int, Tensor] = {}
+        self._states: dict[int, tuple[int, Tensor]] = {}
         self._link = link
         self._progress = progress
         self._fault: Fault | None = None
@@ -138,7 +139,7 @@ class TrainingRank:
     def _keep_state(self, step: int) -> None:
         masters = torch.empty(total_elements(self.hook.shards[0]))
         self._partition().read(masters)
-        self._states[step] = masters
+        self._states[step] = self.hook.epoch, masters
         # Nothing older is ever applied: it would be too stale.
         for known in [item for item in self._states if item < step - 10 * PERIOD_STEPS]:
             del self._states[known]
@@ -147,7 +148,11 @@ class TrainingRank:
         return Partition(lambda: layout_of(self.engine))
 
     def _state_error(self, digest: str, base_step: int) -> float:
-        """How far the states that the service made a prediction from are from what this rank staged, at most."""
+        """How far the states that the service made a prediction from are from what this rank staged, at most.
+
+        As a share of the largest change of any element since an earlier state of the epoch, which is what travelled:
+        how many snapshots were lost before, and so how large it is, depends on how long the fault took.
+        """
         offsets = [0]
         for spec in self.hook.parameters:
             offsets.append(offsets[-1] + spec.numel)
@@ -156,8 +161,14 @@ class TrainingRank:
         errors = []
         for index, held in enumerate(window):
             parts = [held[offsets[item.parameter] :][item.start : item.stop] for item in self.hook.shards[0]]
-            staged = self._states[base_step - (CONTEXT_LEN - 1 - index) * INTERVAL_STEPS]
-            errors.append(float((torch.cat(parts) - staged).abs().max()))
+            step = base_step - (CONTEXT_LEN - 1 - index) * INTERVAL_STEPS
+            epoch, staged = self._states[step]
+            earlier = [
+                state for known, (its_epoch, state) in self._states.items() if known < step and its_epoch == epoch
+            ]
+            error = float((torch.cat(parts) - staged).abs().max())
+            change = max((float((staged - state).abs().max()) for state in earlier), default=0.0)
+            errors.append(error / change if change else error)
         return max(errors)
 
     def _watch_jumps(self) -> None:

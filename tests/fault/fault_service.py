@@ -113,7 +113,7 @@ class SharedMemory:
 
     def lose(self, session_id: str, rank: int) -> None:
         """Forgets a rank's memory."""
-        self.service.servicer.sessions.get(session_id)._shared.pop(rank)
+        self.service.servicer.sessions.get(session_id)._ranks._shared.pop(rank)
 
 
 class FaultInterceptor(grpc.aio.ServerInterceptor):

@@ -93,7 +93,8 @@ def unharmed(run: FaultRun, outcome: Outcome, state_error: float = 0.0) -> None:
     Args:
         run: Of which.
         outcome: What became of it.
-        state_error: How far the states that were predicted from may be from those that were trained.
+        state_error: How far the states that were predicted from may be from those that were trained, as a share of the
+            change that travelled.
     """
     for rank, passage in enumerate(outcome.passages):
         assert passage.last_step > passage.first_step
@@ -212,8 +213,8 @@ ALTERED_MEMORY = [
     Fault(what="lose the memory", call="Upload", rank=1, way="shared"),
     Fault(what="lose the memory", call="Fetch", rank=1, way="shared", seen="shares no buffer"),
 ]
-# A tenth of what one step changes, and several times what rounding the change of ten steps to bf16 costs.
-BF16_ERROR = 1e-5
+# bf16 keeps a value to within 2 ** -9 of it. A change is at least that of ten steps: what one step changes is far more.
+BF16_ERROR = 2.0**-8
 
 
 def pass_through(run: FaultRun, fault: Fault, state_error: float = 0.0) -> Outcome:

@@ -12,10 +12,10 @@ import torch
 
 from sidecast.errors import ConfigError
 from sidecast.graphs import graph_builders, registry
+from sidecast.graphs.automorphisms import SmallGraph
 from sidecast.manifest import ModelManifest
 from sidecast.predictors import registry as predictors
 from sidecast.predictors.base import History
-from tests.support.graph_automorphisms import SmallGraph
 from tests.support.recipes import listing
 from tests.support.symmetric_models import SmallModel, small_decoder
 

@@ -193,7 +193,7 @@ def test_changes_travel_in_half_the_bytes_and_both_sides_hold_the_same_state(ser
             vector = service.servicer.sessions.get("s1")._snapshots[step].vector.view
             assert bytes(vector) == held.tobytes()
         # Where nothing is shared, nothing was handed over, not even an empty list.
-        assert 0 not in service.servicer.sessions.get("s1")._shared
+        assert 0 not in service.servicer.sessions.get("s1")._ranks._shared
         assert sent_bytes == [4 * MANIFEST.num_elements, *[2 * MANIFEST.num_elements] * 2]
         message = until(courier, Prediction)
         assert message.num_bytes == 2 * MANIFEST.num_elements
@@ -231,18 +231,18 @@ def test_a_service_on_this_host_maps_the_buffers_and_no_bytes_travel(service: Ru
     try:
         until(courier, Connected)
         known = service.servicer.sessions.get("s1")
-        assert len(known._shared[0]) == 3
+        assert len(known._ranks._shared[0]) == 3
         predicted(courier)
         assert bytes(known._snapshots[20].vector.view) == state(2).tobytes()
         assert bytes(courier.prediction.view) == (state(2) - state(1)).tobytes()
         # A service that has lost them is sent the bytes.
-        known._shared.clear()
+        known._ranks._shared.clear()
         courier.release_prediction(None)
         stage(courier, 3, 30)
         stage(courier, 4, 40)
         until(courier, Prediction)
         assert bytes(courier.prediction.view) == (state(4) - state(3)).tobytes()
-        assert not known._shared
+        assert not known._ranks._shared
     finally:
         courier.close()
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.integration.workers.outage_worker import PERIOD_STEPS
+from tests.integration.workers.push_runs import INTERVAL_STEPS, NUM_STEPS, START_STEP
 from tests.integration.workers.snapshot_cases import CASES, SNAPSHOT_STEP
 from tests.support.service_process import ServiceProcess, launch
 
@@ -129,3 +130,25 @@ def test_restarted_service_nowcasts_within_one_window(outage: Path) -> None:
         jumps = [event for event in seen if event["kind"] == "applied" and event["step"] > max(connected_steps)]
     # The window under way when the last rank is back is lost; the next one is whole.
     assert jumps[0]["base_step"] <= (max(connected_steps) // PERIOD_STEPS + 2) * PERIOD_STEPS
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_services_pushes_are_the_evaluations_bit_for_bit(attached: Attached, rank: int) -> None:
+    """What ``sidecast evaluate`` measures is what a job does: same losses, same weights."""
+    pushed, evaluated, plain = (
+        json.loads((attached.folder / f"{name}-{rank}.json").read_text()) for name in ("pushed", "evaluated", "plain")
+    )
+    applied = [event for event in pushed["told"] if event["kind"] == "applied"]
+    assert [event["step"] for event in applied] == list(range(START_STEP, NUM_STEPS, INTERVAL_STEPS))
+    assert {event["weight"] for event in applied} == {1.0}
+    assert pushed["losses"] == evaluated["losses"] != plain["losses"]
+    weights = [torch.load(attached.folder / f"{name}-{rank}.pt") for name in ("pushed", "evaluated")]
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_pushes_with_a_gain_of_0_change_nothing(attached: Attached, rank: int) -> None:
+    zero, plain = (json.loads((attached.folder / f"{name}-{rank}.json").read_text()) for name in ("gain-0", "plain"))
+    assert zero["losses"] == plain["losses"]
+    weights = [torch.load(attached.folder / f"{name}-{rank}.pt") for name in ("gain-0", "plain")]
+    assert torch.equal(*weights)

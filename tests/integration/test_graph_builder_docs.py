@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from sidecast.commands.__main__ import main
 from sidecast.errors import ConfigError
 from sidecast.graphs import build_topology, graph_builders
+from sidecast.graphs.automorphisms import SmallGraph
 from sidecast.manifest import ModelManifest
 from tests.support.edgewise_nino import CONTEXT, EdgewiseNino
-from tests.support.graph_automorphisms import SmallGraph
 from tests.support.symmetric_models import SmallModel
 
 PAGE = Path(__file__).parents[2] / "docs" / "graph-builders.md"

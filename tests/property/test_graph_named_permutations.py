@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.graph_automorphisms import Ints, SmallGraph
+from sidecast.graphs.automorphisms import Ints, SmallGraph
 from tests.support.symmetric_models import SMALL_MODELS, SmallModel
 
 Moves = dict[str, Ints]

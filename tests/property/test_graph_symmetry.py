@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from sidecast.graphs.automorphisms import SmallGraph
 from tests.support.edgewise_nino import CONTEXT, EdgewiseNino
-from tests.support.graph_automorphisms import SmallGraph
 from tests.support.symmetric_models import SMALL_MODELS, SmallModel
 
 NUM_PERMUTATIONS = 3

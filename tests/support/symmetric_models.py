@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sidecast.graphs import Topology, build_topology, manifest_of_module
+from sidecast.graphs import Topology, build_topology, manifest_of_chain, manifest_of_module
 from sidecast.manifest import ModelManifest
 
 
@@ -128,9 +128,8 @@ def _vit() -> SmallModel:
 
 def _chain(*layers: nn.Module, shape: tuple[int, ...]) -> SmallModel:
     module = nn.Sequential(*layers).double().eval()
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
     inputs = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    return SmallModel(module, ModelManifest.from_shapes(shapes, {"model_type": "sequential"}), (inputs,))
+    return SmallModel(module, manifest_of_chain(module, inputs), (inputs,))
 
 
 def _mlp() -> SmallModel:
@@ -143,7 +142,7 @@ def _convolutions() -> SmallModel:
 
 
 def traced(module: nn.Module, *inputs: Tensor) -> SmallModel:
-    return SmallModel(module.double().eval(), manifest_of_module(module), inputs)
+    return SmallModel(module.double().eval(), manifest_of_module(module, inputs), inputs)
 
 
 class ResidualNet(nn.Module):

@@ -27,7 +27,7 @@ def test_a_steady_run_ends_up_at_twice_its_speed() -> None:
         own = motion.advance(params)
         assert own is not None
         torch.testing.assert_close(own, torch.ones(1), rtol=0, atol=1e-4)
-        fold_(carry, own, lr_sum=20 * 1e-3, momentum=config.momentum)
+        fold_(carry, own, lr_sum=20 * 1e-3, momentum=config.momentum(20))
         factor = push_factor(config, step, 20 * 1e-3, float(carry.norm()), float(own.norm()))
         apply_(params, carry, factor)
         motion.applied(carry, factor)
@@ -46,10 +46,10 @@ def test_an_interval_without_a_learning_rate_says_nothing() -> None:
 
 
 def test_a_push_is_capped_by_the_runs_own_motion() -> None:
-    config = PushConfig(gain=20.0, max_relative_norm=2.0)
+    config = PushConfig(gain=20.0, max_relative_norm=2.0, start_step=0)
     factor = push_factor(config, 0, 0.1, carry_norm=10.0, own_norm=1.0)
     assert factor * 10.0 == pytest.approx(2.0)
-    free = PushConfig(gain=20.0, max_relative_norm=None)
+    free = PushConfig(gain=20.0, max_relative_norm=None, start_step=0)
     assert push_factor(free, 0, 0.1, carry_norm=10.0, own_norm=1.0) == pytest.approx(2.0)
 
 

@@ -21,7 +21,7 @@ from sidecast.trainer.courier.handover import hand_over
 from sidecast.trainer.courier.refusals import CorruptError, RefusedError, UnavailableError, translated
 from sidecast.trainer.courier.throttle import Throttle
 from sidecast.trainer.courier.upload import Upload
-from sidecast.trainer.pipe.messages import ClientSettings
+from sidecast.trainer.pipe.messages import ClientSettings, Snapshot
 
 KEEPALIVE_MS = 20_000
 
@@ -169,9 +169,9 @@ class NowcastClient:
         reply = self._call(self._stub.Progress, pb.ProgressRequest(key=key), self.call_s)
         return [(item.start, item.stop) for item in reply.received]
 
-    def commit(self, upload: Upload) -> None:
-        """Seals an upload."""
-        key = upload.key
+    def commit(self, upload: Upload, snapshot: Snapshot) -> None:
+        """Seals the upload of a snapshot."""
+        key, applied = upload.key, snapshot.applied
         request = pb.CommitRequest(
             session_id=key.session_id,
             rank=key.rank,
@@ -181,6 +181,9 @@ class NowcastClient:
             digest=upload.digest,
             dtype=key.dtype,
             base_step=key.base_step,
+            learning_rate_sum=snapshot.learning_rate_sum,
+            applied_version=0 if applied is None else applied.version,
+            applied_weight=0.0 if applied is None else applied.weight,
         )
         self._call(self._stub.Commit, request, self.call_s)
 
@@ -278,15 +281,18 @@ def open_request(
     """Builds the announcement from plain values.
 
     Args:
-        fields: Scalar fields of OpenRequest by name, ``horizon`` and ``aliases`` as mappings.
+        fields: Scalar fields of OpenRequest by name, ``horizon``, ``aliases`` and ``push`` as mappings, the last one
+            None or missing for a run without.
         parameters: ``(fqn, shape)`` of every parameter, in manifest order.
         config_json: The model's configuration.
     """
-    scalars = {name: value for name, value in fields.items() if name not in ("horizon", "aliases")}
+    scalars = {name: value for name, value in fields.items() if name not in ("horizon", "aliases", "push")}
+    push = fields.get("push")
     return pb.OpenRequest(
         **scalars,
         protocol_version=PROTOCOL_VERSION,
         horizon=pb.Horizon(**fields["horizon"]),
+        push=None if push is None else pb.Push(**push),
         manifest=pb.Manifest(
             parameters=[pb.Parameter(fqn=fqn, shape=shape) for fqn, shape in parameters],
             config_json=config_json,

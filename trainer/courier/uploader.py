@@ -104,15 +104,15 @@ class Uploader:
         try:
             if self._client.is_sharing:
                 upload = self._state(session_id, snapshot, buffer, shared_buffer=snapshot.slot)
-                return upload, self._deliver(upload, deadline_s)
+                return upload, self._deliver(upload, snapshot, deadline_s)
             if base is not None:
                 upload = self._change(base, snapshot, buffer)
-                return upload, self._deliver(upload, deadline_s)
+                return upload, self._deliver(upload, snapshot, deadline_s)
         except ResendError as error:
             log.info("rank %d sends step %d once more, in full: %s", self._rank, snapshot.step, error)
             self._client.is_sharing = False
         upload = self._state(session_id, snapshot, buffer)
-        return upload, self._deliver(upload, deadline_s)
+        return upload, self._deliver(upload, snapshot, deadline_s)
 
     def _base(self, session_id: str, epoch: int) -> Base | None:
         """The snapshot that the service holds as this rank's reconstruction does; None if there is none."""
@@ -146,7 +146,7 @@ class Uploader:
         num_bytes = len(buffer) // FP32_BYTES * BF16_BYTES
         return Upload(key, num_bytes, functools.partial(reconstruction.change, buffer), base.digest)
 
-    def _deliver(self, upload: Upload, deadline_s: float) -> str:
+    def _deliver(self, upload: Upload, snapshot: Snapshot, deadline_s: float) -> str:
         """Uploads and commits, going on after interruptions; says why it could not, if so.
 
         Raises:
@@ -157,7 +157,7 @@ class Uploader:
         while True:
             try:
                 self._client.upload(upload)
-                self._client.commit(upload)
+                self._client.commit(upload, snapshot)
                 return ""
             except CorruptError as error:
                 reason = str(error)

@@ -18,10 +18,11 @@ from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.hook.application import JumpApplier
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.hook.inbox import Inbox
-from sidecast.trainer.hook.jump import LearningRateWindow, jump_weight
 from sidecast.trainer.hook.losses import LossMeter
 from sidecast.trainer.hook.messenger import Messenger
-from sidecast.trainer.hook.probation import Probation, Verdict
+from sidecast.trainer.hook.policies.jump_policy import JumpPolicy
+from sidecast.trainer.hook.policies.policy import Policy
+from sidecast.trainer.hook.policies.push_policy import PushPolicy
 from sidecast.trainer.hook.reporting import HookTotals, NowcastEvent, Reporter
 from sidecast.trainer.hook.schedule import Schedule
 from sidecast.trainer.hook.staging import Stager, side_stream
@@ -68,7 +69,7 @@ class NowcastHook:
         self._votes = votes
         self._schedule = Schedule.of(config)
         self._reporter = Reporter(courier, self._trajectory)
-        self._windows = WindowLosses(config.period_steps)
+        self._windows = WindowLosses(config.nowcast_interval_steps, config.nowcast_interval_setting)
         self._inbox = Inbox(
             courier,
             self._trajectory,
@@ -79,8 +80,11 @@ class NowcastHook:
         )
         self._stager = Stager(courier, self._inbox, side_stream(partition.device))
         self._applier = JumpApplier(config, partition, votes, rollback_copy)
-        self._probation = Probation(config)
-        self._learning_rates = LearningRateWindow(config.context_len)
+        self._policy: Policy = (
+            JumpPolicy(config, self._applier, self._trajectory, self._reporter, courier)
+            if config.policy == "jump"
+            else PushPolicy(config.push, partition, self._reporter)
+        )
         self._meter = LossMeter()
         self._vote_step = 0
         self._is_closed = False
@@ -117,7 +121,7 @@ class NowcastHook:
 
     def summary(self) -> dict[str, Any]:
         """Totals since the hook was attached."""
-        return self._reporter.summary(self._probation)
+        return self._reporter.summary(self._policy)
 
     def close(self) -> None:
         """Ends the courier and frees the shared memory; the training engine goes on without us."""
@@ -125,7 +129,7 @@ class NowcastHook:
             return
         self._is_closed = True
         self._votes.abandon(VOTE_END_TIMEOUT_S)
-        self._reporter.post_stats(self._probation)
+        self._reporter.post_stats(self._policy)
         self._stager.close()
         self._inbox.close()
         self._courier.close()
@@ -141,6 +145,7 @@ class NowcastHook:
         if step == self.step or self._is_closed:
             return
         self._trajectory.step = step
+        self._policy.after_step()
         started_s = time.perf_counter()
         # One for everything that is waited for at this boundary.
         deadline_s = time.monotonic() + self.config.sync_deadline_s
@@ -148,13 +153,12 @@ class NowcastHook:
         self._inbox.poll()
         if self._votes.is_open and step >= self._vote_step + self._schedule.vote_lag_steps:
             self._on_decision(self._votes.read())
-        is_staged = self._schedule.is_snapshot(step) and self._stage(deadline_s)
+        is_staged = self._schedule.is_snapshot(step) and self._policy.wants_snapshots and self._stage(deadline_s)
         if self.config.mode == "sync" and self._schedule.is_base(step):
             staged_epoch = self.epoch
             if self._votes.is_open:
                 self._on_decision(self._votes.read())
-            # Not for one that could not be applied: it would cost the deadline at every base step.
-            if is_staged and self.epoch == staged_epoch and self._probation.allows_jumps and self._weight_scale() > 0:
+            if is_staged and self.epoch == staged_epoch and self._policy.is_due(step):
                 self._collect()
                 if self._inbox.await_prediction(deadline_s):
                     self._stager.after_late_prediction()
@@ -165,22 +169,29 @@ class NowcastHook:
             if self._schedule.vote_lag_steps == 0:
                 self._on_decision(self._votes.read())
         if self._schedule.is_snapshot(step):
-            self._reporter.post_stats(self._probation)
+            self._reporter.post_stats(self._policy)
         self.totals.blocked_s += time.perf_counter() - started_s
 
     def _stage(self, deadline_s: float) -> bool:
         """Hands the courier a snapshot; False if it could not."""
-        self._learning_rates.add(self._applier.partition.learning_rates())
+        self._policy.at_snapshot(self.step)
         self._applier.after_snapshot(self.step, is_base=self._schedule.is_base(self.step))
         # Not for snapshots of which nothing can come any more.
-        is_patient = self.config.mode == "sync" and not self._probation.is_suspended
+        is_patient = self.config.mode == "sync" and not self._policy.is_suspended
         self._windows.pass_snapshot(time.monotonic())
         reason = self._windows.admit(self.step, is_patient=is_patient)
         if not reason:
             slot = self._stager.take_slot(deadline_s if is_patient else None)
             if slot is None:
                 self._windows.outrun()
-            reason = self._stager.stage(self._applier.partition, self.step, self.epoch, slot)
+            reason = self._stager.stage(
+                self._applier.partition,
+                self.step,
+                self.epoch,
+                slot,
+                learning_rate_sum=self._policy.learning_rate_sum,
+                applied=self._policy.applied,
+            )
             self.totals.staging_s = self._stager.seconds
         if self._schedule.is_base(self.step) and (warning := self._windows.end_window()):
             log.warning("%s", warning)
@@ -203,10 +214,10 @@ class NowcastHook:
 
     def _launch_vote(self) -> None:
         loss_sum, num_losses = self._meter.drain()
-        weight_scale = self._weight_scale()
+        weight_scale = self._policy.weight_scale()
         if self._inbox.held is not None and weight_scale == 0.0:
             self._inbox.reject("the learning rate decays")
-        held = self._inbox.held if self._probation.allows_jumps else None
+        held = self._inbox.held if self._policy.allows else None
         can_jump = held is not None and not self._applier.why_stale()
         version, digest, epoch = (held.version, held.digest, held.epoch) if held and can_jump else (NO_VERSION, 0, 0)
         self._vote_step = self.step
@@ -224,33 +235,22 @@ class NowcastHook:
             )
         )
 
-    def _weight_scale(self) -> float:
-        """What the learning rate leaves of a jump."""
-        if self.config.during_decay == "allow":
-            return 1.0
-        remaining = self._learning_rates.remaining(self._applier.partition.learning_rates())
-        return remaining if self.config.during_decay == "scale" else float(remaining == 1.0)
-
     def _on_decision(self, decision: Decision) -> None:
         self._windows.agree(decision)
-        if decision.mean_loss is not None:
-            self._probation.add(self._vote_step, decision.mean_loss)
-        self._judge(decision.mean_loss)
+        self._policy.on_loss(self._vote_step, decision.mean_loss)
         held = self._inbox.held
         if held is not None and (decision.version, decision.digest, decision.epoch) == (
             held.version,
             held.digest,
             self.epoch,
         ):
-            self._jump(held, decision.weight_scale)
+            self._apply(held, decision.weight_scale)
 
-    # --- jumps
-
-    def _jump(self, held: Prediction, weight_scale: float) -> None:
+    def _apply(self, held: Prediction, weight_scale: float) -> None:
         staleness_steps = self.step - held.base_step
-        horizon_steps = held.horizon_intervals * self._schedule.interval_steps
-        weight = jump_weight(staleness_steps, horizon_steps, self.config, weight_scale)
+        weight = self._policy.weight(held, self.step, weight_scale)
         if weight == 0.0:
+            horizon_steps = held.horizon_intervals * self._schedule.interval_steps
             self._inbox.reject(
                 f"its base is {staleness_steps} steps old, its horizon {horizon_steps} steps, "
                 f"and the learning rate leaves {weight_scale:.3g} of it"
@@ -260,8 +260,7 @@ class NowcastHook:
             log.warning("the prediction of step %d is not applied: %s", held.base_step, reason)
             self._inbox.reject(reason)
             return
-        if self._applier.rollback_copy is not None:
-            self._probation.begin(held.version, self.step)
+        self._policy.on_applied(held, weight, self.step)
         self._trajectory.begin_epoch()
         self.totals.num_applied += 1
         details: dict[str, float | int | str] = {
@@ -270,8 +269,8 @@ class NowcastHook:
             "staleness_steps": staleness_steps,
             "horizon_intervals": held.horizon_intervals,
             "weight": weight,
-            "merge": self.config.merge,
-            "moments": self.config.moments,
+            "merge": self._policy.merge,
+            "moments": self._policy.moments,
             "digest": f"{held.digest:016x}",
             "relative_norm": held.relative_norm,
             "nowcast_s": held.nowcast_s,
@@ -280,42 +279,13 @@ class NowcastHook:
         self._reporter.report("applied", held.version)
         self._reporter.emit("applied", **details)
 
-    def _judge(self, mean_loss: float | None) -> None:
-        found = self._probation.verdict(self.step, mean_loss)
-        if found is None:
-            return
-        verdict, reason = found
-        jump = self._probation.jump
-        assert jump is not None
-        if verdict is Verdict.ACCEPT:
-            self._probation.accepted()
-            self.totals.num_accepted += 1
-            self._reporter.report("accepted", jump.version)
-            self._reporter.emit("accepted", version=jump.version, reason=reason)
-            return
-        if obstacle := self._applier.undo():
-            # Tried again at every vote; until then no other jump is applied.
-            if self._probation.postpone(reason):
-                log.error("the jump of step %d must be undone (%s), but cannot: %s", jump.step, reason, obstacle)
-                self._reporter.emit("rollback_delayed", version=jump.version, reason=obstacle)
-            return
-        why_suspended = self._probation.rolled_back()
-        self._trajectory.begin_epoch()
-        self.totals.num_rolled_back += 1
-        self._courier.log({"action": "rolled_back", "step": self.step})
-        self._reporter.report("rolled_back", jump.version)
-        self._reporter.emit("rolled_back", version=jump.version, reason=reason)
-        if why_suspended:
-            self._reporter.emit("suspended", reason=why_suspended)
-
     # --- resuming
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint; the rollback copy is saved beside them."""
         # A resumed run needs first what was staged last.
         self._collect()
-        learning_rates = self._learning_rates.state()
-        return {**self._trajectory.state(), "learning_rates": learning_rates, **self._probation.state()}
+        return {**self._trajectory.state(), **self._policy.state()}
 
     def resume(self, state: Mapping[str, Any] | None, step: int, run_id: str, *, is_kept: bool = False) -> None:
         """Goes on from a loaded checkpoint.
@@ -340,8 +310,7 @@ class NowcastHook:
             else:
                 self._inbox.reject("a checkpoint was loaded")
         self._trajectory.resume(state, run_id, step)
-        self._learning_rates.load([] if state is None else state["learning_rates"])
-        self._probation.load(state)
+        self._policy.load(state)
 
     @property
     def parameters(self) -> tuple[ParameterSpec, ...]:
@@ -376,9 +345,9 @@ class NowcastHook:
 
     def end_probation(self) -> None:
         """Keeps a jump for good whose rollback copy is lost."""
-        self._probation.end()
+        self._policy.end_probation()
 
     @property
     def is_on_probation(self) -> bool:
         """Whether a jump may still be undone, so that a checkpoint must hold the rollback copy."""
-        return self._probation.jump is not None
+        return self._policy.is_on_probation

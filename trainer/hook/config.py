@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from sidecast.horizon import MAX_POWER, MIN_POWER
+from sidecast.policies.push import PushConfig
 from sidecast.trainer.settings import read_settings, require
 
 MAX_PORT = 65_535
 MAX_CHANNELS = 16
 # One chunk must pass within the time that a message may take.
 MIN_MBYTES_PER_S = 1.0
+
+_OF_JUMPS = (
+    "predictor",
+    "predictor_options",
+    "context_len",
+    "period_steps",
+    "max_steps",
+    "horizon",
+    "max_weight",
+    "merge",
+    "moments",
+    "during_decay",
+    "probation_steps",
+    "rollback",
+    "rollback_dir",
+    "acceptance_sigmas",
+    "max_rollbacks",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +70,11 @@ class NowcasterConfig:
     """HOST:PORT of the service."""
     require: bool = False
     """True: an unreachable service is an error at start instead of a warning."""
+    policy: Literal["jump", "push"] = "jump"
+    """``jump``: rare and far, each on probation. ``push``: every ``push.interval_steps`` a small addition along a long
+    average of the run's own motion, none of them judged alone; a rise of the loss ends them. See pushes.md."""
+    push: PushConfig = field(default_factory=PushConfig)
+    """Settings of ``policy: push``."""
     predictor: str = "linear"
     """Name of the predictor."""
     predictor_options: Mapping[str, Any] = field(default_factory=dict)
@@ -69,7 +93,7 @@ class NowcasterConfig:
     sync_deadline_s: float = 60.0
     """``sync`` mode: go on without the prediction, or without the snapshot, after this long."""
     vote_interval_steps: int | None = None
-    """Steps between votes; None: a twentieth of the snapshot interval, at least 1."""
+    """Steps between votes; None: a twentieth of the snapshot interval, with pushes a fourth, at least 1."""
     vote_lag_steps: int = 1
     """Steps from launching a vote to reading it; at most ``vote_interval_steps``; 0 blocks."""
     max_staleness_steps: int | None = None
@@ -130,20 +154,31 @@ class NowcasterConfig:
     @property
     def interval_steps(self) -> int:
         """Steps between snapshots."""
-        return self.period_steps // self.context_len
+        return self.push.interval_steps if self.policy == "push" else self.period_steps // self.context_len
+
+    @property
+    def nowcast_interval_steps(self) -> int:
+        """Steps between nowcasts: with pushes one is made from every snapshot."""
+        return self.push.interval_steps if self.policy == "push" else self.period_steps
+
+    @property
+    def nowcast_interval_setting(self) -> str:
+        """The setting that says how often there is a nowcast."""
+        return "nowcaster.push.interval_steps" if self.policy == "push" else "nowcaster.period_steps"
 
     @property
     def num_slots(self) -> int:
         """Snapshots that a rank may have staged and not yet sent."""
         # In sync mode one: a rank that is two ahead of another has the service give up that one's snapshot, and a run
         # that waits for its uploads in any case gains nothing from a second slot.
-        return 1 if self.mode == "sync" else 2
+        # With pushes one, too: a lost snapshot costs one of many pushes, and a service keeps fewer vectors.
+        return 1 if self.mode == "sync" or self.policy == "push" else 2
 
     @property
     def resolved_vote_interval_steps(self) -> int:
         if self.vote_interval_steps is not None:
             return self.vote_interval_steps
-        return max(1, self.interval_steps // 20)
+        return max(1, self.interval_steps // (4 if self.policy == "push" else 20))
 
     @property
     def resolved_max_staleness_steps(self) -> int:
@@ -177,6 +212,7 @@ class NowcasterConfig:
             check(
                 "max_steps", self.max_steps, self.max_steps is not None, "a number, since horizon.schedule is 'power'"
             )
+        self._check_policy(check)
         votes = self.resolved_vote_interval_steps
         check("vote_interval_steps", votes, 1 <= votes <= self.interval_steps, f"1 to {self.interval_steps}")
         check("vote_lag_steps", self.vote_lag_steps, 0 <= self.vote_lag_steps <= votes, f"0 to {votes}")
@@ -229,6 +265,16 @@ class NowcasterConfig:
         if self.replay_dir is not None:
             check("replay_dir", self.replay_dir, Path(self.replay_dir).is_dir(), "an existing folder")
             check("record_dir", self.record_dir, self.record_dir is None, "null, since replay_dir is set")
+
+    def _check_policy(self, check: Callable[[str, object, bool, str], None]) -> None:
+        """Refuses settings that mean nothing under the policy: whoever made them expects something of them."""
+        defaults = {item.name: item for item in dataclasses.fields(self)}
+        for name in _OF_JUMPS if self.policy == "push" else ("push",):
+            item = defaults[name]
+            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            check(name, getattr(self, name), getattr(self, name) == default, f"nothing with policy {self.policy!r}")
+        is_whole = self.wire_dtype == "fp32" or self.policy == "jump"
+        check("wire_dtype", self.wire_dtype, is_whole, "'fp32' with policy 'push'")
 
 
 def parse_section(section: Mapping[str, Any]) -> NowcasterConfig:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from sidecast.trainer.hook.messenger import Messenger
-from sidecast.trainer.hook.probation import Probation
+from sidecast.trainer.hook.policies.policy import Policy
 from sidecast.trainer.hook.trajectory import Trajectory
 from sidecast.trainer.pipe.messages import Outcome, Report, Stats, Totals
 
@@ -92,24 +92,24 @@ class Reporter:
         step, epoch = self._trajectory.step, self._trajectory.epoch
         self._messenger.post(Report(outcome=outcome, version=version, step=step, epoch=epoch))
 
-    def post_stats(self, probation: Probation) -> None:
+    def post_stats(self, policy: Policy) -> None:
         """Brings the metrics up to date."""
         stats = Stats(
             totals=self.totals.numbers(),
             step=self._trajectory.step,
-            loss=probation.last_loss,
-            suspended=probation.is_suspended,
+            loss=policy.last_loss,
+            suspended=policy.is_suspended,
             train_s=time.perf_counter() - self._attached_s,
             num_courier_deaths=self._messenger.num_deaths,
         )
         self._messenger.post(stats, may_be_lost=True)
 
-    def summary(self, probation: Probation) -> dict[str, Any]:
+    def summary(self, policy: Policy) -> dict[str, Any]:
         """Everything counted, as plain values."""
         return {
             **asdict(self.totals),
             "train_s": time.perf_counter() - self._attached_s,
             "num_courier_deaths": self._messenger.num_deaths,
             "epoch": self._trajectory.epoch,
-            "suspended": probation.is_suspended,
+            "suspended": policy.is_suspended,
         }

@@ -49,7 +49,7 @@ class MappedRollbackCopy(RollbackCopy):
 
 def keeps_rollback_copy(config: NowcasterConfig) -> bool:
     """Whether jumps are judged, and so must be undoable."""
-    return config.rollback != "off" and config.resolved_probation_steps > 0
+    return config.policy == "jump" and config.rollback != "off" and config.resolved_probation_steps > 0
 
 
 def reserve_rollback_copy(config: NowcasterConfig, partition: Partition) -> RollbackCopy | None:

@@ -19,7 +19,10 @@ class Schedule:
     @classmethod
     def of(cls, config: NowcasterConfig) -> Schedule:
         return cls(
-            config.interval_steps, config.period_steps, config.resolved_vote_interval_steps, config.vote_lag_steps
+            config.interval_steps,
+            config.nowcast_interval_steps,
+            config.resolved_vote_interval_steps,
+            config.vote_lag_steps,
         )
 
     def is_snapshot(self, step: int) -> bool:

@@ -16,7 +16,7 @@ from sidecast.trainer.hook.inbox import Inbox
 from sidecast.trainer.hook.messenger import Messenger
 from sidecast.trainer.hook.slots import Slot
 from sidecast.trainer.partitions import Partition, StalePartitionError
-from sidecast.trainer.pipe.messages import Snapshot
+from sidecast.trainer.pipe.messages import Applied, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,16 @@ class Stager:
         """Finds out whether it is the service that is late, or a courier that has not even sent the snapshot."""
         self._stands_still = not self._messenger.has_free_slot
 
-    def stage(self, partition: Partition, step: int, epoch: int, slot: Slot | None) -> str:
+    def stage(
+        self,
+        partition: Partition,
+        step: int,
+        epoch: int,
+        slot: Slot | None,
+        *,
+        learning_rate_sum: float = 0.0,
+        applied: Applied | None = None,
+    ) -> str:
         """Begins to copy a snapshot, and hands it over where the copy is made on the spot.
 
         Args:
@@ -80,6 +89,8 @@ class Stager:
             step: Of the snapshot.
             epoch: Of the snapshot.
             slot: From ``take_slot``.
+            learning_rate_sum: See ``Snapshot``.
+            applied: See ``Snapshot``.
 
         Returns:
             Why there will be no snapshot; empty if all is well so far.
@@ -96,7 +107,9 @@ class Stager:
             return str(error)
         finally:
             self.seconds += time.perf_counter() - started_s
-        self._copying = Snapshot(slot=slot.index, step=step, epoch=epoch)
+        self._copying = Snapshot(
+            slot=slot.index, step=step, epoch=epoch, learning_rate_sum=learning_rate_sum, applied=applied
+        )
         if self._stream is None:
             return self.collect()
         self._copied = self._stream.record_event()

@@ -13,6 +13,7 @@ from typing import Any
 
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
+from sidecast.policies.push import PushConfig
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.hook.attachment import Attachment, new_session
 from sidecast.trainer.hook.boundary import NowcastHook
@@ -31,10 +32,16 @@ from sidecast.trainer.pipe.messages import (
     Disconnected,
     HorizonSettings,
     Opening,
+    PushSettings,
     Refused,
     Session,
     Shard,
 )
+
+# The states before and after an interval.
+PUSH_CONTEXT_LEN = 2
+# What a service shows of a run with pushes in place of a predictor.
+PUSH_PREDICTOR = "push"
 
 
 def is_disabled(section: Any) -> bool:
@@ -145,21 +152,32 @@ def _opening(config: NowcasterConfig, manifest: ModelManifest, world_size: int) 
     return Opening(
         world_size=world_size,
         schema_hash=manifest.schema_hash,
-        context_len=config.context_len,
+        context_len=config.context_len if config.policy == "jump" else PUSH_CONTEXT_LEN,
         snapshot_interval_steps=config.interval_steps,
-        period_steps=config.period_steps,
+        period_steps=config.nowcast_interval_steps,
         max_steps=config.max_steps or 0,
         horizon=HorizonSettings(
             schedule=config.horizon.schedule or "",
             max_intervals=config.horizon.max or 0,
             power=config.horizon.power,
         ),
-        predictor=config.predictor,
+        predictor=config.predictor if config.policy == "jump" else PUSH_PREDICTOR,
         predictor_options_json=json.dumps(dict(config.predictor_options)),
         max_relative_norm=config.max_relative_norm,
         aliases=dict(manifest.aliases),
         parameters=tuple((spec.fqn, tuple(spec.shape)) for spec in manifest.parameters),
         config_json=json.dumps(dict(manifest.config)),
+        push=None if config.policy == "jump" else _push_settings(config.push),
+    )
+
+
+def _push_settings(push: PushConfig) -> PushSettings:
+    return PushSettings(
+        time_constant_steps=push.time_constant_steps,
+        gain=push.gain,
+        start_step=push.start_step,
+        stop_step=push.stop_step,
+        max_relative_norm=push.max_relative_norm,
     )
 
 

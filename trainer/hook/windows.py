@@ -17,16 +17,18 @@ class WindowLosses:
 
     Args:
         period_steps: Length of a window in optimizer steps.
+        setting: That says how long it is.
 
     Attributes:
         newest_step: Of the newest snapshot that this rank knows to be lost; NO_STEP if it knows of none.
         has_room: Whether this rank had a slot free for another snapshot when it voted last.
     """
 
-    def __init__(self, period_steps: int) -> None:
+    def __init__(self, period_steps: int, setting: str = "nowcaster.period_steps") -> None:
         self.newest_step = NO_STEP
         self.has_room = True
         self._period_steps = period_steps
+        self._setting = setting
         self._agreed_step = NO_STEP
         self._have_room = True
         self._num_windows = 0
@@ -99,7 +101,7 @@ class WindowLosses:
         return (
             f"{self._num_outrun} of {self._num_windows} windows were lost because steps outrun transfers: a snapshot "
             f"is due every {self._interval_s:.3g} s, and sending the last one took {self._sent_s:.3g} s; "
-            "raise nowcaster.period_steps (see 'Fast steps' in docs/settings.md)"
+            f"raise {self._setting} (see 'Fast steps' in docs/settings.md)"
         )
 
     def forget(self) -> None:

@@ -61,12 +61,24 @@ class HorizonSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PushSettings:
+    """How a run is pushed; fields are named as in Push of the wire."""
+
+    time_constant_steps: float
+    gain: float
+    start_step: int
+    stop_step: int | None
+    max_relative_norm: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Opening:
     """What rank 0 announces of the run besides its session; fields are named as in OpenRequest of the wire.
 
     Attributes:
         parameters: ``(fqn, shape)`` of every parameter, in manifest order.
         config_json: The model's configuration.
+        push: For a run with pushes; None for jumps.
     """
 
     world_size: int
@@ -82,6 +94,7 @@ class Opening:
     aliases: Mapping[str, str]
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
     config_json: str
+    push: PushSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +155,30 @@ class BeginSession:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Applied:
+    """A prediction that was applied, and with which factor."""
+
+    version: int
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A staging slot holds a snapshot, and is the courier's until it says ``Sent``."""
+    """A staging slot holds a snapshot, and is the courier's until it says ``Sent``.
+
+    Attributes:
+        slot: Which one.
+        step: Optimizer step.
+        epoch: Of the state.
+        learning_rate_sum: Of all steps so far, in a run with pushes.
+        applied: What began the epoch, in a run with pushes; None for nothing.
+    """
 
     slot: int
     step: int
     epoch: int
+    learning_rate_sum: float = 0.0
+    applied: Applied | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

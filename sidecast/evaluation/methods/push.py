@@ -15,10 +15,7 @@ from torch import Tensor
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.policies.loss_guard import LossGuard, LossGuardConfig
-from sidecast.policies.push import OwnMotion, PushConfig, age_weight, apply_, fold_, push_factor
-
-GUARD_LEAD_STEPS = 100
-"""Losses that the guard has seen when pushes begin."""
+from sidecast.policies.push import GUARD_LEAD_STEPS, OwnMotion, PushConfig, age_weight, apply_, fold_, push_factor
 
 
 class PushMethod:
@@ -101,7 +98,7 @@ class PushMethod:
         own_P = self._motion.advance(params_P)
         if own_P is None:
             return
-        fold_(self._carry_P, own_P, self._lr_sum, self._config.momentum)
+        fold_(self._carry_P, own_P, self._lr_sum, self._config.momentum(self._config.interval_steps))
         if self._alarm_step or not self._config.is_active(step):
             return
         carry_norm, own_norm = (float(torch.linalg.vector_norm(each_P)) for each_P in (self._carry_P, own_P))

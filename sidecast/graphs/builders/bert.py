@@ -28,7 +28,8 @@ def draw_bert(assembler: TopologyAssembler, config: ModelConfig) -> None:
     tokens = assembler.nodes(config.count("vocab_size"), "tokens", is_boundary=True)
     embeddings = _embeddings(assembler, config, f"{prefix}embeddings", tokens, shape.hidden)
     stream = embeddings
-    for layer in range(config.count("num_hidden_layers")):
+    num_layers = config.count("num_hidden_layers")
+    for layer in range(num_layers):
         name = f"{prefix}encoder.layer.{layer}"
         attended = next_stream(assembler, f"{name}.attention", stream)
         projections = tuple(f"{name}.attention.self.{part}" for part in ("query", "key", "value"))
@@ -40,7 +41,9 @@ def draw_bert(assembler: TopologyAssembler, config: ModelConfig) -> None:
         )
         attention(assembler, f"{name}.attention", weights, shape, stream, attended, has_rotary=False)
         layer_norm(assembler, f"{name}.attention.output.LayerNorm", attended)
-        stream = next_stream(assembler, f"{name}.output", attended)
+        # A bare encoder returns its stream.
+        is_output = not prefix and layer == num_layers - 1
+        stream = next_stream(assembler, f"{name}.output", attended, is_output=is_output)
         inner = config.count("intermediate_size")
         into = Projection.linear(f"{name}.intermediate.dense", shape.hidden, inner, has_bias=True)
         out_of = Projection.linear(f"{name}.output.dense", inner, shape.hidden, has_bias=True)

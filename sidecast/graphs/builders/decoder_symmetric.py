@@ -57,7 +57,8 @@ def draw_decoder_symmetric(
     tokens = assembler.nodes(config.count("vocab_size"), "tokens", is_boundary=True)
     stream = assembler.nodes(shape.hidden, "embeddings.stream")
     assembler.lookup(f"{prefix}embed_tokens.weight", tokens, stream, EdgeType.TOKEN_EMBEDDING)
-    for layer in range(config.count("num_hidden_layers")):
+    num_layers = config.count("num_hidden_layers")
+    for layer in range(num_layers):
         name = f"{prefix}layers.{layer}"
         projections = tuple(f"{name}.self_attn.{part}_proj" for part in "qkvo")
         weights = AttentionWeights.separate(
@@ -73,7 +74,9 @@ def draw_decoder_symmetric(
         attended = next_stream(assembler, f"{name}.self_attn", stream)
         attention(assembler, f"{name}.self_attn", weights, shape, stream, attended, has_rotary=True)
         attach(assembler, f"{name}.post_attention_layernorm.weight", attended, EdgeType.NORM)
-        stream = next_stream(assembler, f"{name}.mlp", attended)
+        # A bare decoder returns its stream.
+        is_output = not prefix and layer == num_layers - 1
+        stream = next_stream(assembler, f"{name}.mlp", attended, is_output=is_output)
         draw_mlp(assembler, config, name, attended, stream)
     attach(assembler, f"{prefix}norm.weight", stream, EdgeType.NORM)
     if prefix and not config.flag("tie_word_embeddings", False):

@@ -34,7 +34,9 @@ def draw_gpt2_symmetric(assembler: TopologyAssembler, config: ModelConfig) -> No
         weights = _attention_weights(shape, f"{name}.attn")
         attention(assembler, f"{name}.attn", weights, attention_shape, stream, attended, has_rotary=False)
         layer_norm(assembler, f"{name}.ln_2", attended)
-        stream = next_stream(assembler, f"{name}.mlp", attended)
+        # A bare decoder returns its stream.
+        is_output = not shape.has_head and layer == shape.num_layers - 1
+        stream = next_stream(assembler, f"{name}.mlp", attended, is_output=is_output)
         into = Projection.transposed(f"{name}.mlp.c_fc", shape.hidden, shape.inner_width)
         out_of = Projection.transposed(f"{name}.mlp.c_proj", shape.inner_width, shape.hidden)
         mlp(assembler, f"{name}.mlp", into, out_of, shape.inner_width, attended, stream)

@@ -16,8 +16,6 @@ BUILDER = GraphBuilder(
 QWEN2_BUILDER = GraphBuilder(
     family="qwen2",
     model_types=("qwen2",),
-    layouts={
-        "official": draw_llama_official,
-        "symmetric": partial(draw_decoder_symmetric, has_qkv_bias=True),
-    },
+    # The published layout has no place for the biases that every one of them has.
+    layouts={"symmetric": partial(draw_decoder_symmetric, has_qkv_bias=True)},
 )

@@ -11,6 +11,7 @@ from typing import Any
 from sidecast.errors import ConfigError
 from sidecast.graphs.assembler import MatrixSlice, TopologyAssembler
 from sidecast.graphs.builder import GraphBuilder
+from sidecast.graphs.builders.operation_roles import roles_of
 from sidecast.graphs.builders.recurrent import RecurrentShape, draw_recurrent
 from sidecast.graphs.builders.symmetric_parts import attach
 from sidecast.graphs.model_config import ModelConfig
@@ -32,7 +33,10 @@ class _ModuleGraph:
         self._assembler = assembler
         self._operations = operations
         self._nodes: dict[str, NodeRange] = {}
+        self._tables: dict[str, NodeRange] = {}
         self._outputs = _output_values(operations)
+        self._roles = roles_of(operations, assembler.has)
+        self._role_nodes: dict[str, NodeRange] = {}
 
     def draw(self) -> None:
         drawers = {
@@ -63,6 +67,10 @@ class _ModuleGraph:
         value = operation["value"]
         nodes = self._assembler.nodes(width, value, is_boundary=value in self._outputs)
         self._nodes[value] = nodes
+        for role in self._roles.get(value, ()):
+            if role not in self._role_nodes:
+                self._role_nodes[role] = self._assembler.nodes(1, f"role {role}", is_boundary=True)
+            self._assembler.structural(f"{value}.role", EdgeType.HEAD, self._role_nodes[role], nodes)
         return nodes
 
     def _pass(self, operation: dict[str, Any]) -> None:
@@ -86,6 +94,7 @@ class _ModuleGraph:
         if num_inputs % len(source):
             raise ConfigError(f"module {name!r} reads {num_inputs} values from {len(source)} channels")
         target = self._new(operation, operation["num_outputs"])
+        self._tie_to_table(f"{name}.weight", source, target)
         # After flattening, a channel's positions are the elements of a kernel.
         num_elements = num_inputs // len(source)
         matrix = MatrixSlice(
@@ -100,6 +109,8 @@ class _ModuleGraph:
     def _convolution(self, operation: dict[str, Any]) -> None:
         num_inputs, num_groups = operation["num_inputs"], operation["num_groups"]
         source = self._read(operation, num_inputs)
+        if num_inputs != len(source):
+            raise ConfigError(f"module {operation['module']!r} reads {num_inputs} channels from {len(source)}")
         target = self._new(operation, operation["num_outputs"])
         num_elements = prod(operation["kernel_size"])
         inputs_per_group, outputs_per_group = num_inputs // num_groups, len(target) // num_groups
@@ -127,7 +138,17 @@ class _ModuleGraph:
     def _embedding(self, operation: dict[str, Any]) -> None:
         fqn = f"{operation['module']}.weight"
         rows = self._assembler.nodes(operation["num_inputs"], f"{operation['value']}.rows", is_boundary=True)
-        self._assembler.lookup(fqn, rows, self._new(operation, operation["num_outputs"]), EdgeType.TOKEN_EMBEDDING)
+        columns = self._tables[fqn] = self._new(operation, operation["num_outputs"])
+        self._assembler.lookup(fqn, rows, columns, EdgeType.TOKEN_EMBEDDING)
+
+    def _tie_to_table(self, fqn: str, source: NodeRange, target: NodeRange) -> None:
+        """A tied output layer reads its inputs with a table's rows, so both are permuted alike."""
+        tied = self._assembler.manifest.aliases.get(fqn)
+        if tied is None:
+            return
+        if tied not in self._tables or len(self._tables[tied]) != len(source):
+            raise ConfigError(f"parameter {fqn!r} is tied to {tied!r}; a graph has a place for ties to embeddings only")
+        self._assembler.structural(f"{fqn}.tie", EdgeType.RESIDUAL, source, self._tables[tied], BlockKind.DIAGONAL)
 
     def _norm(self, operation: dict[str, Any]) -> None:
         value = operation["inputs"][0]

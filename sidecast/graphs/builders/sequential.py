@@ -1,18 +1,22 @@
 """Fully connected and convolutional chains without branches, read from shapes alone.
 
 A matrix or kernel begins a layer; the vectors after it (bias, norm weight and bias) attach to that layer's outputs.
+Shapes do not tell grouped or transposed convolutions, nor norms over some of the channels: ``manifest_of_chain`` does.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from sidecast.errors import ConfigError
-from sidecast.graphs.assembler import TopologyAssembler
+from sidecast.graphs.assembler import MatrixSlice, TopologyAssembler
 from sidecast.graphs.builder import GraphBuilder
 from sidecast.graphs.model_config import ModelConfig
-from sidecast.graphs.topology import EdgeType, NodeRange, ParameterView
+from sidecast.graphs.topology import EdgeType, NodeRange
 from sidecast.manifest import ParameterSpec
+
+_REPARAMETRISED = re.compile(r"\.parametrizations\.|(^|\.)weight_(g|v|orig)$|(^|\.)original\d*$")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ def draw_sequential(assembler: TopologyAssembler, config: ModelConfig) -> None:
 def _layers(parameters: tuple[ParameterSpec, ...]) -> list[_Layer]:
     layers: list[_Layer] = []
     for spec in parameters:
+        if _REPARAMETRISED.search(spec.fqn):
+            raise ConfigError(
+                f"parameter {spec.fqn!r} is a factor of a weight (weight or spectral norm), which a plain chain has no "
+                "place for; remove the parametrisation, or use a predictor without a graph"
+            )
         if len(spec.shape) >= 2:
             layers.append(_Layer(spec, ()))
         elif not layers or len(spec.shape) != 1 or spec.numel != layers[-1].weight.shape[0]:
@@ -62,17 +71,15 @@ def _draw_layer(assembler: TopologyAssembler, layer: _Layer, stream: NodeRange, 
     weight = layer.weight
     vector_nodes = [assembler.nodes(1, vector.fqn, is_boundary=True) for vector in layer.vectors]
     outputs = assembler.nodes(weight.shape[0], f"{weight.fqn}.outputs", is_boundary=is_last)
-    assembler.use(weight.fqn, weight.shape)
     num_elements = weight.numel // (weight.shape[0] * weight.shape[1])
-    view = ParameterView(
+    matrix = MatrixSlice(
         fqn=weight.fqn,
-        source_stride=num_elements,
-        target_stride=weight.shape[1] * num_elements,
-        kernel_stride=1,
-        num_kernel_elements=num_elements,
+        shape=weight.shape,
+        input_stride=num_elements,
+        output_stride=weight.shape[1] * num_elements,
     )
     edge_type = EdgeType.CONV if len(weight.shape) > 2 else EdgeType.FULLY_CONNECTED
-    assembler.parametric(weight.fqn, edge_type, stream, outputs, view)
+    assembler.kernel(matrix, num_elements, stream, outputs, edge_type)
     for vector, node in zip(layer.vectors, vector_nodes, strict=True):
         is_bias = vector.fqn.endswith("bias")
         assembler.vector(vector.fqn, node, outputs, EdgeType.BIAS if is_bias else EdgeType.NORM)

@@ -110,9 +110,12 @@ def project(
         attach_part(assembler, f"{name}.bias", projection.bias, outputs, EdgeType.BIAS)
 
 
-def next_stream(assembler: TopologyAssembler, name: str, stream: NodeRange) -> NodeRange:
-    """Appends the stream's next set of nodes, tied to the last one by the residual connection."""
-    following = assembler.nodes(len(stream), f"{name}.stream")
+def next_stream(assembler: TopologyAssembler, name: str, stream: NodeRange, *, is_output: bool = False) -> NodeRange:
+    """Appends the stream's next set of nodes, tied to the last one by the residual connection.
+
+    Those of a model's output are boundary nodes: what reads it knows their order.
+    """
+    following = assembler.nodes(len(stream), f"{name}.stream", is_boundary=is_output)
     assembler.structural(f"{name}.res", EdgeType.RESIDUAL, stream, following, BlockKind.DIAGONAL)
     return following
 

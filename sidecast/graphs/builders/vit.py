@@ -1,9 +1,11 @@
-"""Vision transformers of the ``transformers`` library (version 5 names).
+"""Vision transformers of the ``transformers`` library, under the names that run and those that are saved.
 
 There is no published graph of this family, so there is no official layout.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from sidecast.graphs.assembler import MatrixSlice, TopologyAssembler, VectorSlice
 from sidecast.graphs.builder import GraphBuilder
@@ -22,16 +24,55 @@ from sidecast.graphs.model_config import AttentionShape, ModelConfig
 from sidecast.graphs.topology import EdgeType, NodeRange
 
 
+@dataclass(frozen=True, kw_only=True)
+class _LayerNames:
+    """Names of one layer's modules: transformers 5 renames them when it loads a model, and back when it saves one."""
+
+    layer: str
+    projections: tuple[str, str, str, str]
+    into: str
+    out_of: str
+
+    @classmethod
+    def running(cls, prefix: str, number: int) -> _LayerNames:
+        name = f"{prefix}layers.{number}"
+        attention = f"{name}.attention"
+        return cls(
+            layer=name,
+            projections=(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj", f"{attention}.o_proj"),
+            into=f"{name}.mlp.fc1",
+            out_of=f"{name}.mlp.fc2",
+        )
+
+    @classmethod
+    def saved(cls, prefix: str, number: int) -> _LayerNames:
+        name = f"{prefix}encoder.layer.{number}"
+        attention = f"{name}.attention.attention"
+        return cls(
+            layer=name,
+            projections=(
+                f"{attention}.query",
+                f"{attention}.key",
+                f"{attention}.value",
+                f"{name}.attention.output.dense",
+            ),
+            into=f"{name}.intermediate.dense",
+            out_of=f"{name}.output.dense",
+        )
+
+
 def draw_vit(assembler: TopologyAssembler, config: ModelConfig) -> None:
     """Draws a vision transformer so that its symmetries are the graph's."""
     shape = AttentionShape.from_config(config)
     prefix = "vit." if assembler.has_prefix("vit.") else ""
     stream = _embeddings(assembler, config, f"{prefix}embeddings", shape.hidden)
-    for layer in range(config.count("num_hidden_layers")):
-        name = f"{prefix}layers.{layer}"
-        projections = tuple(f"{name}.attention.{part}_proj" for part in "qkvo")
+    is_saved = assembler.has_prefix(f"{prefix}encoder.layer.")
+    num_layers = config.count("num_hidden_layers")
+    for layer in range(num_layers):
+        names = _LayerNames.saved(prefix, layer) if is_saved else _LayerNames.running(prefix, layer)
+        name = names.layer
         weights = AttentionWeights.separate(
-            (projections[0], projections[1], projections[2], projections[3]),
+            names.projections,
             shape,
             has_bias=config.flag("qkv_bias", True),
             has_output_bias=True,
@@ -40,10 +81,12 @@ def draw_vit(assembler: TopologyAssembler, config: ModelConfig) -> None:
         attended = next_stream(assembler, f"{name}.attention", stream)
         attention(assembler, f"{name}.attention", weights, shape, stream, attended, has_rotary=False)
         layer_norm(assembler, f"{name}.layernorm_after", attended)
-        stream = next_stream(assembler, f"{name}.mlp", attended)
+        # A bare encoder returns its stream.
+        is_output = not prefix and layer == num_layers - 1
+        stream = next_stream(assembler, f"{name}.mlp", attended, is_output=is_output)
         inner = config.count("intermediate_size")
-        into = Projection.linear(f"{name}.mlp.fc1", shape.hidden, inner, has_bias=True)
-        out_of = Projection.linear(f"{name}.mlp.fc2", inner, shape.hidden, has_bias=True)
+        into = Projection.linear(names.into, shape.hidden, inner, has_bias=True)
+        out_of = Projection.linear(names.out_of, inner, shape.hidden, has_bias=True)
         mlp(assembler, f"{name}.mlp", into, out_of, inner, attended, stream)
     layer_norm(assembler, f"{prefix}layernorm", stream)
     for head in (f"{prefix}pooler.dense", "classifier"):

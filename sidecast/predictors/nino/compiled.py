@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,6 +42,9 @@ class _CompiledLayer(ctypes.Structure):
     )
 
 
+_searching = threading.Lock()
+
+
 @dataclass(frozen=True)
 class _Tiles:
     """The compiled loops of one precision.
@@ -60,9 +64,16 @@ class _Tiles:
     dim_step: int
 
 
-@lru_cache(maxsize=1)
 def compiled_tiles() -> ctypes.CDLL | None:
     """The compiled loops, or None (with one warning in the log of the process) if they cannot run here."""
+    # The first parts of a pass are begun on several threads at once: a cache alone would let each of them search.
+    with _searching:
+        return find_compiled_tiles()
+
+
+@lru_cache(maxsize=1)
+def find_compiled_tiles() -> ctypes.CDLL | None:
+    """What ``compiled_tiles`` gives, for one thread at a time."""
     try:
         library = _load()
     except (OSError, AttributeError) as error:

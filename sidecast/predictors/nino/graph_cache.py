@@ -24,7 +24,7 @@ class NeuralGraph:
     lpe_VL: Tensor
 
 
-def build_graph(manifest: ModelManifest, layout: str, lpe_dim: int) -> NeuralGraph:
+def build_graph(manifest: ModelManifest, layout: str | None, lpe_dim: int) -> NeuralGraph:
     """The graph of a model by its registered builder, with its Laplacian encoding (unless ``lpe_dim`` is 0)."""
     topology = build_topology(manifest, layout)
     if lpe_dim == 0:
@@ -41,18 +41,20 @@ class GraphCache:
     """
 
     def __init__(
-        self, build: Callable[[ModelManifest, str, int], NeuralGraph] = build_graph, capacity: int = 8
+        self, build: Callable[[ModelManifest, str | None, int], NeuralGraph] = build_graph, capacity: int = 8
     ) -> None:
         self._build = build
         self._capacity = capacity
-        self._graphs: OrderedDict[tuple[str, str, int], NeuralGraph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[str, str | None, int], NeuralGraph] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[GraphCache], tuple[Callable[[ModelManifest, str, int], NeuralGraph], int]]:
+    def __reduce__(
+        self,
+    ) -> tuple[type[GraphCache], tuple[Callable[[ModelManifest, str | None, int], NeuralGraph], int]]:
         # Graphs are rebuilt where a predictor is sent to; sending them would cost more.
         return GraphCache, (self._build, self._capacity)
 
-    def graph(self, manifest: ModelManifest, layout: str, lpe_dim: int) -> NeuralGraph:
+    def graph(self, manifest: ModelManifest, layout: str | None, lpe_dim: int) -> NeuralGraph:
         """The graph of this model, built now if it is not at hand."""
         key = (manifest.schema_hash, layout, lpe_dim)
         with self._lock:

@@ -26,7 +26,7 @@ class PlainNinoPredictor:
     Args:
         weights: The network.
         graphs: Where graphs are kept between calls.
-        layout: Graph layout, ``official`` or ``symmetric``.
+        layout: ``official`` or ``symmetric``; None for ``official`` where the family has it, else ``symmetric``.
         upd_scale: Share of the predicted scaled change that is used, for all parameters or by name pattern.
         trimmed: Leave out the last convolution, which the prediction does not depend on.
     """
@@ -36,7 +36,7 @@ class PlainNinoPredictor:
         weights: NinoWeights,
         *,
         graphs: GraphCache,
-        layout: str = "official",
+        layout: str | None = None,
         upd_scale: StepLength = 1.0,
         trimmed: bool = True,
     ) -> None:
@@ -93,7 +93,7 @@ def scale_history(predictor: Predictor, history: History) -> tuple[Tensor, list[
 
 
 def create(
-    *, weights: Path, layout: str = "official", upd_scale: StepLength = 1.0, trimmed: bool = True
+    *, weights: Path, layout: str | None = None, upd_scale: StepLength = 1.0, trimmed: bool = True
 ) -> PlainNinoPredictor:
     """The predictor with the weights of a file."""
     return PlainNinoPredictor(

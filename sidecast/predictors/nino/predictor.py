@@ -31,7 +31,7 @@ class NinoPredictor:
     Args:
         weights: The network.
         graphs: Where graphs are kept between calls.
-        layout: Graph layout, ``official`` or ``symmetric``.
+        layout: ``official`` or ``symmetric``; None for ``official`` where the family has it, else ``symmetric``.
         upd_scale: Share of the predicted scaled change that is used, for all parameters or by name pattern.
         device: Where to compute: ``cpu``, ``cuda`` or ``cuda:0`` and so on. The history may be elsewhere.
         precision: How hidden vectors are multiplied: in ``fp32``, or in ``bf16`` on processors that have it; on CUDA
@@ -48,7 +48,7 @@ class NinoPredictor:
         weights: NinoWeights,
         *,
         graphs: GraphCache,
-        layout: str = "official",
+        layout: str | None = None,
         upd_scale: StepLength = 1.0,
         device: str = "cpu",
         precision: str = "fp32",
@@ -122,7 +122,7 @@ class NinoPredictor:
 def create(
     *,
     weights: Path,
-    layout: str = "official",
+    layout: str | None = None,
     upd_scale: StepLength = 1.0,
     device: str = "cpu",
     precision: str = "fp32",
@@ -135,7 +135,7 @@ def create(
 def create_wnn_plus(
     *,
     weights: Path,
-    layout: str = "official",
+    layout: str | None = None,
     upd_scale: StepLength = 1.0,
     device: str = "cpu",
     precision: str = "fp32",
@@ -149,7 +149,7 @@ def _create(
     name: str,
     gnn: bool,
     weights: Path,
-    layout: str,
+    layout: str | None,
     upd_scale: StepLength,
     device: str,
     precision: str,

@@ -13,7 +13,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 import sidecast
 from sidecast.trainer.integrations.deepspeed import hook_of
 from tests.integration.workers.snapshot_cases import CASES, SNAPSHOT_STEP
-from tests.integration.workers.tiny_job import new_engine, train
+from tests.integration.workers.tiny_job import new_engine, pacer_of, train
 
 
 def reference(engine: Any, stage: int, dtype: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -55,11 +55,14 @@ def compare_snapshots(rank: int, address: str, folder: Path) -> None:
             )
         )
         losses = train(engine, rank)
+        pacer = pacer_of(engine)
         for _ in range(SNAPSHOT_STEP):
             next(losses)
         state = reference(engine, stage, dtype, folder / name)
         # Training goes on, as it does for users, until the service has the whole snapshot.
         while not is_known_to_all(bool(committed)):
+            # Not so far that later snapshots push this one out.
+            pacer.wait()
             next(losses)
         if rank == 0:
             torch.save(state, folder / f"{name}.pt")

@@ -9,7 +9,7 @@ import pytest
 
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.trainer.courier.process import announcement
-from sidecast.trainer.pipe.messages import HorizonSettings, Opening, Session
+from sidecast.trainer.pipe.messages import HorizonSettings, Opening, PushSettings, Session
 from tests.support.courier_harness import session, settings
 from tests.support.service_harness import MANIFEST
 
@@ -29,6 +29,8 @@ def sent(request: pb.OpenRequest, name: str) -> Any:
         return tuple((item.fqn, tuple(item.shape)) for item in request.manifest.parameters)
     if name == "horizon":
         return HorizonSettings(**{name: getattr(request.horizon, name) for name in get_type_hints(HorizonSettings)})
+    if name == "push":
+        return PushSettings(**{name: getattr(request.push, name) for name in get_type_hints(PushSettings)})
     if name == "aliases":
         return dict(request.manifest.aliases)
     return getattr(request.manifest if name == "config_json" else request, name)
@@ -38,7 +40,8 @@ def sent(request: pb.OpenRequest, name: str) -> Any:
 def opening() -> Opening:
     made = settings("127.0.0.1:1", MANIFEST, []).opening
     assert made is not None
-    changed: Opening = renewed(replace(made, horizon=renewed(made.horizon)))
+    push = PushSettings(time_constant_steps=50.0, gain=2.0, start_step=10, stop_step=1000, max_relative_norm=3.0)
+    changed: Opening = renewed(replace(made, horizon=renewed(made.horizon), push=push))
     return changed
 
 

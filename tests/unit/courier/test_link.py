@@ -88,7 +88,7 @@ class FakeClient:
     def upload(self, upload: Any) -> None:
         list(upload.frames())
 
-    def commit(self, upload: Any) -> None:
+    def commit(self, upload: Any, snapshot: Any) -> None:
         self.sent.append((upload.key.session_id, upload.key.id))
 
     def report(self, request: pb.ReportRequest) -> None:

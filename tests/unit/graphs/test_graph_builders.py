@@ -19,10 +19,10 @@ from sidecast.graphs import (
     to_edges,
     topology_of_module,
 )
+from sidecast.graphs.automorphisms import SmallGraph
 from sidecast.graphs.builders import BUILDERS
 from sidecast.graphs.export import edge_features, from_edges
 from sidecast.manifest import ModelManifest
-from tests.support.graph_automorphisms import SmallGraph
 from tests.support.symmetric_models import SMALL_MODELS, ResidualNet
 
 
@@ -94,16 +94,37 @@ def test_family_without_a_published_graph_says_what_it_has() -> None:
         SMALL_MODELS["bert_mlm"]().topology("official")
 
 
-@pytest.mark.parametrize("name", ["llama_biases", "qwen2"])
-def test_official_refuses_biases_and_points_to_symmetric(name: str) -> None:
+def test_official_refuses_biases_and_points_to_symmetric() -> None:
     with pytest.raises(ConfigError, match=r"'official' layout .* 'model.layers.0.*_proj.bias'; use layout 'symmetric'"):
-        SMALL_MODELS[name]().topology("official")
+        SMALL_MODELS["llama_biases"]().topology("official")
+
+
+def test_the_default_layout_can_be_drawn_for_every_family(llama: ModelManifest) -> None:
+    assert build_topology(llama, None).layout == "official"
+    for name in ("qwen2", "mixtral", "bert_mlm", "vit", "residual_net"):
+        assert build_topology(SMALL_MODELS[name]().manifest, None).layout == "symmetric"
+    with pytest.raises(ConfigError, match="'qwen2' has no 'official' layout; it has: symmetric"):
+        SMALL_MODELS["qwen2"]().topology("official")
+
+
+def test_kernels_of_a_chain_lie_on_parallel_edges() -> None:
+    shapes = [("0.weight", (8, 3, 5, 5)), ("1.weight", (2, 8, 1, 1))]
+    topology = build_topology(ModelManifest.from_shapes(shapes, {"model_type": "sequential"}))
+    assert [block.view.num_kernel_elements for block in topology.blocks if block.view] == [9, 9, 7, 1]
+    elements = to_edges(topology).element_EF
+    assert sorted(elements[elements >= 0].tolist()) == list(range(616))
+
+
+def test_factors_of_a_weight_have_no_place_in_a_chain() -> None:
+    for name in ("0.parametrizations.weight.original0", "0.weight_g", "0.weight_orig"):
+        with pytest.raises(ConfigError, match=rf"{re.escape(name)}' is a factor of a weight"):
+            build_topology(ModelManifest.from_shapes([(name, (4, 1))], {"model_type": "sequential"}))
 
 
 @pytest.mark.parametrize("layout", ["official", "symmetric"])
 def test_unknown_parameter_is_an_error_that_names_it(gpt2: ModelManifest, layout: str) -> None:
     manifest = with_changes(gpt2, add=(("value_head.weight", (1, 12)),))
-    with pytest.raises(ConfigError, match=r"does not know parameter 'value_head.weight'; unknown_parameters='isolate'"):
+    with pytest.raises(ConfigError, match=r"does not know parameter 'value_head.weight'; predictors without a graph"):
         build_topology(manifest, layout)
 
 
@@ -248,7 +269,7 @@ def test_experts_in_modules_of_their_own_are_drawn_as_fused_ones() -> None:
 def test_module_is_drawn_on_the_meta_device() -> None:
     with torch.device("meta"):
         module = ResidualNet()
-    topology = topology_of_module(module)
+    topology = topology_of_module(module, torch.randn(2, 3, 8, 8))
     depthwise = next(block for block in topology.blocks if block.name == "depthwise.weight")
     assert depthwise.kind is BlockKind.DIAGONAL
     stem = [block for block in topology.blocks if block.name.startswith("stem.weight")]
@@ -289,7 +310,7 @@ class Sorts(CallsTwice):
 )
 def test_module_without_a_place_in_a_graph_is_refused(module: nn.Module, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        topology_of_module(module)
+        topology_of_module(module, torch.randn(2, 3))
 
 
 def test_chain_refuses_shapes_that_do_not_follow() -> None:

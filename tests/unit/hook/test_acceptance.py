@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from sidecast.trainer.hook.probation import LossPoint, LossTrend, Verdict, judge
+from sidecast.trainer.hook.policies.probation import LossPoint, LossTrend, Verdict, judge
 
 
 def trend(start: int, stop: int, shift: float = 0.0, noise: float = 0.02, seed: int = 0) -> list[LossPoint]:

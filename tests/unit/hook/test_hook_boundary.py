@@ -33,7 +33,7 @@ def test_a_prediction_of_an_earlier_session_is_given_back_unapplied(session_id: 
 def test_sync_mode_waits_only_for_what_it_would_apply(is_suspended: bool, num_waits: int) -> None:
     courier = FakeCourier()
     hook = new_hook(courier, FakePartition(), step=19, mode="sync")
-    hook._probation.is_suspended = is_suspended
+    hook._policy._probation.is_suspended = is_suspended  # type: ignore[attr-defined]
     hook.after_step(20)
     assert len(courier.waited_s) == num_waits
 
@@ -164,7 +164,7 @@ def test_sync_mode_waits_for_no_slot_of_which_nothing_would_come(
 ) -> None:
     courier = BusyCourier([Disconnected(reason="gone"), SENT])
     hook = busy_hook(courier, monkeypatch, mode="sync", is_linked=is_linked)
-    hook._probation.is_suspended = is_suspended
+    hook._policy._probation.is_suspended = is_suspended  # type: ignore[attr-defined]
     hook.after_step(10)
     assert len(courier.waited_s) == num_waits
     assert hook.totals.num_dropped == 1

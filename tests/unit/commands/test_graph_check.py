@@ -1,0 +1,153 @@
+"""``sidecast graph --check``: a line of result, and a refusal of what is wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from sidecast.commands.__main__ import main
+from sidecast.commands.transformers_models import shrunken
+from sidecast.errors import ConfigError
+from sidecast.graphs import graph_builders
+from sidecast.graphs.assembler import TopologyAssembler
+
+WIDE = {
+    "Llama": {"num_key_value_heads": 8, "attention_bias": True, "head_dim": 64, "vocab_size": 32000},
+    "Qwen2": {"use_sliding_window": True},
+    "Mixtral": {"num_local_experts": 64},
+}
+MODULES = """
+import torch
+from torch import nn
+
+def right():
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(5, 4)
+
+def wrong():
+    return nn.Sequential(nn.Conv1d(4, 8, 1), nn.LayerNorm(8), nn.Conv1d(8, 3, 1)), torch.randn(2, 4, 8)
+
+def bare():
+    return nn.Linear(4, 6)
+
+def fails():
+    raise KeyError("nothing")
+"""
+
+
+def write(folder: Path, name: str, **options: object) -> Path:
+    config = getattr(transformers, f"{name}Config")(**options)
+    file = folder / "config.json"
+    file.write_text(config.to_json_string(use_diff=False))
+    return file
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_family_is_checked_at_tiny_widths(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", "--check", str(write(tmp_path, name, **WIDE[name]))]) == 0
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    assert line.startswith(f"{name.lower()}, symmetric: right at tiny widths: 4 permutations that keep the graph ")
+
+
+def test_a_wrong_builder_fails_the_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = graph_builders()["llama"]
+
+    def draw(assembler: TopologyAssembler, config: object) -> None:
+        assembler.structural = lambda *_, **__: None  # type: ignore[method-assign]
+        builder.layouts["symmetric"](assembler, config)  # type: ignore[arg-type]
+
+    wrong = replace(builder, layouts={"symmetric": draw})
+    monkeypatch.setitem(graph_builders(), "llama", wrong)
+    assert main(["graph", "--check", str(write(tmp_path, "Llama"))]) == 2
+    streams = capsys.readouterr()
+    assert not streams.out
+    assert "sidecast: the graph of LlamaForCausalLM has a symmetry that the model lacks" in streams.err
+
+
+def test_shrinking_keeps_what_decides_on_the_graph() -> None:
+    grouped = shrunken({"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128})
+    assert grouped == {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+    wide = shrunken({"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 128})
+    assert wide == {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6}
+    alone = shrunken({"hidden_size": 768, "num_attention_heads": 12, "head_dim": None, "hidden_act": "gelu"})
+    assert alone == {"hidden_size": 12, "num_attention_heads": 3, "head_dim": None, "hidden_act": "gelu"}
+    with pytest.raises(ConfigError, match="num_attention_heads='8'; it must be a positive integer"):
+        shrunken({"hidden_size": 8, "num_attention_heads": "8"})
+
+
+@pytest.fixture
+def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "modules_to_check.py").write_text(MODULES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("_modules")
+def test_a_module_is_checked_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    out = tmp_path / "graph.html"
+    assert main(["graph", "--check", "--module", "modules_to_check:right", "--out", str(out)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("module_graph, symmetric: right of Sequential: ")
+    assert second.endswith(f"-> {out}")
+
+
+@pytest.mark.usefixtures("_modules")
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--module", "modules_to_check:wrong"], "the graph of Sequential has a symmetry that the model lacks"),
+        (["--module", "modules_to_check:bare"], r"gave a Linear; it must give \(module, example_inputs\)"),
+        (["--module", "modules_to_check:fails"], "modules_to_check:fails failed: KeyError: 'nothing'"),
+        (["--module", "modules_to_check:none"], "failed: AttributeError: module 'modules_to_check' has no attribute"),
+        (["--module", "modules_to_check"], "--module is 'modules_to_check'; it must be MODULE:FUNCTION"),
+        (["--module", "no_such_module:make"], "failed: ModuleNotFoundError: No module named 'no_such_module'"),
+        (["--layout", "official", "config.json"], "--layout is 'official', .* a check needs 'symmetric'"),
+        (["config.json", "--module", "modules_to_check:right"], "give either MODEL or --module"),
+        ([], "give either MODEL or --module"),
+        (["config.json"], "model_type 'sequential' names no class to run; give --module instead"),
+    ],
+)
+def test_what_is_wrong_or_cannot_be_checked_is_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("config.json").write_text(json.dumps({"model_type": "sequential"}))
+    assert main(["graph", "--check", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    with pytest.raises(ConfigError, match=message):
+        raise ConfigError(error)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama", "hidden_size": "64"},
+        {"model_type": "llama", "hidden_size": 10, "num_attention_heads": 4},
+        {"model_type": "llama", "num_attention_heads": 0},
+        {"model_type": "llama", "rope_scaling": {"type": "nope"}},
+        {"model_type": "llama", "architectures": ["AutoModelForCausalLM"]},
+        {"model_type": "llama", "architectures": ["Trainer"]},
+        {"model_type": "llama", "architectures": ["pipeline"]},
+    ],
+    ids=str,
+)
+def test_configurations_that_transformers_refuses_are_one_line(
+    config: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    assert main(["graph", str(file), "--out", str(tmp_path / "graph.html")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_drawing_needs_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", str(write(tmp_path, "Llama"))]) == 2
+    assert "give --out FILE to draw the graph, or --check to check it" in capsys.readouterr().err

@@ -1,0 +1,120 @@
+"""Pushes: small and frequent, none of them judged alone; a rise of the loss ends them all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from sidecast.policies.loss_guard import LossGuard, LossGuardConfig
+from sidecast.policies.push import GUARD_LEAD_STEPS, PushConfig, age_weight
+from sidecast.trainer.hook.reporting import Reporter
+from sidecast.trainer.partitions import Partition
+from sidecast.trainer.pipe.messages import Applied, Prediction
+
+log = logging.getLogger(__name__)
+
+
+class PushPolicy:
+    """Implements ``Policy``.
+
+    Args:
+        config: Of the pushes.
+        partition: Whose learning rates scale them.
+        reporter: Is told when they end.
+    """
+
+    merge = "add"
+    moments = "keep"
+    is_on_probation = False
+
+    def __init__(self, config: PushConfig, partition: Partition, reporter: Reporter) -> None:
+        self.last_loss: float | None = None
+        self.learning_rate_sum = 0.0
+        self.applied: Applied | None = None
+        self._config = config
+        self._partition = partition
+        self._reporter = reporter
+        self._guard = LossGuard(LossGuardConfig())
+        self._last_loss_step = 0
+        self._is_warned = False
+
+    @property
+    def is_suspended(self) -> bool:
+        return self._guard.is_alarmed
+
+    @property
+    def allows(self) -> bool:
+        # Without losses there is no guard.
+        return not self.is_suspended and self.last_loss is not None
+
+    @property
+    def wants_snapshots(self) -> bool:
+        return not self.is_suspended
+
+    def end_probation(self) -> None:
+        """Nothing: no push is ever on probation."""
+
+    def after_step(self) -> None:
+        # Groups mostly share one schedule; what differs between them by a constant factor is in the average itself.
+        rates = self._partition.learning_rates()
+        self.learning_rate_sum += sum(rates) / len(rates)
+
+    def at_snapshot(self, step: int) -> None:
+        is_blind = self._config.is_active(step) and self.last_loss is None
+        if is_blind and not self._is_warned:
+            log.warning(
+                "no push is applied as long as no loss is seen, since nothing would end pushes that harm: call "
+                "observe(loss) with the mean loss of each micro-batch"
+            )
+        self._is_warned |= is_blind
+
+    def is_due(self, step: int) -> bool:
+        return self.allows and self._config.is_active(step)
+
+    def weight_scale(self) -> float:
+        # The service has scaled the push by the learning rates of the interval before it.
+        return 1.0
+
+    def weight(self, held: Prediction, step: int, weight_scale: float) -> float:
+        if self.is_suspended:
+            # The vote that brought the alarm may have brought a push, too.
+            return 0.0
+        return age_weight(step - held.base_step, self._config.interval_steps)
+
+    def on_applied(self, held: Prediction, weight: float, step: int) -> None:
+        self.applied = Applied(version=held.version, weight=weight)
+
+    def on_loss(self, loss_step: int, mean_loss: float | None) -> None:
+        if mean_loss is None:
+            return
+        self.last_loss = mean_loss
+        num_steps, self._last_loss_step = max(1, loss_step - self._last_loss_step), loss_step
+        if self.is_suspended or loss_step <= self._config.start_step - GUARD_LEAD_STEPS:
+            return
+        if self._guard.observe(mean_loss, num_steps):
+            log.warning("no more pushes for the rest of the run: %s", self._guard.reason)
+            self._reporter.emit("suspended", reason=self._guard.reason)
+
+    def state(self) -> dict[str, Any]:
+        applied = None if self.applied is None else asdict(self.applied)
+        return {
+            "push": {
+                "learning_rate_sum": self.learning_rate_sum,
+                "applied": applied,
+                "guard": self._guard.state(),
+                "last_loss_step": self._last_loss_step,
+            }
+        }
+
+    def load(self, state: Mapping[str, Any] | None) -> None:
+        self.last_loss = None
+        self._guard = LossGuard(LossGuardConfig())
+        # A checkpoint of a run with jumps has none of this.
+        own = None if state is None else state.get("push")
+        self.learning_rate_sum = 0.0 if own is None else own["learning_rate_sum"]
+        self.applied = None if own is None or own["applied"] is None else Applied(**own["applied"])
+        self._last_loss_step = 0 if own is None else own["last_loss_step"]
+        if own is not None:
+            self._guard.load(own["guard"])
