@@ -67,6 +67,8 @@ class EngineActor:
     def predict(self, request: NowcastRequest) -> NowcastAnswer:
         return self._nowcasting.predict(request)
 
+    # Nor must its pushes, of which each is worth little after a few steps.
+    @ray.method(concurrency_group="pushes")
     def push(self, request: PushRequest) -> NowcastAnswer:
         return self._nowcasting.push(request)
 
@@ -181,7 +183,7 @@ class Application:
             num_cpus=int(works),
             num_gpus=config.engine_gpus if works else 0,
             max_restarts=-1,
-            concurrency_groups={"checks": 1},
+            concurrency_groups={"checks": 1, "pushes": 1},
         )(EngineActor)
         ingress = actor(num_cpus=0, max_restarts=-1, runtime_env={"env_vars": BULK_ENVIRONMENT})(IngressActor)
         self._engine = engine.options(name=ENGINE_NAME).remote(config)

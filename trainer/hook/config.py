@@ -17,7 +17,7 @@ MAX_CHANNELS = 16
 # One chunk must pass within the time that a message may take.
 MIN_MBYTES_PER_S = 1.0
 
-_OF_JUMPS = (
+JUMP_SETTINGS = (
     "predictor",
     "predictor_options",
     "context_len",
@@ -34,6 +34,7 @@ _OF_JUMPS = (
     "acceptance_sigmas",
     "max_rollbacks",
 )
+"""What means nothing to a run with pushes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +270,7 @@ class NowcasterConfig:
     def _check_policy(self, check: Callable[[str, object, bool, str], None]) -> None:
         """Refuses settings that mean nothing under the policy: whoever made them expects something of them."""
         defaults = {item.name: item for item in dataclasses.fields(self)}
-        for name in _OF_JUMPS if self.policy == "push" else ("push",):
+        for name in JUMP_SETTINGS if self.policy == "push" else ("push",):
             item = defaults[name]
             default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
             check(name, getattr(self, name), getattr(self, name) == default, f"nothing with policy {self.policy!r}")

@@ -18,7 +18,7 @@ from sidecast.predictors.base import Predictor
 from sidecast.predictors.registry import create_predictor
 from sidecast.trainer.hook.attachment import Attachment
 from sidecast.trainer.hook.boundary import NowcastHook
-from sidecast.trainer.hook.config import NowcasterConfig, parse_section
+from sidecast.trainer.hook.config import JUMP_SETTINGS, NowcasterConfig, parse_section
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.integrations.in_process import InProcessNowcaster
@@ -28,24 +28,7 @@ from sidecast.trainer.partitions import Partition
 STATE_KEY = "sidecast"
 
 # What has a meaning in one process; the others are about ranks, the courier and the service.
-_SETTINGS = frozenset(
-    {
-        "predictor_options",
-        "max_steps",
-        "horizon",
-        "max_staleness_steps",
-        "max_weight",
-        "max_relative_norm",
-        "merge",
-        "moments",
-        "during_decay",
-        "probation_steps",
-        "rollback",
-        "rollback_dir",
-        "acceptance_sigmas",
-        "max_rollbacks",
-    }
-)
+_SETTINGS = {*JUMP_SETTINGS, "max_staleness_steps", "max_relative_norm"} - {"predictor", "context_len", "period_steps"}
 
 
 class NowcastOptimizer(torch.optim.Optimizer):
