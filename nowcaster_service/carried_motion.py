@@ -51,8 +51,9 @@ class CarriedMotion:
         if applied is None:
             base.vector.delete()
             return f"what was applied since the snapshot of step {base.step} is not known here"
+        begins = self._carry is None
         try:
-            carry = self._carry or self._new_carry()
+            carry = self._carry = self._carry or self._store.create(self._settings.manifest.num_elements)
         except SaturatedError as error:
             base.vector.delete()
             return str(error)
@@ -66,18 +67,12 @@ class CarriedMotion:
             states=(snapshot.vector,),
             delta=base.vector,
             carry=carry,
+            begins=begins,
             applied=applied[0],
             applied_weight=applied[1],
             num_steps=snapshot.step - base.step,
             learning_rate_sum=snapshot.motion.learning_rate_sum - base.motion.learning_rate_sum,
         )
-
-    def _new_carry(self) -> VectorFile:
-        carry = self._store.create(self._settings.manifest.num_elements)
-        # An average begins from zeros; a file that held another vector does not.
-        carry.view[:] = bytes(len(carry.view))
-        self._carry = carry
-        return carry
 
     def _applied_between(
         self, base: Snapshot, snapshot: Snapshot, published: Prediction | None

@@ -56,23 +56,7 @@ class Dispatcher:
 
     async def _ask(self, settings: SessionSettings, task: NowcastTask) -> NowcastAnswer:
         if isinstance(task, PushTask):
-            assert settings.push is not None, "the session has made a push of it"
-            return await self._engines.push(
-                PushRequest(
-                    manifest_json=settings.manifest.to_json(),
-                    push=settings.push,
-                    step=task.base_step,
-                    num_steps=task.num_steps,
-                    learning_rate_sum=task.learning_rate_sum,
-                    state_path=task.states[-1].path,
-                    carry_path=task.carry.path,
-                    applied_path=None if task.applied is None else task.applied.path,
-                    applied_weight=task.applied_weight,
-                    delta_path=task.delta.path,
-                    max_relative_norm=settings.max_relative_norm,
-                    rounds_to_bf16=settings.rounds_to_bf16,
-                )
-            )
+            return await self._engines.push(push_request(settings, task))
         return await self._engines.predict(
             NowcastRequest(
                 predictor=PredictorRequest(
@@ -94,3 +78,23 @@ class Dispatcher:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def push_request(settings: SessionSettings, task: PushTask) -> PushRequest:
+    """What an engine is told of a push to be made."""
+    assert settings.push is not None, "the session has made a push of it"
+    return PushRequest(
+        manifest_json=settings.manifest.to_json(),
+        push=settings.push,
+        step=task.base_step,
+        num_steps=task.num_steps,
+        learning_rate_sum=task.learning_rate_sum,
+        state_path=task.states[-1].path,
+        carry_path=task.carry.path,
+        begins=task.begins,
+        applied_path=None if task.applied is None else task.applied.path,
+        applied_weight=task.applied_weight,
+        delta_path=task.delta.path,
+        max_relative_norm=settings.max_relative_norm,
+        rounds_to_bf16=settings.rounds_to_bf16,
+    )

@@ -31,6 +31,7 @@ class PushRequest:
         learning_rate_sum: Of those steps.
         state_path: The snapshot.
         carry_path: The average own motion per unit of learning rate; the interval's is averaged into it.
+        begins: Whether the average begins now, from zeros, and what its file holds means nothing.
         applied_path: What was added to the weights within the interval; None for nothing.
         applied_weight: With which factor.
         delta_path: The snapshot before, to be overwritten with the push.
@@ -45,6 +46,7 @@ class PushRequest:
     learning_rate_sum: float
     state_path: Path
     carry_path: Path
+    begins: bool
     applied_path: Path | None
     applied_weight: float
     delta_path: Path
@@ -68,6 +70,8 @@ def make_push(request: PushRequest) -> bool:
     delta_P = map_vector(request.delta_path, manifest, fp32, writable=True)
     carry_P = map_vector(request.carry_path, manifest, fp32, writable=True)
     applied_P = None if request.applied_path is None else map_vector(request.applied_path, manifest, fp32)
+    if request.begins:
+        carry_P.zero_()
     carry_norm, own_norm = fold_interval_(
         carry_P,
         delta_P,

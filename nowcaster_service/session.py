@@ -113,7 +113,7 @@ class Session:
         known = self._snapshots.get(key.id)
         if known is not None and known.epoch == key.epoch and key.rank in known.rank_digests:
             return
-        snapshot = self._receiving(key.id, key.epoch)
+        snapshot = self._receiving(key.id, key.epoch, key.rank)
         if crc32(data) != frame.crc32:
             raise CorruptChunkError(
                 f"chunk at byte {frame.offset_bytes} of rank {key.rank}'s part of step {key.id} fails its checksum"
@@ -170,7 +170,7 @@ class Session:
         num_bytes = self._ranks.upload_plan(rank).travelling_bytes(request.dtype)
         if request.num_bytes != num_bytes:
             raise MalformedError(f"rank {rank} commits {request.num_bytes} bytes; its ranges hold {num_bytes}")
-        snapshot = self._receiving(step, epoch)
+        snapshot = self._receiving(step, epoch, rank)
         motion = Motion(request.learning_rate_sum, request.applied_version, request.applied_weight)
         if snapshot.motion not in (None, motion):
             raise WrongStateError(f"rank {rank} says of step {step} {motion}; another rank {snapshot.motion}")
@@ -194,7 +194,7 @@ class Session:
         self._discard_before(step)
         return self._due_nowcast(step)
 
-    def _receiving(self, step: int, epoch: int) -> Snapshot:
+    def _receiving(self, step: int, epoch: int, rank: int) -> Snapshot:
         interval_steps = self.settings.snapshot_interval_steps
         if step == 0 or step % interval_steps != 0:
             raise MalformedError(f"a snapshot of step {step} was sent; allowed: multiples of {interval_steps}")
@@ -216,6 +216,8 @@ class Session:
             # Its vector is that of the state before, which the engine still reads.
             raise SaturatedError(f"the push of step {self._nowcast.base_step} is still being made")
         if len(receiving) >= self.settings.max_receiving:
+            if self._motion is not None and rank in self._snapshots[receiving[0]].rank_digests:
+                raise SaturatedError(f"other ranks' parts of step {receiving[0]} are still on their way")
             self._abort(receiving[0], f"not complete when the snapshot of step {step} began")
         vector = self._store.create(self.settings.manifest.num_elements)
         snapshot = self._snapshots[step] = Snapshot(step, epoch, vector)
@@ -315,8 +317,8 @@ class Session:
             vector.unpin()
         if prediction is None or self._is_closed:
             task.delta.delete()
-            if reason or self._is_closed:
-                self.fail(task.base_step, reason)
+            if reason or self._motion is None or self._motion.is_due(task.base_step):
+                self.fail(task.base_step, reason or "there is nothing to apply")
             return
         if self.prediction is not None:
             self.prediction.task.delta.delete()

@@ -31,6 +31,7 @@ class PushTask(NowcastTask):
 
     Attributes:
         carry: The average own motion, to be averaged with that of the interval between the two states.
+        begins: Whether the average begins now, and its file holds nothing yet.
         applied: What was added to the weights in between; None for nothing.
         applied_weight: With which factor.
         num_steps: Optimizer steps in between.
@@ -38,6 +39,7 @@ class PushTask(NowcastTask):
     """
 
     carry: VectorFile
+    begins: bool
     applied: VectorFile | None
     applied_weight: float
     num_steps: int

@@ -10,7 +10,7 @@ from sidecast.horizon import horizon_at, resolve_horizons
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.errors import MalformedError
 from sidecast.nowcaster_service.vector_store import FP32_BYTES
-from sidecast.policies.push import PushConfig
+from sidecast.policies.push import CONTEXT_LEN, PushConfig
 from sidecast.protos import nowcast_pb2 as pb
 
 MAX_NOWCASTS = 1_000_000
@@ -23,7 +23,6 @@ MAX_RECEIVING = 2
 NUM_EXTRA_VECTORS = MAX_RECEIVING + 3
 # With pushes: the state that is received, the one before, the average, and the published push.
 NUM_PUSH_VECTORS = 4
-PUSH_CONTEXT_LEN = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ class SessionSettings:
     @property
     def max_receiving(self) -> int:
         """Snapshots that may be on their way at once."""
-        # Ranks with pushes stage none before every rank has sent the last one.
+        # A rank with pushes that is ahead waits for the others.
         return MAX_RECEIVING if self.push is None else 1
 
 
@@ -127,12 +126,12 @@ def check_scalars(request: pb.OpenRequest, manifest: ModelManifest) -> None:
             f"({request.snapshot_interval_steps})"
         )
     if request.HasField("push") and (request.context_len, request.period_steps) != (
-        PUSH_CONTEXT_LEN,
+        CONTEXT_LEN,
         request.snapshot_interval_steps,
     ):
         raise MalformedError(
             f"context_len is {request.context_len} and period_steps {request.period_steps}; allowed with push: "
-            f"{PUSH_CONTEXT_LEN} and snapshot_interval_steps ({request.snapshot_interval_steps})"
+            f"{CONTEXT_LEN} and snapshot_interval_steps ({request.snapshot_interval_steps})"
         )
     if request.max_steps // request.period_steps > MAX_NOWCASTS:
         raise MalformedError(

@@ -23,6 +23,8 @@ from sidecast.errors import ConfigError
 
 GUARD_LEAD_STEPS = 100
 """Steps before the first push from which on the guard sees losses: what came long before says nothing of a trend."""
+CONTEXT_LEN = 2
+"""States that a push is made from: those before and after an interval."""
 DAMPED_FROM_INTERVALS = 0.5
 DROPPED_FROM_INTERVALS = 2.0
 # A few of them fit a core's cache; large enough to hide the cost of a call.

@@ -144,6 +144,12 @@ def new_hook(
     config = NowcasterConfig(
         context_len=2, period_steps=20, vote_interval_steps=1, vote_lag_steps=0, rollback="off", **settings
     )
+    return hook_with(config, courier, partition, step, is_linked=is_linked)
+
+
+def hook_with(
+    config: NowcasterConfig, courier: FakeCourier, partition: FakePartition, step: int, *, is_linked: bool = True
+) -> NowcastHook:
     return NowcastHook(
         config,
         partition,  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any
 
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
-from sidecast.policies.push import PushConfig
+from sidecast.policies.push import CONTEXT_LEN, PushConfig
 from sidecast.protos.shards import ShardSpec
 from sidecast.trainer.hook.attachment import Attachment, new_session
 from sidecast.trainer.hook.boundary import NowcastHook
@@ -38,8 +38,6 @@ from sidecast.trainer.pipe.messages import (
     Shard,
 )
 
-# The states before and after an interval.
-PUSH_CONTEXT_LEN = 2
 # What a service shows of a run with pushes in place of a predictor.
 PUSH_PREDICTOR = "push"
 
@@ -152,7 +150,7 @@ def _opening(config: NowcasterConfig, manifest: ModelManifest, world_size: int) 
     return Opening(
         world_size=world_size,
         schema_hash=manifest.schema_hash,
-        context_len=config.context_len if config.policy == "jump" else PUSH_CONTEXT_LEN,
+        context_len=config.context_len if config.policy == "jump" else CONTEXT_LEN,
         snapshot_interval_steps=config.interval_steps,
         period_steps=config.nowcast_interval_steps,
         max_steps=config.max_steps or 0,

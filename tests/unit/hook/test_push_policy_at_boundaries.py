@@ -12,7 +12,7 @@ from sidecast.trainer.hook.config import NowcasterConfig, parse_section
 from sidecast.trainer.hook.reporting import NowcastEvent
 from sidecast.trainer.hook.rollback_memory import keeps_rollback_copy
 from sidecast.trainer.pipe.messages import Applied, Prediction, Report, Snapshot
-from tests.support.hook_harness import FakeCourier, FakePartition, OneVoter
+from tests.support.hook_harness import FakeCourier, FakePartition, hook_with
 from tests.support.hook_harness import new_hook as new_jumping_hook
 
 INTERVAL_STEPS = 10
@@ -52,14 +52,7 @@ def new_hook(courier: FakeCourier, partition: FakePartition, *, step: int = 0, *
             "push": {"interval_steps": INTERVAL_STEPS, "start_step": 0, **push},
         }
     )
-    return NowcastHook(
-        config,
-        partition,  # type: ignore[arg-type]
-        courier,  # type: ignore[arg-type]
-        OneVoter(),  # type: ignore[arg-type]
-        step=step,
-        run_id="run",
-    )
+    return hook_with(config, courier, partition, step)
 
 
 def snapshots(courier: FakeCourier) -> list[Snapshot]:
@@ -141,7 +134,9 @@ def test_no_push_is_applied_unseen(
     assert caplog.text.count("no push is applied as long as no loss is seen") == 1
 
 
-def test_a_checkpoint_keeps_sums_guard_and_what_was_applied(courier: FakeCourier, partition: FakePartition) -> None:
+def test_a_checkpoint_keeps_sums_guard_and_what_was_applied(
+    courier: FakeCourier, partition: FakePartition, caplog: pytest.LogCaptureFixture
+) -> None:
     hook = new_hook(courier, partition)
     for step in range(1, INTERVAL_STEPS + 3):
         if step == INTERVAL_STEPS + 1:
@@ -154,6 +149,10 @@ def test_a_checkpoint_keeps_sums_guard_and_what_was_applied(courier: FakeCourier
     assert later.state_dict() == state
     assert state["push"]["applied"] == {"version": 1, "weight": 1.0}
     assert (later.epoch, later.step) == (1, INTERVAL_STEPS + 2)
+    # What was seen of the losses is known, before the first vote.
+    for step in range(INTERVAL_STEPS + 3, 2 * INTERVAL_STEPS + 1):
+        later.after_step(step)
+    assert "no loss is seen" not in caplog.text
 
 
 def test_a_checkpoint_of_the_other_policy_is_a_beginning(courier: FakeCourier, partition: FakePartition) -> None:

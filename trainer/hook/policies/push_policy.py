@@ -104,15 +104,16 @@ class PushPolicy:
                 "learning_rate_sum": self.learning_rate_sum,
                 "applied": applied,
                 "guard": self._guard.state(),
+                "last_loss": self.last_loss,
                 "last_loss_step": self._last_loss_step,
             }
         }
 
     def load(self, state: Mapping[str, Any] | None) -> None:
-        self.last_loss = None
         self._guard = LossGuard(LossGuardConfig())
         # A checkpoint of a run with jumps has none of this.
         own = None if state is None else state.get("push")
+        self.last_loss = None if own is None else own["last_loss"]
         self.learning_rate_sum = 0.0 if own is None else own["learning_rate_sum"]
         self.applied = None if own is None or own["applied"] is None else Applied(**own["applied"])
         self._last_loss_step = 0 if own is None else own["last_loss_step"]
