@@ -148,24 +148,85 @@ class Results:
         """The arms that have runs there, in the order of their first result."""
         return [arm for other, arm in self._members if other == setting]
 
-    def runs(self, setting: Setting, arm: str, read_out: str) -> ArmRuns | None:
-        """An arm's runs; None without a seed that all of its grid points have."""
+    def runs(
+        self, setting: Setting, arm: str, read_out: str, points: Iterable[GridPoint] | None = None
+    ) -> ArmRuns | None:
+        """An arm's runs; None without a seed that all of the grid points have.
+
+        Args:
+            setting: Where.
+            arm: Name.
+            read_out: Name.
+            points: That are asked for; None: all that the arm has.
+        """
         losses: dict[GridPoint, dict[int, float]] = defaultdict(dict)
         for member in self._members.get((setting, arm), []):
             point = (member.settings.optimizer.lr, member.settings.optimizer.b1)
             losses[point][member.settings.seed] = member.result.final_losses.get(read_out, math.inf)
-        runs = ArmRuns(losses)
-        return runs if losses and runs.seeds else None
+        runs = ArmRuns(losses if points is None else {point: losses.get(point, {}) for point in points})
+        return runs if runs.losses and runs.seeds else None
 
-    def steps_of_loss(self, task: str, schedule: str, baseline: str, read_out: str) -> StepsOfLoss | None:
-        """The baseline's losses at all of its lengths, over the seeds that all of them have.
+    def points(self, setting: Setting, arm: str) -> set[GridPoint]:
+        """The grid points of an arm."""
+        members = self._members.get((setting, arm), [])
+        return {(member.settings.optimizer.lr, member.settings.optimizer.b1) for member in members}
+
+    def gaps(self, setting: Setting, baseline: str) -> list[str]:
+        """What comparisons with the baseline leave out, because one side has not run it; a sentence each.
+
+        Args:
+            setting: Where.
+            baseline: Name of the arm to compare with.
+        """
+        gaps = []
+        base_points = self.points(setting, baseline)
+        for arm in self.arms(setting):
+            points = self.points(setting, arm)
+            for one, other, lacking in ((arm, baseline, base_points - points), (baseline, arm, points - base_points)):
+                if lacking:
+                    gaps.append(f"{one} was not run at {_named(lacking)}, so that {other} is not judged there")
+            runs = {point: self._seeds(setting, arm, point) for point in points & base_points}
+            lacking_by_seeds: dict[str, list[str]] = defaultdict(list)
+            for seed in sorted(set().union(*runs.values())):
+                if lacking := {point for point, seeds in runs.items() if seed not in seeds}:
+                    lacking_by_seeds[_named(lacking)].append(f"{seed}")
+            for named, seeds in lacking_by_seeds.items():
+                gaps.append(f"no use is made of {arm} with seed {', '.join(seeds)}, which was not run at {named}")
+        for length in (other for other in self.settings() if other.num_steps != setting.num_steps):
+            lacking = base_points - self.points(length, baseline)
+            if (length.task, length.schedule) == (setting.task, setting.schedule) and lacking:
+                gaps.append(
+                    f"no equivalent steps are read from {baseline} of {length.num_steps:,} steps, which was not run at "
+                    f"{_named(lacking)}"
+                )
+        return gaps
+
+    def _seeds(self, setting: Setting, arm: str, point: GridPoint) -> set[int]:
+        return {
+            member.settings.seed
+            for member in self._members[setting, arm]
+            if (member.settings.optimizer.lr, member.settings.optimizer.b1) == point
+        }
+
+    def steps_of_loss(
+        self, task: str, schedule: str, baseline: str, read_out: str, points: Iterable[GridPoint]
+    ) -> StepsOfLoss | None:
+        """The baseline's losses at its lengths that were tuned alike, over the seeds that all of them have.
+
+        Args:
+            task: Name.
+            schedule: Kind.
+            baseline: Name of the arm.
+            read_out: Name.
+            points: Of the grid; a length that lacks one of them was tuned less, and would make steps look saved.
 
         Returns:
             None with fewer than two lengths, or without such a seed: other seeds have other losses at any length.
         """
+        points = list(points)
         by_length: dict[int, dict[int, float]] = {}
         for setting in self.settings():
-            runs = self.runs(setting, baseline, read_out)
+            runs = self.runs(setting, baseline, read_out, points)
             if setting.task == task and setting.schedule == schedule and runs is not None:
                 by_length[setting.num_steps] = runs.tuned()
         seeds = set.intersection(*map(set, by_length.values())) if len(by_length) > 1 else set()
@@ -189,9 +250,11 @@ class Results:
         Returns:
             The comparison; None if the two share no seed.
         """
-        runs = self.runs(setting, arm, read_out)
         base_setting = Setting(setting.task, schedule, setting.num_steps)
-        base = self.runs(base_setting, baseline, baseline_read_out)
+        # An arm that chooses from more points looks better by that alone.
+        points = self.points(setting, arm) & self.points(base_setting, baseline)
+        runs = self.runs(setting, arm, read_out, points)
+        base = self.runs(base_setting, baseline, baseline_read_out, points)
         if runs is None or base is None:
             return None
         tuned, base_tuned = runs.tuned(), base.tuned()
@@ -199,7 +262,7 @@ class Results:
         if not seeds:
             return None
         differences = [tuned[seed] - base_tuned[seed] for seed in seeds]
-        curve = self.steps_of_loss(setting.task, schedule, baseline, baseline_read_out)
+        curve = self.steps_of_loss(setting.task, schedule, baseline, baseline_read_out, points)
         saved, is_bounded = None, False
         if curve is not None:
             # A seed's luck is in both losses alike: only the difference counts, from the baseline's mean on.
@@ -227,6 +290,10 @@ class Results:
             worst_spike=max(result.worst_spike for result in at_best),
             overhead=median(result.method_s / result.step_s if result.step_s else 0.0 for result in at_best),
         )
+
+
+def _named(points: Iterable[GridPoint]) -> str:
+    return "; ".join(f"lr {lr:g}, b1 {b1:g}" for lr, b1 in sorted(points))
 
 
 def _is_edge(best: GridPoint, points: Iterable[GridPoint]) -> bool:

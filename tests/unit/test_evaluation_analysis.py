@@ -113,10 +113,48 @@ def test_lengths_are_compared_over_the_same_seeds() -> None:
         for length in (800, 1000, 1300)
     ]
     curve = Results([*finished, _finished("adamw", 0.01, 2, 0.5, 1300)]).steps_of_loss(
-        "smoke", "cosine", "adamw", "raw"
+        "smoke", "cosine", "adamw", "raw", [(0.01, 0.9)]
     )
     assert curve is not None
     assert curve.loss_at(1300) == pytest.approx(_baseline_loss(1300))
+
+
+def test_arms_choose_from_the_points_that_both_have_and_the_report_says_what_is_left_out() -> None:
+    """A pilot's runs in the same folder neither help one arm nor cost the other seeds in silence."""
+    finished = [_finished(arm, 0.01, seed, 1.0) for arm in ("adamw", "push") for seed in range(4)]
+    finished += [_finished("push", 0.02, seed, 0.5) for seed in range(2)]
+    finished += [_finished(arm, 0.03, seed, 1.5) for arm in ("adamw", "push") for seed in range(3)]
+    results = Results(finished)
+    row = results.compare(SETTING, "push", "raw", "adamw", "raw", "cosine")
+    assert row is not None
+    assert (row.best, row.difference.mean, row.difference.num) == ((0.01, 0.9), 0.0, 3)
+    assert results.gaps(SETTING, "adamw") == [
+        "no use is made of adamw with seed 3, which was not run at lr 0.03, b1 0.9",
+        "adamw was not run at lr 0.02, b1 0.9, so that push is not judged there",
+        "no use is made of push with seed 3, which was not run at lr 0.03, b1 0.9",
+    ]
+    text = markdown(comparison_tables(results))
+    assert (
+        "What is lacking: no use is made of adamw with seed 3, which was not run at lr 0.03, b1 0.9. adamw was not"
+        in text
+    )
+
+
+def test_lengths_that_were_tuned_less_give_no_equivalent_steps() -> None:
+    """They would be worse by that alone, and every arm would seem to save steps."""
+    results = _results(1.15)
+    assert results.gaps(SETTING, "adamw") == []
+    finished = [_finished("adamw", lr, seed, 1.0 + lr) for lr in (0.01, 0.02) for seed in range(3)]
+    finished += [_finished("push", lr, seed, 0.9 + lr) for lr in (0.01, 0.02) for seed in range(3)]
+    finished += [_finished("adamw", 0.02, seed, 0.8, length) for length in (1300, 1700) for seed in range(3)]
+    fewer = Results(finished)
+    row = fewer.compare(SETTING, "push", "raw", "adamw", "raw", "cosine")
+    assert row is not None
+    assert row.saved is None
+    assert fewer.gaps(SETTING, "adamw") == [
+        f"no equivalent steps are read from adamw of {length} steps, which was not run at lr 0.01, b1 0.9"
+        for length in ("1,300", "1,700")
+    ]
 
 
 def test_a_cut_value_has_no_interval() -> None:

@@ -50,9 +50,13 @@ def _arms_table(results: Results, setting: Setting) -> Table:
             rows.append(_cells(row))
     head = ("arm", "lr, b1", "loss", "- adamw", "better", "steps saved", "worst spike", "overhead")
     note = (
-        "Final validation loss of the raw weights. lr and b1 are chosen for each seed by the other seeds, in every arm "
-        "from the same grid (* marks a choice at the grid's edge). Intervals: 95 %, Student's t over seeds, paired."
+        "Final validation loss of the raw weights. lr and b1 are chosen for each seed by the other seeds, from the "
+        "points of the grid that an arm shares with the baseline (* marks a choice at the grid's edge). Intervals: "
+        "95 %, Student's t over seeds, paired."
     )
+    gaps = results.gaps(setting, BASELINE)
+    if gaps:
+        note += f" What is lacking: {'. '.join(gaps)}."
     return Table(_title(setting), note, head, rows)
 
 
