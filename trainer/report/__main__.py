@@ -64,7 +64,7 @@ def write_report(run_dir: Path, baseline_dir: Path | None, out: Path) -> str:
     template = Template(resources.files(__package__).joinpath("templates", "report.html").read_text())
     page = template.substitute(
         verdict=escape(sentence),
-        verdict_class="paid" if judged is not None and judged.has_paid else "unpaid",
+        verdict_class="saved" if judged is not None and judged.has_saved else "lost",
         caveat=escape(_caveat(curves, baseline)),
         chart=svg_chart(chart, jump_steps, from_step=0.05 * curves.train[-1][0]),
         chart_late=svg_chart(

@@ -93,7 +93,10 @@ def nowcast_cost(curves: RunCurves) -> NowcastCost | None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunComparison:
-    """Whether nowcasting paid, by steps to reach the baseline's best validation loss.
+    """What nowcasting saved or cost against a run without, by steps to reach that one's best validation loss.
+
+    Whether that pays is another question: a baseline that is not tuned, or whose learning rate does not decay, leaves
+    steps to be saved in cheaper ways.
 
     Attributes:
         target_loss: The baseline's best validation loss.
@@ -116,7 +119,7 @@ class RunComparison:
         return None if self.steps is None else self.baseline_steps - self.steps
 
     @property
-    def has_paid(self) -> bool:
+    def has_saved(self) -> bool:
         return self.saved_steps is not None and self.saved_steps >= self.resolution_steps
 
     @property
@@ -126,15 +129,15 @@ class RunComparison:
         if self.steps is None:
             behind = "" if self.behind_steps is None else f", {self.behind_steps:,.0f} steps behind it"
             return (
-                f"It did not pay: the run with nowcasts did not reach {target}. Its own best is {self.best_loss:.4f}"
+                f"No steps saved: the run with nowcasts did not reach {target}. Its own best is {self.best_loss:.4f}"
                 f" ({self.best_loss - self.target_loss:+.4f}{behind})."
             )
         saved_steps = self.baseline_steps - self.steps
         share = abs(saved_steps) / self.baseline_steps
-        if self.has_paid:
-            verdict = f"It paid: {saved_steps:,.0f} steps saved ({share:.1%})"
+        if self.has_saved:
+            verdict = f"{saved_steps:,.0f} steps saved against the run without nowcasts ({share:.1%})"
         elif saved_steps <= -self.resolution_steps:
-            verdict = f"It did not pay: {-saved_steps:,.0f} steps lost ({share:.1%})"
+            verdict = f"{-saved_steps:,.0f} steps lost against the run without nowcasts ({share:.1%})"
         else:
             verdict = (
                 f"About even: {saved_steps:+,.0f} steps saved, less than the {self.resolution_steps:,.0f} steps "

@@ -28,19 +28,19 @@ def test_saved_steps_are_counted_to_the_baselines_best_loss() -> None:
     judged = verdict(curves([3.0, 2.0, 1.0]), curves([3.0, 2.5, 2.0]))
     assert judged is not None
     assert (judged.target_loss, judged.baseline_steps, judged.steps) == (2.0, 300, 200)
-    assert judged.sentence.startswith("It paid: 100 steps saved (33.3%)")
+    assert judged.sentence.startswith("100 steps saved against the run without nowcasts (33.3%)")
 
 
 def test_a_run_that_arrives_later_has_lost_steps() -> None:
     judged = verdict(curves([3.0, 2.5, 2.0, 1.5]), curves([3.0, 2.0, 2.2, 2.4]))
     assert judged is not None
-    assert judged.sentence.startswith("It did not pay: 100 steps lost")
+    assert judged.sentence.startswith("100 steps lost against the run without nowcasts")
 
 
 def test_less_than_the_spacing_of_validations_is_about_even() -> None:
     judged = verdict(curves([3.0, 2.5, 1.9]), curves([3.0, 2.5, 2.0]))
     assert judged is not None
-    assert not judged.has_paid
+    assert not judged.has_saved
     assert judged.sentence.startswith("About even: +17 steps saved, less than the 100 steps")
 
 
