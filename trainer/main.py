@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import platform
@@ -24,7 +23,7 @@ from pydantic import ValidationError
 import sidecast
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.trainer.job import checkpoints
-from sidecast.trainer.job.config import JobConfig, load_config
+from sidecast.trainer.job.config import JobConfig, load_config, parse_assignment
 from sidecast.trainer.job.corpus import Corpus, load_corpus
 from sidecast.trainer.job.data import DataOrder
 from sidecast.trainer.job.loop import TrainingLoop
@@ -162,13 +161,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _assignment(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
     try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
+        return parse_assignment(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _overrides(arguments: argparse.Namespace) -> list[tuple[str, Any]]:

@@ -46,6 +46,8 @@ class Task:
 
 _TASKS = (
     Task(name="python-bytes", use="tuning", corpus="python-source", model=LlamaConfig()),
+    # The demo's model and batch.
+    Task(name="python-bytes-small-batch", use="tuning", corpus="python-source", model=LlamaConfig(), batch_size=8),
     Task(
         name="python-bytes-gpt2",
         use="tuning",

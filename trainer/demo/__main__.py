@@ -1,4 +1,7 @@
-"""The whole loop on one machine: a service, a training run with nowcasts, the same run without, and a report."""
+"""The whole loop on one machine: a service, a training run with nowcasts, the same run without, and a report.
+
+Where the learning rate decays, a third run keeps it constant: what the decay alone is worth belongs beside it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from typing import Any
 
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.trainer.demo.children import Child, ChildFailedError, Children
-from sidecast.trainer.job.config import load_config
+from sidecast.trainer.job.config import load_config, parse_assignment
 from sidecast.trainer.job.progress import ProgressBar
 from sidecast.trainer.job.run_log import METRICS_NAME, Record, read_records
 from sidecast.trainer.report.__main__ import write_report
@@ -25,6 +28,7 @@ POLL_INTERVAL_S = 0.25
 SERVICE_START_TIMEOUT_S = 180.0
 NOWCAST_RUN = "with_nowcasts"
 BASELINE_RUN = "without_nowcasts"
+CONSTANT_RATE_RUN = "constant_rate_without_nowcasts"
 SERVICE_LOG = "service.log"
 # One of them is the first thing that a demo writes.
 LOG_NAMES = (SERVICE_LOG, f"{NOWCAST_RUN}.log")
@@ -50,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    """Trains twice and reports.
+    """Trains two or three times and reports.
 
     Raises:
         SidecastError: A setting is refused or a process failed.
     """
     out = Path(arguments.out)
-    config = load_config(arguments.config)
+    config = load_config(arguments.config, [parse_assignment(text) for text in arguments.set])
     num_steps = arguments.steps if arguments.steps is not None else config.training.steps
     environment = _environment(arguments.num_ranks)
     _empty(out)
@@ -87,7 +91,21 @@ def run_demo(arguments: argparse.Namespace) -> None:
             num_steps,
             environment,
         )
-    summary = write_report(out / NOWCAST_RUN, out / BASELINE_RUN, out)
+        beside = []
+        if config.training.schedule.kind != "constant":
+            constant = ["nowcaster.enabled=false", 'training.schedule.kind="constant"']
+            # A decay of its own length is only for a schedule that has one.
+            constant.append("training.schedule.decay_steps=null")
+            beside.append(out / CONSTANT_RATE_RUN)
+            _train(
+                children,
+                "training at a constant rate",
+                _training_command(arguments, beside[0], num_steps, constant),
+                beside[0],
+                num_steps,
+                environment,
+            )
+    summary = write_report(out / NOWCAST_RUN, out / BASELINE_RUN, out, beside)
     sys.stdout.write(f"\n{summary}\n\nreport: {out / 'report.html'}\nplot:   {out / 'loss.png'}\n")
     _say(f"done in {time.monotonic() - started_s:.0f} s")
 
@@ -105,8 +123,9 @@ def _empty(out: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sidecast.trainer.demo",
-        description="Starts a nowcaster service, trains a small Llama on Python's standard library with nowcasts and "
-        "again without, and writes a report that compares the two runs.",
+        description="Starts a nowcaster service, trains a small Llama on Python's standard library with nowcasts, "
+        "again without and, where the learning rate decays, a third time at a constant one, and writes a report that "
+        "compares the runs.",
     )
     parser.add_argument(
         "--out", default="runs/demo", help="where everything is written; emptied (default: %(default)s)"

@@ -151,7 +151,8 @@ def load_config(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) ->
     """Reads, overrides and checks a configuration.
 
     Args:
-        name_or_path: A JSON file, or the name of a configuration that ships with the package (``default``, ``demo``).
+        name_or_path: A JSON file, or the name of a configuration that ships with the package (``default``, ``demo``,
+            ``demo-jumps``).
         overrides: Pairs of a dotted key, as in ``zero_optimization.stage``, and its value; later ones win.
 
     Raises:
@@ -174,10 +175,25 @@ def load_config(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) ->
     nowcaster = sections.get("nowcaster")
     if nowcaster is not None:
         require("nowcaster", nowcaster, isinstance(nowcaster, dict), "an object")
-        # The horizon schedule spans the run, whose length only the job knows.
-        if nowcaster.get("max_steps") is None:
+        # The horizon schedule of jumps spans the run, whose length only the job knows.
+        if nowcaster.get("policy", "jump") == "jump" and nowcaster.get("max_steps") is None:
             nowcaster["max_steps"] = training.steps
     return JobConfig(training=training, deepspeed=sections)
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """A dotted key and its value from ``KEY=VALUE``; the value is JSON, or else text.
+
+    Raises:
+        ConfigError: The text is not of that form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text!r} is not of the form KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def _read(name_or_path: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from sidecast.trainer.job.run_log import Record
+from sidecast.trainer.job.run_log import Record, is_pushed
 
 # On a terminal a bar is redrawn in place; in a log file every redraw is one more line to scroll past.
 REDRAW_INTERVAL_S = 0.2
@@ -29,10 +29,12 @@ class ProgressBar:
         self._num_steps = num_steps
         self._stream = stream
         self._bar: tqdm | None = None
+        self._has_pushes = False
 
     def __call__(self, record: Record) -> None:
         kind = record["kind"]
         if kind == "run":
+            self._has_pushes = is_pushed(record)
             self._bar = tqdm(
                 total=self._num_steps,
                 initial=record["start_step"],
@@ -47,6 +49,9 @@ class ProgressBar:
                 refresh=False,
             )
             self._bar.update(record["step"] - self._bar.n)
+        elif kind == "nowcast" and record["event"] == "applied" and self._has_pushes:
+            # There are hundreds, and none is an event of its own.
+            pass
         elif kind in ("validation", "nowcast"):
             tqdm.write(describe(record), file=self._stream)
 

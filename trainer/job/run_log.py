@@ -57,5 +57,11 @@ def read_records(path: Path) -> Iterator[Record]:
                 yield json.loads(line)
 
 
+def is_pushed(run: Record) -> bool:
+    """Whether a ``run`` record is of a run with pushes."""
+    policy = run.get("deepspeed", {}).get("nowcaster", {}).get("policy")
+    return bool(policy == "push")
+
+
 def _happened_by(record: Record, step: int) -> bool:
     return record["kind"] != "summary" and record.get("step", 0) <= step

@@ -1,4 +1,4 @@
-"""A run, or two side by side, as a page: ``python -m sidecast.trainer.report RUN [--baseline RUN] --out DIR``."""
+"""Runs side by side, as a page: ``python -m sidecast.trainer.report RUN [--baseline RUN] [--beside RUN] --out DIR``."""
 
 from __future__ import annotations
 
@@ -28,10 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="run directory (with its metrics.jsonl)")
     parser.add_argument("--baseline", type=Path, help="run directory to compare with, e.g. the same without nowcasts")
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="further run directories to show and not to judge by, e.g. of another learning rate",
+    )
     parser.add_argument("--out", type=Path, required=True, help="where to write")
     arguments = parser.parse_args(argv)
     try:
-        summary = write_report(arguments.run, arguments.baseline, arguments.out)
+        summary = write_report(arguments.run, arguments.baseline, arguments.out, arguments.beside)
     except SidecastError as error:
         sys.stderr.write(f"sidecast: error: {error}\n")
         return 2
@@ -39,13 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_report(run_dir: Path, baseline_dir: Path | None, out: Path) -> str:
+def write_report(run_dir: Path, baseline_dir: Path | None, out: Path, beside: Sequence[Path] = ()) -> str:
     """Writes ``report.html`` and ``loss.png`` into ``out``.
 
     Args:
         run_dir: The run, usually with nowcasts.
         baseline_dir: The run it is compared with, usually the same without them; None for none.
         out: A directory; it is created.
+        beside: Further runs, which are shown by their directories' names, and judge nothing.
 
     Returns:
         The summary as a table of text.
@@ -55,11 +64,12 @@ def write_report(run_dir: Path, baseline_dir: Path | None, out: Path) -> str:
     """
     curves = _read(run_dir)
     baseline = None if baseline_dir is None else _read(baseline_dir)
+    others = [(path.name.replace("_", " "), _read(path)) for path in beside]
     out.mkdir(parents=True, exist_ok=True)
-    chart, jump_steps = _curves(curves, baseline), [float(jump["step"]) for jump in curves.jumps]
+    chart, jump_steps = _curves(curves, baseline, others), [float(jump["step"]) for jump in curves.jumps]
     judged = None if baseline is None else verdict(curves, baseline)
     sentence = judged.sentence if judged is not None else "One run, with nothing to compare it with."
-    rows = _summary_rows(curves, baseline)
+    rows = _summary_rows(curves, baseline, others)
     write_png(out / "loss.png", chart, jump_steps, "Loss by step")
     template = Template(resources.files(__package__).joinpath("templates", "report.html").read_text())
     page = template.substitute(
@@ -70,9 +80,9 @@ def write_report(run_dir: Path, baseline_dir: Path | None, out: Path) -> str:
         chart_late=svg_chart(
             [curve for curve in chart if curve.dotted], jump_steps, from_step=0.5 * curves.train[-1][0]
         ),
-        legend=_legend(chart),
+        legend=_legend(chart, bool(jump_steps)),
         summary=_table(rows),
-        jumps=_jump_table(curves),
+        nowcasts=_push_table(curves) if curves.has_pushes else _jump_table(curves),
         settings=_table(_setting_rows(curves)),
         config=escape(json.dumps(curves.run.get("deepspeed", {}), indent=2)),
     )
@@ -92,12 +102,16 @@ def _read(run_dir: Path) -> RunCurves:
     return curves
 
 
-def _curves(curves: RunCurves, baseline: RunCurves | None) -> list[Curve]:
+def _curves(curves: RunCurves, baseline: RunCurves | None, others: Sequence[tuple[str, RunCurves]]) -> list[Curve]:
     window = max(1, int(SMOOTHING_SHARE * len(curves.train)))
-    chart = []
+    chart = [
+        Curve(name=f"{name}, validation", points=other.validation, style="other", dotted=True)
+        for name, other in others
+        if other.validation
+    ]
     if baseline is not None:
         chart.append(Curve(name="without, training", points=smoothed(baseline.train, window), style="baseline faint"))
-    name = "with nowcasts" if curves.jumps or baseline is not None else "run"
+    name = "with nowcasts" if curves.applied or baseline is not None else "run"
     chart.append(Curve(name=f"{name}, training", points=smoothed(curves.train, window), style="nowcast faint"))
     if baseline is not None and baseline.validation:
         chart.append(Curve(name="without, validation", points=baseline.validation, style="baseline", dotted=True))
@@ -106,21 +120,24 @@ def _curves(curves: RunCurves, baseline: RunCurves | None) -> list[Curve]:
     return chart
 
 
-def _summary_rows(curves: RunCurves, baseline: RunCurves | None) -> list[Row]:
+def _summary_rows(curves: RunCurves, baseline: RunCurves | None, others: Sequence[tuple[str, RunCurves]]) -> list[Row]:
+    runs = [("with nowcasts", curves), *([] if baseline is None else [("without", baseline)]), *others]
     rows: list[Row] = []
-    runs = [("with nowcasts", curves)] + ([] if baseline is None else [("without", baseline)])
     for name, run in runs:
         best_step, best_loss = min(run.validation, key=lambda point: point[1]) if run.validation else run.train[-1]
         rows.append((f"best validation loss, {name}", f"{best_loss:.4f} at step {best_step:,.0f}"))
+    for name, run in runs:
         rows.append((f"training time, {name}", f"{run.training_s:.1f} s, {run.train[-1][0]:,.0f} steps"))
     cost = nowcast_cost(curves)
     if cost is None:
         return rows
-    counts = ("applied", "accepted", "rolled_back", "rejected", "dropped")
-    rows.append(("nowcasts", ", ".join(f"{curves.num_events(event)} {event.replace('_', ' ')}" for event in counts)))
-    if curves.jumps:
-        weights = [jump["details"]["weight"] for jump in curves.jumps]
-        rows.append(("weight of the jumps", f"{min(weights):.2f} to {max(weights):.2f}"))
+    verdicts = [] if curves.has_pushes else ["accepted", "rolled_back"]
+    counts = ["applied", *verdicts, "rejected", "dropped"]
+    kind = "pushes" if curves.has_pushes else "jumps"
+    rows.append((kind, ", ".join(f"{curves.num_events(event)} {event.replace('_', ' ')}" for event in counts)))
+    if curves.applied:
+        weights = [nowcast["details"]["weight"] for nowcast in curves.applied]
+        rows.append((f"weight of the {kind}", f"{min(weights):.2f} to {max(weights):.2f}"))
     if cost.nowcast_s:
         rows.append(
             (
@@ -170,9 +187,11 @@ def _caveat(curves: RunCurves, baseline: RunCurves | None) -> str:
     if baseline is None:
         return ""
     differs = first_difference(curves, baseline)
-    parts = ["One seed and one small model: an illustration, not a measurement of how well nowcasting works."]
-    schedule = curves.run.get("training", {}).get("schedule", {}).get("kind")
-    if schedule == "constant":
+    parts = [
+        "One seed and one model: an illustration. Whether nowcasting pays takes many seeds, and a learning rate that "
+        "is tuned on both sides: sidecast evaluate."
+    ]
+    if curves.schedule == "constant":
         parts.append(
             "Both runs keep the learning rate constant. Letting it decay often gains more than nowcasting does, "
             "and leaves less to gain: compare with --set training.schedule.kind=cosine."
@@ -182,11 +201,11 @@ def _caveat(curves: RunCurves, baseline: RunCurves | None) -> str:
         parts.append(f"The runs are of different length ({steps:,} and {baseline_steps:,} steps).")
     if differs is None:
         parts.append("The training losses of both runs are equal bit for bit, as far as both go.")
-    elif curves.jumps:
-        jump_step = curves.jumps[0]["step"]
+    elif curves.applied:
+        kind, first_step = "push" if curves.has_pushes else "jump", curves.applied[0]["step"]
         parts.append(
-            f"Up to the first jump at step {jump_step:,} the two runs are "
-            + ("equal bit for bit." if differs > jump_step else f"not equal: they differ from step {differs:,.0f} on.")
+            f"Up to the first {kind} at step {first_step:,} the two runs are "
+            + ("equal bit for bit." if differs > first_step else f"not equal: they differ from step {differs:,.0f} on.")
         )
     return " ".join(parts)
 
@@ -219,14 +238,34 @@ def _jump_table(curves: RunCurves) -> str:
     return "".join([*lines, "</tbody></table>"])
 
 
+def _push_table(curves: RunCurves) -> str:
+    """All pushes in a few rows: there are hundreds, and none is judged alone."""
+    if not curves.applied:
+        return "<p>No push was applied.</p>"
+    details = [push["details"] for push in curves.applied]
+    stale = sorted(push["staleness_steps"] for push in details)
+    rows: list[Row] = [
+        ("applied", f"{len(details)}, from step {curves.applied[0]['step']:,} to {curves.applied[-1]['step']:,}"),
+        ("steps from snapshot to push", f"{stale[len(stale) // 2]} in the median, {stale[-1]} at most"),
+        ("weight", f"{sum(push['weight'] for push in details) / len(details):.2f} on average"),
+    ]
+    if all("relative_norm" in push for push in details):
+        most = max(push["relative_norm"] for push in details)
+        rows.append(("largest push relative to the weights", f"{most:.4f}"))
+    ends = [event for event in curves.events if event["event"] == "suspended"]
+    reason = f"yes, at step {ends[0]['step']:,}: {ends[0]['details'].get('reason', '')}" if ends else "no"
+    rows.append(("ended by the guard", reason))
+    return _table(rows)
+
+
 def _table(rows: Iterable[Row]) -> str:
     body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
     return f"<table><tbody>{body}</tbody></table>"
 
 
-def _legend(curves: Sequence[Curve]) -> str:
+def _legend(curves: Sequence[Curve], has_jumps: bool) -> str:
     items = [f'<span><i class="{curve.style}"></i>{escape(curve.name)}</span>' for curve in curves]
-    return "".join([*items, '<span><i class="mark"></i>nowcast applied</span>'])
+    return "".join([*items, *(['<span><i class="mark"></i>jump applied</span>'] if has_jumps else [])])
 
 
 def _mebibytes(num_bytes: int) -> str:

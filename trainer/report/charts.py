@@ -12,6 +12,7 @@ from sidecast.trainer.report.comparison import Point
 
 WIDTH, HEIGHT = 920, 400
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 16, 44
+PNG_COLOURS = {"nowcast": "#c2410c", "baseline": "#1d4ed8", "other": "#737373"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Curve:
     Attributes:
         name: What the legend and the tooltip call it.
         points: Pairs of an optimizer step and the loss there.
-        style: Its CSS class: ``nowcast`` or ``baseline``, and ``faint`` for lines in the background.
+        style: Its CSS class: ``nowcast``, ``baseline`` or ``other``, and ``faint`` for lines in the background.
         dotted: Draw the points too, each with a tooltip.
     """
 
@@ -100,7 +101,7 @@ def write_png(path: Path, curves: Sequence[Curve], jump_steps: Sequence[float], 
         faint = "faint" in curve.style
         axes.plot(
             *zip(*curve.points, strict=True),
-            color="#c2410c" if "nowcast" in curve.style else "#1d4ed8",
+            color=PNG_COLOURS[curve.style.split()[0]],
             alpha=0.35 if faint else 1.0,
             linewidth=1.0 if faint else 1.8,
             marker="o" if curve.dotted else None,
@@ -114,7 +115,7 @@ def write_png(path: Path, curves: Sequence[Curve], jump_steps: Sequence[float], 
             linestyle=(0, (3, 3)),
             linewidth=1,
             zorder=0,
-            label=None if index else "nowcast applied",
+            label=None if index else "jump applied",
         )
     # The first steps fall from the loss of a random model and would flatten everything after them.
     late = [loss for curve in curves for step, loss in curve.points if step >= 0.05 * curve.points[-1][0]]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sidecast.trainer.job.run_log import Record
+from sidecast.trainer.job.run_log import Record, is_pushed
 
 Point = tuple[float, float]
 
@@ -19,7 +19,7 @@ class RunCurves:
         run: The ``run`` record: settings, versions, sizes.
         train: Points of step and training loss.
         validation: Points of step and validation loss.
-        jumps: The ``nowcast`` records of applied nowcasts.
+        applied: The ``nowcast`` records of applied jumps or pushes.
         events: All ``nowcast`` records.
         summary: The ``summary`` record; None if the run has not ended.
         training_s: Seconds of training at the last record.
@@ -28,7 +28,7 @@ class RunCurves:
     run: Record
     train: tuple[Point, ...]
     validation: tuple[Point, ...]
-    jumps: tuple[Record, ...]
+    applied: tuple[Record, ...]
     events: tuple[Record, ...]
     summary: Record | None
     training_s: float
@@ -44,7 +44,7 @@ class RunCurves:
             run=by_kind.get("run", [{}])[0],
             train=_points(train),
             validation=_points(by_kind.get("validation", [])),
-            jumps=tuple(record for record in events if record["event"] == "applied"),
+            applied=tuple(record for record in events if record["event"] == "applied"),
             events=tuple(events),
             summary=by_kind.get("summary", [None])[-1],
             training_s=train[-1]["training_s"] if train else 0.0,
@@ -52,6 +52,27 @@ class RunCurves:
 
     def num_events(self, event: str) -> int:
         return sum(record["event"] == event for record in self.events)
+
+    @property
+    def schedule(self) -> str:
+        """Kind of the learning rate's schedule; empty if the records do not tell."""
+        kind: str = self.run.get("training", {}).get("schedule", {}).get("kind", "")
+        return kind
+
+    @property
+    def has_decay(self) -> bool:
+        """Whether the learning rate falls to the end, so that losses on the way are no measure of the run."""
+        return self.schedule not in ("", "constant")
+
+    @property
+    def has_pushes(self) -> bool:
+        """Whether nowcasts are pushes, of which no single one is judged."""
+        return is_pushed(self.run)
+
+    @property
+    def jumps(self) -> tuple[Record, ...]:
+        """The records of applied jumps; pushes are none."""
+        return () if self.has_pushes else self.applied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +167,51 @@ class RunComparison:
         return f"{verdict}. The run with nowcasts reached {target} at step {self.steps:,.0f}."
 
 
-def verdict(curves: RunCurves, baseline: RunCurves) -> RunComparison | None:
-    """Compares two runs; None if either has no validation."""
+@dataclass(frozen=True, kw_only=True)
+class EqualBudgetComparison:
+    """What nowcasting brought against a run without of the same length and the same decay: the losses at the end.
+
+    Attributes:
+        num_steps: Length of both runs.
+        loss: Validation loss at the end, with nowcasts.
+        baseline_loss: Without.
+        schedule: Of both runs' learning rates.
+    """
+
+    num_steps: float
+    loss: float
+    baseline_loss: float
+    schedule: str
+
+    @property
+    def has_saved(self) -> bool:
+        return self.loss < self.baseline_loss
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words."""
+        difference = self.loss - self.baseline_loss
+        word = "lower" if difference < 0 else "higher" if difference > 0 else "no different"
+        amount = f"{abs(difference):.4f} {word} than" if difference else f"{word} from that of"
+        return (
+            f"After {self.num_steps:,.0f} steps the validation loss is {self.loss:.4f}, {amount} the run without "
+            f"nowcasts under the same {self.schedule} decay ({self.baseline_loss:.4f})."
+        )
+
+
+def verdict(curves: RunCurves, baseline: RunCurves) -> RunComparison | EqualBudgetComparison | None:
+    """Compares two runs; None if either has no validation.
+
+    Where both learning rates fall to the end of runs of one length, only the ends tell: within a run the loss falls by
+    the decay, so that steps until some loss is reached say next to nothing. In all other cases it is these steps.
+    """
     if not curves.validation or not baseline.validation:
         return None
+    (last_step, last_loss), (baseline_last_step, baseline_last_loss) = curves.validation[-1], baseline.validation[-1]
+    if curves.has_decay and curves.schedule == baseline.schedule and last_step == baseline_last_step:
+        return EqualBudgetComparison(
+            num_steps=last_step, loss=last_loss, baseline_loss=baseline_last_loss, schedule=curves.schedule
+        )
     baseline_steps, target_loss = min(baseline.validation, key=lambda point: point[1])
     best_step, best_loss = min(curves.validation, key=lambda point: point[1])
     steps = first_crossing(curves.validation, target_loss)

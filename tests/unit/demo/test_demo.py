@@ -1,4 +1,4 @@
-"""What the demo empties."""
+"""What the demo empties, and what it trains."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sidecast.errors import ConfigError
+from sidecast.trainer.demo import __main__ as demo
 from sidecast.trainer.demo.__main__ import _empty
 
 
@@ -29,3 +30,54 @@ def test_what_is_not_a_demo_is_left_alone(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="would be emptied"):
         _empty(out)
     assert kept.read_text() == "years of work"
+
+
+def trained(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> tuple[list[list[str]], list[Path]]:
+    """The settings of a demo's runs, and the runs that its report shows beside the two that it compares."""
+    runs: list[list[str]] = []
+    shown: list[Path] = []
+
+    def train(children: object, name: str, command: list[str], *rest: object) -> None:
+        runs.append([command[index + 1] for index, word in enumerate(command) if word == "--set"])
+
+    def report(run: Path, baseline: Path, out: Path, beside: list[Path]) -> str:
+        shown.extend(beside)
+        return ""
+
+    monkeypatch.setattr(demo, "_train", train)
+    monkeypatch.setattr(demo, "_free_port", lambda: 1)
+    monkeypatch.setattr(demo, "write_report", report)
+    arguments = demo._parser().parse_args(["--out", str(out), "--endpoint", "127.0.0.1:1", *options])
+    demo.run_demo(arguments)
+    return runs, shown
+
+
+def test_beside_a_decayed_pair_a_third_run_keeps_its_rate_constant(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs, beside = trained(monkeypatch, tmp_path / "demo")
+    assert runs == [
+        ["nowcaster.endpoint=127.0.0.1:1"],
+        ["nowcaster.enabled=false"],
+        ["nowcaster.enabled=false", 'training.schedule.kind="constant"', "training.schedule.decay_steps=null"],
+    ]
+    assert beside == [tmp_path / "demo" / "constant_rate_without_nowcasts"]
+
+
+@pytest.mark.parametrize(
+    "options", [["--config", "demo-jumps"], ["--set", "training.schedule.kind=constant"]], ids=["config", "option"]
+)
+def test_where_the_rate_is_constant_anyway_two_runs_are_enough(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str]
+) -> None:
+    runs, beside = trained(monkeypatch, tmp_path / "demo", *options)
+    assert len(runs) == 2
+    assert beside == []
+
+
+def test_a_setting_that_no_run_would_take_is_refused_before_anything_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"training\.steps is 'many'"):
+        trained(monkeypatch, tmp_path / "demo", "--set", "training.steps=many")
+    assert not (tmp_path / "demo").exists()

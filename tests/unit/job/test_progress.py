@@ -19,6 +19,20 @@ def test_a_bar_shows_loss_speed_and_rate_and_starts_where_the_run_does() -> None
     assert "loss 1.2500, 4,321 tokens/s, lr 2.00e-03" in last
 
 
+def test_pushes_are_no_lines_as_there_are_hundreds() -> None:
+    applied: dict[str, Any] = {"weight": 1.0, "horizon_intervals": 1, "staleness_steps": 2, "version": 1}
+    record = {"kind": "nowcast", "step": 202, "event": "applied", "details": applied}
+    for policy, is_shown in (("push", False), ("jump", True)):
+        stream = io.StringIO()
+        bar = ProgressBar("training", 300, stream)
+        bar({"kind": "run", "start_step": 0, "deepspeed": {"nowcaster": {"policy": policy}}})
+        bar(record)
+        bar({**record, "event": "suspended", "details": {"reason": "the loss rose"}})
+        bar.close()
+        assert ("applied" in stream.getvalue()) == is_shown
+        assert "nowcast suspended: the loss rose" in stream.getvalue()
+
+
 def test_events_are_lines() -> None:
     applied: dict[str, Any] = {"weight": 0.967, "horizon_intervals": 3, "staleness_steps": 2, "version": 1}
     record = {"kind": "nowcast", "step": 202, "event": "applied", "details": applied}

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from sidecast.errors import ConfigError
+from sidecast.trainer.hook.config import parse_section
 from sidecast.trainer.job.config import load_config
 
 
-@pytest.mark.parametrize("name", ["default", "demo"])
+@pytest.mark.parametrize("name", ["default", "demo", "demo-jumps"])
 def test_shipped_configurations_are_valid(name: str) -> None:
     config = load_config(name)
+    parse_section(config.deepspeed["nowcaster"])
     assert config.training.steps > 0
     assert "training" not in config.deepspeed
 
@@ -27,6 +29,11 @@ def test_nowcaster_learns_the_length_of_the_run_unless_it_is_given() -> None:
     assert load_config("default", [("training.steps", 300)]).deepspeed["nowcaster"]["max_steps"] == 300
     given = load_config("default", [("nowcaster.max_steps", 7)])
     assert given.deepspeed["nowcaster"]["max_steps"] == 7
+
+
+def test_pushes_are_not_told_the_length_of_the_run_since_they_have_no_horizon() -> None:
+    config = load_config("default", [("nowcaster", {"policy": "push"})])
+    assert config.deepspeed["nowcaster"] == {"policy": "push"}
 
 
 def test_zero_is_a_value() -> None:

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from sidecast.trainer.report.comparison import (
+    EqualBudgetComparison,
+    RunComparison,
     RunCurves,
     first_crossing,
     first_difference,
@@ -14,9 +16,18 @@ from sidecast.trainer.report.comparison import (
 )
 
 
-def curves(validation: list[float], train: list[float] = (1.0,), **summary: Any) -> RunCurves:  # type: ignore[assignment]
+def curves(
+    validation: list[float],
+    train: list[float] = (1.0,),  # type: ignore[assignment]
+    schedule: str = "constant",
+    **summary: Any,
+) -> RunCurves:
     records: list[dict[str, Any]] = [
-        {"kind": "train", "step": step, "loss": loss, "training_s": 10.0} for step, loss in enumerate(train, start=1)
+        {"kind": "run", "training": {"schedule": {"kind": schedule}}},
+        *(
+            {"kind": "train", "step": step, "loss": loss, "training_s": 10.0}
+            for step, loss in enumerate(train, start=1)
+        ),
     ]
     records += [
         {"kind": "validation", "step": 100 * index, "loss": loss} for index, loss in enumerate(validation, start=1)
@@ -42,6 +53,31 @@ def test_less_than_the_spacing_of_validations_is_about_even() -> None:
     assert judged is not None
     assert not judged.has_saved
     assert judged.sentence.startswith("About even: +17 steps saved, less than the 100 steps")
+
+
+@pytest.mark.parametrize(("loss", "words"), [(1.9, "0.1000 lower than"), (2.25, "0.2500 higher than")])
+def test_runs_that_decay_are_compared_at_their_end_and_not_on_the_way(loss: float, words: str) -> None:
+    # On the way it is behind, and where it passes the other's last loss tells the decay's shape and nothing else.
+    judged = verdict(curves([3.0, 2.9, loss], schedule="cosine"), curves([3.0, 2.1, 2.0], schedule="cosine"))
+    assert isinstance(judged, EqualBudgetComparison)
+    assert judged.has_saved == (loss < 2.0)
+    assert judged.sentence == (
+        f"After 300 steps the validation loss is {loss:.4f}, {words} the run without nowcasts under the same cosine "
+        "decay (2.0000)."
+    )
+
+
+def test_the_same_loss_at_the_end_is_said_to_be_no_different() -> None:
+    judged = verdict(curves([3.0, 2.0], schedule="wsd"), curves([3.0, 2.0], schedule="wsd"))
+    assert judged is not None
+    assert not judged.has_saved
+    assert "2.0000, no different from that of the run without" in judged.sentence
+
+
+@pytest.mark.parametrize(("num_validations", "schedule"), [(2, "cosine"), (3, "wsd"), (3, "constant")])
+def test_ends_of_unlike_runs_are_not_compared(num_validations: int, schedule: str) -> None:
+    other = curves([3.0, 2.1, 2.0][:num_validations], schedule=schedule)
+    assert isinstance(verdict(curves([3.0, 2.0, 1.9], schedule="cosine"), other), RunComparison)
 
 
 def test_a_run_that_never_arrives_says_how_far_behind_it_is() -> None:

@@ -38,6 +38,59 @@ def write_run(run_dir: Path, gain: float) -> Path:
     return run_dir
 
 
+def write_pushed_run(run_dir: Path, *, is_suspended: bool = False) -> Path:
+    run = {
+        "kind": "run",
+        "num_parameters": 1,
+        "num_ranks": 1,
+        "num_train_tokens": 1,
+        "num_validation_tokens": 1,
+        "machine": {"system": "s", "num_cores": 1},
+        "versions": {},
+        "training": {
+            "data": {"corpus": "c", "tokenizer": "t", "sequence_length": 8},
+            "schedule": {"kind": "cosine", "warmup_steps": 1},
+            "seed": 0,
+        },
+        "deepspeed": {"train_micro_batch_size_per_gpu": 1, "optimizer": {}, "nowcaster": {"policy": "push"}},
+    }
+    with RunLog(run_dir) as log:
+        log(run)
+        for step in range(10, 201, 10):
+            log({"kind": "train", "step": step, "loss": 3.0 - step / 100, "training_s": step / 100})
+            log({"kind": "validation", "step": step, "loss": 3.0 - step / 100})
+            details = {**DETAILS, "weight": 0.5 if step == 200 else 1.0, "staleness_steps": step // 20}
+            log({"kind": "nowcast", "step": step, "event": "applied", "details": details})
+        if is_suspended:
+            log({"kind": "nowcast", "step": 150, "event": "suspended", "details": {"reason": "the loss rose"}})
+        log({"kind": "summary", "training_s": 2.0, "nowcaster": [{}]})
+    return run_dir
+
+
+def test_pushes_are_counted_and_not_shown_one_by_one(tmp_path: Path) -> None:
+    text = write_report(write_pushed_run(tmp_path / "a"), None, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.search(r"^pushes +20 applied, 0 rejected, 0 dropped$", text, re.MULTILINE)
+    assert "jump" not in re.sub(r"<style>.*</style>", "", page, flags=re.DOTALL)
+    assert "<td>20, from step 10 to 200</td>" in page
+    assert "<td>5 in the median, 10 at most</td>" in page
+    assert "<th>ended by the guard</th><td>no</td>" in page
+
+
+def test_a_guard_that_ended_the_pushes_is_shown_with_its_reason(tmp_path: Path) -> None:
+    write_report(write_pushed_run(tmp_path / "a", is_suspended=True), None, tmp_path / "out")
+    assert "<td>yes, at step 150: the loss rose</td>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_runs_beside_are_shown_and_judge_nothing(tmp_path: Path) -> None:
+    beside = write_run(tmp_path / "constant_rate", 0.5)
+    runs = [write_pushed_run(tmp_path / name) for name in ("a", "b")]
+    text = write_report(runs[0], runs[1], tmp_path / "out", [beside])
+    assert "no different from that of the run without nowcasts under the same cosine decay (1.0000)" in text
+    assert re.search(r"^best validation loss, constant rate +0\.3508 at step 200$", text, re.MULTILINE)
+    assert "constant rate, validation, step 200: 0.3508" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_a_report_stands_alone_and_shows_jumps_cost_and_verdict(tmp_path: Path) -> None:
     text = write_report(write_run(tmp_path / "a", 0.3), write_run(tmp_path / "b", 0.2), tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
