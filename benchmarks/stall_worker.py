@@ -5,6 +5,7 @@ Usage: python stall_worker.py SETTINGS_JSON  (RANK, WORLD_SIZE and LOCAL_RANK in
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -31,24 +32,25 @@ CONTEXT_LEN = 5
 
 
 def build_engine(settings: dict[str, Any]) -> Any:
-    """The model under the ZeRO stage, nowcasted with one snapshot every three windows."""
+    """The model under the ZeRO stage, with one snapshot every three windows, for jumps or for pushes."""
     torch.manual_seed(0)
     model = build_model(settings)
     interval_steps = 3 * settings["window_steps"]
+    policy: dict[str, Any] = {
+        "context_len": CONTEXT_LEN,
+        "period_steps": CONTEXT_LEN * interval_steps,
+        # What a snapshot costs is measured here, not what a jump does.
+        "max_relative_norm": 1e-30,
+        "rollback": "off",
+    }
+    if settings["policy"] == "push":
+        policy = {"policy": "push", "push": {"interval_steps": interval_steps, "start_step": 0}}
     config = {
         "train_micro_batch_size_per_gpu": settings["batch_size"],
         "zero_optimization": {"stage": settings["stage"]},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "nowcaster": {
-            "endpoint": settings["endpoint"],
-            "require": True,
-            "context_len": CONTEXT_LEN,
-            "period_steps": CONTEXT_LEN * interval_steps,
-            # What a snapshot costs is measured here, not what a jump does.
-            "max_relative_norm": 1e-30,
-            "rollback": "off",
-        },
+        "nowcaster": {"endpoint": settings["endpoint"], "require": True, **policy},
     }
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4), config=config
@@ -85,6 +87,8 @@ class Peers:
         self._folder = folder
         self._source = [np.array(master.detach().numpy().reshape(-1)) for master in masters]
         self._copy = [np.zeros_like(each) for each in self._source]
+        self._addend = [torch.from_numpy(each) for each in self._source]
+        self._sum = [torch.from_numpy(each) for each in self._copy]
         options = StagingOptions(
             use_pinned_memory=False, use_shared_memory=True, use_async_staging=False, use_non_blocking_copy=False
         )
@@ -100,6 +104,15 @@ class Peers:
                 np.copyto(target, source)
 
         return timed(copy)
+
+    def addition(self) -> float:
+        """A multiple of a vector onto another in one pass, one call per master, without any publication."""
+
+        def add() -> None:
+            for target, source in zip(self._sum, self._addend, strict=True):
+                target.add_(source, alpha=1e-30)
+
+        return timed(add)
 
     def default_async_save(self) -> float:
         """As PyTorch does it unless told otherwise."""
@@ -141,8 +154,10 @@ def main(settings: dict[str, Any]) -> None:
 
     window_steps = settings["window_steps"]
     results: dict[str, list[float]] = {
-        name: [] for name in ("snapshot", "calm", "control", "blocked", "staging", "memcpy", "default", "cached")
+        name: []
+        for name in ("snapshot", "calm", "control", "blocked", "staging", "memcpy", "addition", "default", "cached")
     }
+    cycles: list[dict[str, Any]] = []
     step_s: list[float] = []
     calm_blocked_s: list[float] = []
     # The first snapshot touches memory for the first time; it is not of the steady state.
@@ -152,7 +167,7 @@ def main(settings: dict[str, Any]) -> None:
     for cycle in range(settings["num_cycles"] + 1):
         dist.barrier()
         staged_s = hook.totals.staging_s
-        windows, blocked_s = [], []
+        windows, blocked_s, num_applied = [], [], [hook.totals.num_applied]
         for _ in range(3):
             times = []
             for _ in range(window_steps):
@@ -160,6 +175,7 @@ def main(settings: dict[str, Any]) -> None:
                 times.append(timed(step))
                 blocked_s.append(hook.totals.blocked_s - before_s)
             windows.append(sum(times))
+            num_applied.append(hook.totals.num_applied)
             if len(windows) > 1:
                 step_s += times
         if peers is None:
@@ -170,10 +186,13 @@ def main(settings: dict[str, Any]) -> None:
             results["snapshot"].append(windows[0])
             results["calm"].append(windows[1])
             results["control"].append(windows[2])
+        applied = [after - before for before, after in itertools.pairwise(num_applied)]
+        cycles.append({"windows": windows, "applied": applied, "blocked": sum(blocked_s)})
         results["blocked"].append(blocked_s[0])
         calm_blocked_s += blocked_s[1:]
         results["staging"].append(hook.totals.staging_s - staged_s)
         results["memcpy"] += [peers.memcpy(), peers.memcpy()]
+        results["addition"] += [peers.addition(), peers.addition()]
         if cycle <= settings["num_saves"]:
             results["default"].append(peers.default_async_save())
             results["cached"].append(peers.cached_async_save())
@@ -184,10 +203,12 @@ def main(settings: dict[str, Any]) -> None:
     shutil.rmtree(folder / "save", ignore_errors=True)
     report = {
         **results,
+        "cycles": cycles,
         "step": step_s,
         "calm_blocked": calm_blocked_s,
         "shard_bytes": shard_bytes,
         "num_staged": summary["num_staged"],
+        "num_applied": summary["num_applied"],
         "num_committed": summary["num_committed"],
         "num_dropped": summary["num_dropped"],
         "bytes_uploaded": summary["bytes_uploaded"],
