@@ -49,7 +49,17 @@ class FaultPoints:
         self._link = link
         self._lock = threading.Lock()
         self._may_go_on = threading.Event()
+        self._is_announced = False
+        self._num_unsaid = 0
         self.arm(fault)
+
+    def announce(self, port: int) -> None:
+        """Tells the conductor where this service is, before anything else: ranks that look for it may call at once."""
+        with self._lock:
+            self._link.send(port)
+            for _ in range(self._num_unsaid):
+                self._link.send("fired")
+            self._is_announced = True
 
     def arm(self, fault: Fault | None) -> None:
         """Makes the next call that fits run into the fault."""
@@ -80,7 +90,10 @@ class FaultPoints:
         """Counts it."""
         with self._lock:
             self._num_left -= 1
-        self._link.send("fired")
+            if self._is_announced:
+                self._link.send("fired")
+            else:
+                self._num_unsaid += 1
 
     async def reach(
         self, call: Call, phase: Phase, rank: int | None = None, step: int = 0, way: Way | None = None
@@ -370,10 +383,10 @@ def serve(link: Connection, folder: Path, port: int, fault: Fault | None, shares
         port,
         engines=FaultEngines(points, folder / "published"),
         interceptors=[FaultInterceptor(points, memory)],
+        before_start=lambda servicer: FaultHandover(servicer.handover, points, takes=shares),
     )
     service.__enter__()
-    FaultHandover(service.servicer.handover, points, takes=shares)
-    link.send(service.port)
+    points.announce(service.port)
     try:
         while True:
             command = link.recv()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -90,6 +90,7 @@ class RunningService:
         port: 0 for a free one; a given one to come back where an earlier service was.
         engines: Who predicts, if not the fake ones.
         interceptors: Between the wire and the servicer.
+        before_start: Called with the servicer before anybody can reach it.
         changes: Of the settings.
     """
 
@@ -100,11 +101,13 @@ class RunningService:
         *,
         engines: Any = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        before_start: Callable[[Servicer], object] | None = None,
         **changes: Any,
     ) -> None:
         self.clock = FakeClock()
         self.engines = FakeEngines() if engines is None else engines
         self._interceptors = interceptors
+        self._before_start = before_start
         self.config = service_config(folder, **changes)
         self._wanted_port = port
         self._loop = asyncio.new_event_loop()
@@ -124,6 +127,8 @@ class RunningService:
         self.store = HistoryStore(self.config.history_dir, self.config.history_budget_bytes)
         self.metrics = ServiceMetrics(CollectorRegistry())
         self.servicer = Servicer(self.config, self.store, self.engines, self.metrics, version="test", clock=self.clock)
+        if self._before_start is not None:
+            self._before_start(self.servicer)
         self._server, self.port = create_server(self.servicer, self._wanted_port, self._interceptors)
         self.servicer.handover.start()
         await self._server.start()
