@@ -58,6 +58,7 @@ bench: $(VENV)/.installed ## the benchmarks' short presets, a minute each, on th
 	$(BIN)/python -m benchmarks.bench_transport --quick
 	$(BIN)/python -m benchmarks.bench_stall --preset quick
 	$(BIN)/python -m benchmarks.bench_farm --preset ci
+	$(BIN)/python -m benchmarks.bench_real_pushes --steps 300 --seeds 2
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "sidecast needs Python 3.11 ($(PYTHON) not found; set PYTHON=...)"; exit 1; }

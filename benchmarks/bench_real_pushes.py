@@ -5,7 +5,7 @@ beside them that makes each push while training goes on, votes. The peer is the 
 shares first weights and data. With ``--farm`` the same cell of a farm's results, where nothing is ever late, stands
 beside it: the bar is 80 % of the farm's difference. The same command goes on where it was stopped.
 
-    python -m benchmarks.bench_real_pushes --task english-wide --lr 4e-3 --b1 0.8 --seeds 8 --out FOLDER [--farm FOLDER]
+    python -m benchmarks.bench_real_pushes --lr 4e-3 --b1 0.8 [--seeds 8] [--out FOLDER] [--farm FOLDER]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -143,10 +144,18 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="keeps the runs, so that the command goes on where it was stopped")
     parser.add_argument("--farm", type=Path, help="folder of a farm's results")
     arguments = parser.parse_args()
-    out = arguments.out.absolute()
+    if arguments.out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(arguments, Path(folder))
+    else:
+        measure(arguments, arguments.out.absolute())
+
+
+def measure(arguments: argparse.Namespace, out: Path) -> None:
+    """Trains what is missing in a folder, and prints the comparison."""
     out.mkdir(parents=True, exist_ok=True)
     task = find_task(arguments.task)
     config = out / "ds_config.json"
