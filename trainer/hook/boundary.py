@@ -237,6 +237,7 @@ class NowcastHook:
 
     def _on_decision(self, decision: Decision) -> None:
         self._windows.agree(decision)
+        self.totals.num_losses += decision.num_losses
         self._policy.on_loss(self._vote_step, decision.mean_loss)
         held = self._inbox.held
         if held is not None and (decision.version, decision.digest, decision.epoch) == (

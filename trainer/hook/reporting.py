@@ -37,7 +37,8 @@ class NowcastEvent:
             rollback that had to be put off until every rank can carry it out is ``rollback_delayed``.
         step: The optimizer step at which this rank learned of it.
         details: Numbers and reasons; for ``applied``: version, base_step, staleness_steps, horizon_intervals,
-            weight, digest, relative_norm, nowcast_s.
+            weight, digest, relative_norm, nowcast_s; for ``accepted`` and ``rolled_back`` also num_losses_before and
+            num_losses_after, which the verdict saw.
     """
 
     kind: EventKind
@@ -47,9 +48,16 @@ class NowcastEvent:
 
 @dataclass(kw_only=True)
 class HookTotals(Totals):
-    """Since the hook was attached; the seconds of each nowcast stay with the hook, as they grow with the run."""
+    """Since the hook was attached; what has a value for each nowcast stays with the hook, as it grows with the run."""
 
     nowcast_s: list[float] = field(default_factory=list)
+    verdict_losses: list[tuple[int, int]] = field(default_factory=list)
+    """For each verdict on a jump, how many losses it saw: of the trend before, and after the recovery."""
+
+    def count_verdict(self, num_before: int, num_after: int) -> None:
+        """Takes note of a verdict and of how many losses it saw."""
+        self.verdict_losses.append((num_before, num_after))
+        self.num_verdict_losses += num_before + num_after
 
     def numbers(self) -> Totals:
         """A copy of what travels to the courier."""

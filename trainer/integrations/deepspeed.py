@@ -6,7 +6,6 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from sidecast.errors import ConfigError
@@ -14,6 +13,7 @@ from sidecast.trainer.hook.attachment import Attachment, Hook
 from sidecast.trainer.hook.start import is_disabled, start
 from sidecast.trainer.hook.training_run import TrainingRun, model_config_of
 from sidecast.trainer.partitions.deepspeed import applied_steps, layout_of, nowcaster_section, zero_stage
+from sidecast.trainer.partitions.deepspeed_losses import LossWatch
 
 CLIENT_STATE_KEY = "sidecast"
 
@@ -29,7 +29,8 @@ def attach(engine: Any) -> Any:
     """Lets a DeepSpeed engine be nowcasted, as its ds_config's top-level ``"nowcaster"`` section says.
 
     Call it once on every rank, right after ``deepspeed.initialize`` and before ``engine.load_checkpoint``. It
-    wraps the engine's ``step``, ``backward``, ``save_checkpoint`` and ``load_checkpoint`` in place. Without that
+    wraps the engine's ``step``, ``backward``, ``scale``, ``save_checkpoint`` and ``load_checkpoint`` in place, and sees
+    the losses of ``engine.backward(loss)``, ``loss.backward()`` and ``engine.scale(loss).backward()``. Without that
     section, or with ``"enabled": false``, nothing is touched.
 
     Args:
@@ -55,8 +56,8 @@ def put_on(engine: Any, section: Any, *, sees_losses: bool = True) -> Attachment
     Args:
         engine: What ``deepspeed.initialize`` returned.
         section: The settings, unchecked.
-        sees_losses: Whether the losses given to ``engine.backward`` are those to judge by; False if the caller
-            gives them to the attachment itself.
+        sees_losses: Whether the losses whose backward pass reaches the engine are those to judge by; False if the
+            caller gives them to the attachment itself.
     """
     if _hooks.get(engine) is not None:
         raise ConfigError("sidecast.attach was called twice on this engine; once is enough")
@@ -82,7 +83,7 @@ def _run_of(engine: Any) -> TrainingRun:
 
 def wrap(engine: Any, attachment: Attachment, *, sees_losses: bool = True) -> None:
     """Makes the engine's methods tell the hook of steps, losses and checkpoints."""
-    step, backward = engine.step, engine.backward
+    step = engine.step
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
     def step_and_nowcast(*args: Any, **kwargs: Any) -> Any:
@@ -90,11 +91,6 @@ def wrap(engine: Any, attachment: Attachment, *, sees_losses: bool = True) -> No
         if engine.was_step_applied():
             attachment.after_step()
         return result
-
-    def observe_and_backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
-        if sees_losses and torch.is_tensor(loss):
-            attachment.observe(loss)
-        return backward(loss, *args, **kwargs)
 
     def save_checkpoint(
         save_dir: Any, tag: Any = None, client_state: dict[str, Any] | None = None, *args: Any, **kwargs: Any
@@ -114,5 +110,7 @@ def wrap(engine: Any, attachment: Attachment, *, sees_losses: bool = True) -> No
             attachment.resume(state, Path(path).parent)
         return path, client_state
 
-    engine.step, engine.backward = step_and_nowcast, observe_and_backward
+    if sees_losses:
+        LossWatch(engine, attachment.observe)
+    engine.step = step_and_nowcast
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint

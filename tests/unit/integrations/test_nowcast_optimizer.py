@@ -268,14 +268,33 @@ def test_torchs_own_hooks_reach_the_inner_optimizer() -> None:
     assert called == [True, True]
 
 
-def test_a_run_without_losses_is_warned() -> None:
-    model = nn.Linear(2, 1)
-    optimizer = NowcastOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, context_len=2, period_steps=4)
-    model(torch.ones(1, 2)).sum().backward()
-    for _ in range(3):
-        optimizer.step()
-    with pytest.warns(UserWarning, match="has seen no loss"):
-        optimizer.step()
+@pytest.mark.parametrize("hidden_from", [0, PERIOD_STEPS + 2])
+def test_no_jump_is_kept_whose_losses_are_hidden(hidden_from: int, caplog: pytest.LogCaptureFixture) -> None:
+    training = Training(period_steps=PERIOD_STEPS)
+    observe = training.optimizer.observe
+    training.optimizer.observe = lambda loss: observe(loss) if training.num_steps <= hidden_from else None
+    training.train(5 * PERIOD_STEPS)
+    is_late = hidden_from > 0
+    assert training.steps_of("applied") == ([PERIOD_STEPS] if is_late else [])
+    assert training.steps_of("rolled_back") == ([PERIOD_STEPS + PERIOD_STEPS // 2] if is_late else [])
+    assert training.steps_of("accepted") == []
+    # Five base steps, one warning of each kind.
+    assert caplog.text.count("no jump is applied as long as too few losses are seen") == 1
+    assert caplog.text.count("is undone: too few losses to judge by") == (1 if is_late else 0)
+    summary = training.optimizer.hook.summary()
+    assert summary["verdict_losses"] == ([(11, 0)] if is_late else [])
+    assert summary["num_losses"] == hidden_from
+
+
+@pytest.mark.parametrize(("period_steps", "undone_step"), [(8, 15), (10, 17), (20, 30)])
+def test_the_shortest_probations_undo_a_harmful_jump(period_steps: int, undone_step: int) -> None:
+    training = Training(period_steps=period_steps, context_len=2, max_relative_norm=1e3)
+    training.train(period_steps)
+    for _ in range(period_steps):
+        training.optimizer.observe(1000.0)
+        training.train(1)
+    assert training.steps_of("applied")[0] == period_steps
+    assert training.steps_of("rolled_back") == [undone_step]
 
 
 class FullyShardedDataParallel(nn.Module):
@@ -297,6 +316,7 @@ def test_refusals() -> None:
     refused(model, "no setting 'endpoint'; allowed: context_len", endpoint="host:1")
     refused(model, "predictor is 'oracle'; allowed: average", predictor="oracle")
     refused(model, "period_steps is 7; allowed: a multiple of context_len", period_steps=7)
+    refused(model, "probation_steps is 6; allowed: 0", period_steps=20, probation_steps=6)
     refused(model, "needs a weights file", predictor="nino")
     refused(nn.Linear(2, 2).bfloat16(), "'weight' is torch.bfloat16 and has no fp32 master")
     refused(nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last), "'weight' is not contiguous")

@@ -38,6 +38,7 @@ class PushPolicy:
         self._reporter = reporter
         self._guard = LossGuard(LossGuardConfig())
         self._last_loss_step = 0
+        self._are_losses_gone = False
         self._is_warned = False
 
     @property
@@ -46,8 +47,12 @@ class PushPolicy:
 
     @property
     def allows(self) -> bool:
-        # Without losses there is no guard.
-        return not self.is_suspended and self.last_loss is not None
+        return not self.is_suspended and not self._is_blind
+
+    @property
+    def _is_blind(self) -> bool:
+        # Without losses, or without any more of them, there is no guard.
+        return self.last_loss is None or self._are_losses_gone
 
     @property
     def wants_snapshots(self) -> bool:
@@ -62,7 +67,7 @@ class PushPolicy:
         self.learning_rate_sum += sum(rates) / len(rates)
 
     def at_snapshot(self, step: int) -> None:
-        is_blind = self._config.is_active(step) and self.last_loss is None
+        is_blind = self._config.is_active(step) and self._is_blind and not self.is_suspended
         if is_blind and not self._is_warned:
             log.warning(
                 "no push is applied as long as no loss is seen, since nothing would end pushes that harm: call "
@@ -88,7 +93,9 @@ class PushPolicy:
 
     def on_loss(self, loss_step: int, mean_loss: float | None) -> None:
         if mean_loss is None:
+            self._are_losses_gone = loss_step - self._last_loss_step > self._config.interval_steps
             return
+        self._are_losses_gone = False
         self.last_loss = mean_loss
         num_steps, self._last_loss_step = max(1, loss_step - self._last_loss_step), loss_step
         if self.is_suspended or loss_step <= self._config.start_step - GUARD_LEAD_STEPS:
@@ -111,6 +118,7 @@ class PushPolicy:
 
     def load(self, state: Mapping[str, Any] | None) -> None:
         self._guard = LossGuard(LossGuardConfig())
+        self._are_losses_gone = False
         # A checkpoint of a run with jumps has none of this.
         own = None if state is None else state.get("push")
         self.last_loss = None if own is None else own["last_loss"]
