@@ -109,12 +109,13 @@ class NowcasterConfig:
     now + max_weight * (1 - d/h) * jump; ``add``: now + max_weight * jump, whatever its age; ``replace``: base +
     max_weight * jump, which drops those d steps and keeps a copy of the base (4 bytes per owned parameter)."""
     moments: Literal["keep", "reset", "scale"] = "keep"
-    """What a jump does to the optimizer's moments: ``keep``: nothing; ``reset``: all of them and the step counters
-    become 0, as before the first step; ``scale``: the first moment (momentum) is multiplied by 1 - weight, the share of
-    the predicted way that the jump has not gone. A rollback restores them in any case."""
+    """What a jump does to the optimizer's moments: ``keep``: nothing; ``reset``: they and the step counters are as
+    before the first step, where it is known what that is; ``scale``: the first moment (momentum) is multiplied by
+    1 - weight, the share of the predicted way that the jump has not gone. A rollback restores them in any case."""
     during_decay: Literal["scale", "suspend", "allow"] = "scale"
     """While the learning rate is below its highest value at the window's snapshots: ``scale`` multiplies the weight by
-    the part that is left, ``suspend`` applies nothing, ``allow`` ignores it. Warm-up is no decay."""
+    the part that is left, ``suspend`` applies nothing, ``allow`` ignores it, and is all that is allowed with an
+    optimizer without a learning rate that is a number. Warm-up is no decay."""
     probation_steps: int | None = None
     """After so many steps a jump is judged; None: half the period, or as long as a verdict takes; 0: never. A verdict
     takes the losses of 4 votes before the jump, and of 4 in the second half of these steps."""

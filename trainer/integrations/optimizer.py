@@ -18,6 +18,7 @@ from sidecast.predictors.registry import create_predictor
 from sidecast.trainer.hook.attachment import Attachment
 from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import JUMP_SETTINGS, NowcasterConfig, parse_section
+from sidecast.trainer.hook.jump import require_learning_rates
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.integrations.in_process import InProcessNowcaster
@@ -82,6 +83,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         ranks = Ranks(None)
         run = replica_of(model, optimizer, lambda: self._num_steps, local_rank=0)
         partition = Partition(run.map_layout)
+        require_learning_rates(config, partition)
         manifest = ModelManifest(partition.parameters, run.model_config, partition.aliases)
         if isinstance(predictor, str):
             path = None if weights is None else Path(weights)

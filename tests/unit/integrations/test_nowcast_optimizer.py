@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import threading
-from collections.abc import Callable
+import weakref
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,66 +20,7 @@ from sidecast.predictors.base import History
 from sidecast.predictors.linear import LinearPredictor
 from sidecast.trainer.integrations.optimizer import NowcastOptimizer
 from sidecast.trainer.partitions.rollback import RollbackError
-
-PERIOD_STEPS = 20
-CONTEXT_LEN = 4
-NEVER = 1e-12
-
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
-    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True),
-    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, amsgrad=True),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
-    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.05),
-    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01, momentum=0.5, centered=True),
-    "nadam": lambda parameters: torch.optim.NAdam(parameters, lr=0.01),
-    "lbfgs": lambda parameters: torch.optim.LBFGS(parameters, lr=0.05, max_iter=2, tolerance_change=0),
-}
-
-
-class Training:
-    """A tiny regression whose data depend on the step alone."""
-
-    def __init__(self, optimizer: str = "adamw", *, is_nowcasted: bool = True, **settings: Any) -> None:
-        torch.manual_seed(5)
-        self.model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
-        inner = OPTIMIZERS[optimizer](self.model.parameters())
-        self.events: list[tuple[str, int]] = []
-        self.optimizer: Any = inner
-        if is_nowcasted:
-            settings = {"context_len": CONTEXT_LEN, "period_steps": PERIOD_STEPS, "max_relative_norm": 1e3} | settings
-            self.optimizer = NowcastOptimizer(inner, self.model, **settings)
-            self.optimizer.hook.add_listener(lambda event: self.events.append((event.kind, event.step)))
-        self.num_steps = 0
-        self.losses: list[float] = []
-
-    def train(self, num_steps: int, spoil_from: int | None = None) -> None:
-        for _ in range(num_steps):
-            self.num_steps += 1
-            is_spoilt = spoil_from is not None and self.num_steps >= spoil_from
-            generator = torch.Generator().manual_seed(self.num_steps)
-            inputs = torch.randn(8, 3, generator=generator)
-
-            def loss_now(inputs: Tensor = inputs, is_spoilt: bool = is_spoilt) -> Tensor:
-                self.optimizer.zero_grad()
-                loss = (self.model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
-                loss.backward()
-                return loss * torch.nan if is_spoilt else loss
-
-            self.losses.append(float(self.optimizer.step(loss_now).detach()))
-
-    def steps_of(self, kind: str) -> list[int]:
-        return [step for event, step in self.events if event == kind]
-
-    def weights(self) -> Tensor:
-        return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
-
-    def inner_state(self) -> dict[str, Any]:
-        return getattr(self.optimizer, "optimizer", self.optimizer).state_dict()
-
-
-def assert_equal(first: Any, second: Any) -> None:
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
+from tests.support.optimizer_training import CONTEXT_LEN, NEVER, OPTIMIZERS, PERIOD_STEPS, Training, assert_equal
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -324,3 +268,39 @@ def test_refusals() -> None:
     refused(model, r"parameter of shape \(3, 3\) that the model does not have", [nn.Parameter(torch.zeros(3, 3))])
     with pytest.raises(ConfigError, match="cannot take further parameters"):
         Training().optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+def test_a_rollback_copy_of_another_jump_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = Training(), Training()
+    first.train(PERIOD_STEPS + 3)
+    saved = deepcopy(first.optimizer.state_dict())
+    saved["sidecast"]["rollback"]["of"][1] += 1
+    second.optimizer.load_state_dict(saved)
+    assert not second.optimizer.hook.is_on_probation
+    assert "cannot be undone: the copy is of another jump" in caplog.text
+
+
+def memory_files() -> int:
+    """Descriptors of shared memory that this process holds."""
+    found = 0
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found += "memfd:" in str(path.readlink())
+    return found
+
+
+@pytest.mark.parametrize("end", ["closed", "dropped"])
+def test_what_is_done_with_leaves_no_memory(end: str) -> None:
+    gc.collect()
+    before = memory_files()
+    for _ in range(3):
+        training = Training()
+        training.train(PERIOD_STEPS)
+        assert memory_files() > before
+        if end == "closed":
+            training.optimizer.hook.close()
+        gone = weakref.ref(training.model)
+        del training
+        gc.collect()
+        assert gone() is None
+        assert memory_files() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -63,8 +64,8 @@ class PushPolicy:
 
     def after_step(self) -> None:
         # Groups mostly share one schedule; what differs between them by a constant factor is in the average itself.
-        rates = self._partition.learning_rates()
-        self.learning_rate_sum += sum(rates) / len(rates)
+        rates = [rate for rate in self._partition.learning_rates() if math.isfinite(rate)]
+        self.learning_rate_sum += sum(rates) / max(1, len(rates))
 
     def at_snapshot(self, step: int) -> None:
         is_blind = self._config.is_active(step) and self._is_blind and not self.is_suspended
@@ -83,8 +84,8 @@ class PushPolicy:
         return 1.0
 
     def weight(self, held: Prediction, step: int, weight_scale: float) -> float:
-        if self.is_suspended:
-            # The vote that brought the alarm may have brought a push, too.
+        if not self.allows:
+            # The vote that brought the alarm, or no loss any more, may have brought a push, too.
             return 0.0
         return age_weight(step - held.base_step, self._config.interval_steps)
 
