@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -11,6 +12,11 @@ from sidecast.trainer.hook.messenger import Messenger
 from sidecast.trainer.hook.policies.policy import Policy
 from sidecast.trainer.hook.trajectory import Trajectory
 from sidecast.trainer.pipe.messages import Outcome, Report, Stats, Totals
+
+log = logging.getLogger(__name__)
+
+# More than a loss scale needs to come down.
+MANY_SKIPPED = 50
 
 EventKind = Literal[
     "staged",
@@ -74,11 +80,13 @@ class Reporter:
     Attributes:
         totals: Counted by whoever brings something about.
         listeners: Called back with every event.
+        num_skipped_in_a_row: Steps that moved nothing, since the last one that did.
     """
 
     def __init__(self, messenger: Messenger, trajectory: Trajectory) -> None:
         self.totals = HookTotals()
         self.listeners: list[Callable[[NowcastEvent], None]] = []
+        self.num_skipped_in_a_row = 0
         self._messenger = messenger
         self._trajectory = trajectory
         self._attached_s = time.perf_counter()
@@ -94,6 +102,19 @@ class Reporter:
         """Counts a lost snapshot and tells the listeners."""
         self.totals.num_dropped += 1
         self.emit("dropped", snapshot_step=snapshot_step, reason=reason)
+
+    def count_skipped(self, policy: Policy) -> None:
+        """Counts a step that moved nothing, and says so if that goes on."""
+        self.totals.num_skipped += 1
+        self.num_skipped_in_a_row += 1
+        if self.num_skipped_in_a_row == MANY_SKIPPED:
+            log.warning(
+                "%d optimizer steps in a row were skipped, for gradients that are not finite: nothing is trained, and "
+                "there is nothing to nowcast",
+                MANY_SKIPPED,
+            )
+        if self.num_skipped_in_a_row % MANY_SKIPPED == 0:
+            self.post_stats(policy)
 
     def report(self, outcome: Outcome, version: int) -> None:
         """Tells the service what became of a prediction."""
