@@ -218,7 +218,7 @@ def held_things() -> tuple[int, int]:
 def leftovers() -> list[tuple[int, int]]:
     """Descriptors and threads after each of a few groups of ranks that have begun, voted and ended."""
     seen = []
-    for _ in range(3):
+    for _ in range(6):
         votes = Ranks.of_world().votes()
         votes.launch(Ballot())
         votes.read()

@@ -80,8 +80,8 @@ def once(endpoint: str, end: str) -> dict[str, Any]:
         hook: Any = hook_of(engine)
         hook.close()
         del hook
-    if end != "dropped":
-        engine.destroy()
+    # DeepSpeed itself frees no engine that is dropped without this.
+    engine.destroy()
     gone = weakref.ref(engine), weakref.ref(engine.module)
     del engine
     for _ in range(3):
@@ -96,7 +96,7 @@ def main(folder: Path, endpoint: str) -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     results = {
         "torch_style": torch_style(endpoint),
-        "ends": [once(endpoint, end) for end in ("closed", *("closed", "destroyed", "dropped") * 3)],
+        "ends": [once(endpoint, end) for end in ("closed", *("closed", "destroyed") * 4)],
     }
     (folder / "results.json").write_text(json.dumps(results))
 
