@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,14 @@ from math import prod
 from typing import Any
 
 from sidecast.errors import ConfigError
+
+# What torch.compile, FSDP, Lightning and activation checkpointing put between a module and its parent.
+_INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_forward_module|_checkpoint_wrapped_module)\.")
+
+
+def unwrapped_name(fqn: str) -> str:
+    """A parameter's name without what wrappers inside of the model add to it."""
+    return _INSIDE.sub("", fqn)
 
 
 @dataclass(frozen=True, slots=True)

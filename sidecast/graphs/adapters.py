@@ -14,11 +14,9 @@ from dataclasses import dataclass, replace
 from sidecast.errors import ConfigError
 from sidecast.graphs.assembler import MatrixSlice, TopologyAssembler
 from sidecast.graphs.topology import Block, EdgeType, NodeRange, Topology
-from sidecast.manifest import ModelManifest, ParameterSpec
+from sidecast.manifest import ModelManifest, ParameterSpec, unwrapped_name
 
 _WRAPPER = "base_model.model."
-# What torch.compile, FSDP, Lightning and activation checkpointing put between a module and its parent.
-_INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_forward_module|_checkpoint_wrapped_module)\.")
 _DATA_PARALLEL = "module."
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[^.]+)\.weight$")
 _SAVED = re.compile(r"\.(?:base_layer|modules_to_save\.[^.]+)(?=\.)")
@@ -60,7 +58,7 @@ def _unwrapped(manifest: ModelManifest) -> dict[str, str]:
     if manifest.config.get("model_type") == "module_graph":
         # Its operations have the names of the module that was traced.
         return names
-    names = {name: _INSIDE.sub("", name) for name in names}
+    names = {name: unwrapped_name(name) for name in names}
     # A module may well be called "module"; a wrapper has all of them.
     while names and all(plain.startswith(_DATA_PARALLEL) for plain in names.values()):
         names = {name: plain.removeprefix(_DATA_PARALLEL) for name, plain in names.items()}

@@ -299,7 +299,9 @@ def test_reset_moments_are_those_of_before_the_first_step(make: Make, size: tupl
         held.step()
         partition.reset_moments()
         _, entries = state_of(held)
-        assert [entry.keys() for entry in entries] == [{"step", "exp_avg", "exp_avg_sq"}] * len(held.locals())
+        # Torch's optimizers make it anew, where nobody else refers to it.
+        assert all(entry.keys() in ({"step", "exp_avg", "exp_avg_sq"}, set()) for entry in entries)
+        assert len(entries) == len(held.locals())
         assert not any(value.any() for entry in entries for value in entry.values())
         assert partition.learning_rates() == (0.1,)
 

@@ -54,6 +54,33 @@ def test_votes_are_read_alike_by_all(ranks: list[dict[str, Any]]) -> None:
     assert empty[3] is None
 
 
+def test_a_rank_that_leaves_is_found_gone_in_whichever_round_is_next(ranks: list[dict[str, Any]]) -> None:
+    ended = [False, False]
+    assert ranks[0]["departures"] == [ended, ended, 0]
+    assert ranks[1]["departures"] == [[-1, 0], ended, [3, None, False, 0], ended, 1]
+
+
+def test_groups_that_have_ended_leave_no_descriptor_and_no_thread(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        # A group takes five descriptors and three threads; some are given back by gloo a moment later.
+        (first_descriptors, first_threads), *_, (descriptors, threads) = rank["leftovers"]
+        assert descriptors - first_descriptors < 5
+        assert threads - first_threads < 3
+
+
+@pytest.mark.parametrize(("name", "applied"), [("at-vote", []), ("on-probation", [22])])
+def test_a_hook_closed_on_one_rank_ends_nowcasting_on_all_and_training_on_none(
+    ranks: list[dict[str, Any]], name: str, applied: list[int]
+) -> None:
+    results = [rank[f"closed-by-one-{name}"] for rank in ranks]
+    for result in results:
+        assert len(result["weights"]) in (30, 40)
+        assert steps_of(result, "applied") == applied
+        assert steps_of(result, "rolled_back") == []
+    (details,) = details_of(results[1], "suspended")
+    assert details["reason"] == "rank 0 has closed its hook"
+
+
 def test_what_one_rank_refuses_all_ranks_raise(ranks: list[dict[str, Any]]) -> None:
     assert [rank["refusal"] for rank in ranks] == ["rank 1 lacks the memory"] * 2
 

@@ -8,11 +8,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from sidecast import NowcastCallback
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer
+from sidecast.trainer.integrations.huggingface import STATE_FILE
 from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP, section, straight_and_resumed, train
 from tests.support.service_harness import RunningService
 from tests.support.service_process import free_port
@@ -73,3 +77,96 @@ def test_a_resumed_deepspeed_run_equals_the_uninterrupted_one(service: RunningSe
     )
     assert ended.returncode == 0, ended.stdout[-4000:]
     assert_resumed(*json.loads((tmp_path / "results.json").read_text()))
+
+
+class FakeTrainer:
+    """What the callback touches of a Trainer; each accelerator notes the losses whose backward pass it makes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.args = SimpleNamespace(output_dir=str(folder), should_save=True)
+        self.current_gradient_accumulation_steps = 2
+        self.is_deepspeed_enabled = False
+        self.num_passes = 0
+        self.resumed_from: Any = None
+        self.create_accelerator_and_postprocess()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        self.accelerator: Any = SimpleNamespace(prepare=None, backward=self._backward)
+
+    def _backward(self, loss: Any) -> None:
+        self.num_passes += 1
+
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None) -> None:
+        self.resumed_from = resume_from_checkpoint
+        if trial is not None:
+            self.create_accelerator_and_postprocess()
+        self.accelerator.backward(torch.ones(()))
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Any:
+    return FakeTrainer(tmp_path)
+
+
+@pytest.fixture
+def seen() -> list[float]:
+    return []
+
+
+@pytest.fixture
+def callback(trainer: Any, seen: list[float]) -> Any:
+    """On that trainer, as if training had begun."""
+    made: Any = NowcastCallback(trainer, {})
+    made._attachment = SimpleNamespace(
+        observe=lambda loss: seen.append(float(loss)),
+        state_dict=lambda: {"step": 3},
+        save_rollback_copy=lambda folder: None,
+    )
+    return made
+
+
+@pytest.mark.parametrize("way", ["as it was", "assigned", "hyperparameter search"])
+def test_losses_are_seen_by_whatever_accelerator_trains(
+    way: str, trainer: Any, callback: Any, seen: list[float]
+) -> None:
+    if way == "assigned":
+        trainer.accelerator = SimpleNamespace(prepare=None, backward=trainer._backward)
+    for _ in range(2):
+        trainer.train(trial={} if way == "hyperparameter search" else None)
+    assert (seen, trainer.num_passes) == ([2.0, 2.0], 2)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_checkpoint_is_found_by_whatever_names_it(kind: Any, trainer: Any, callback: Any, tmp_path: Path) -> None:
+    (tmp_path / STATE_FILE).write_text('{"step": 3}')
+    trainer.train(kind(tmp_path))
+    assert trainer.resumed_from == kind(tmp_path)
+    assert callback._saved_state() == {"step": 3}
+
+
+@pytest.mark.parametrize("content", ["", '{"step": 3', "[]", '{"stop": 3}', b"\xff\xfe", None])
+def test_a_damaged_state_is_a_new_beginning_with_one_warning(
+    content: str | bytes | None, trainer: Any, callback: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / STATE_FILE
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    trainer.train(tmp_path)
+    assert callback._saved_state() is None
+    assert caplog.text.count("nowcasting begins anew") == 1
+
+
+def test_a_state_that_finds_no_room_costs_itself(
+    trainer: Any, callback: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    state: Any = SimpleNamespace(global_step=3)
+    callback.on_save(trainer.args, state, None)
+    assert json.loads((folder / STATE_FILE).read_text()) == {"step": 3}
+    (folder / f"{STATE_FILE}.partial").symlink_to("/dev/full")
+    callback.on_save(trainer.args, state, None)
+    assert list(folder.iterdir()) == []
+    assert caplog.text.count("begins its nowcasting anew") == 1

@@ -13,7 +13,18 @@ from tests.support.service_harness import RunningService
 
 pytest.importorskip("lightning")
 
-from tests.integration.workers.lightning_runs import PERIOD_STEPS, SAVE_STEP, section, train
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from tests.integration.workers.lightning_runs import (
+    NUM_STEPS,
+    PERIOD_STEPS,
+    SAVE_STEP,
+    Manual,
+    Overflowing,
+    section,
+    train,
+    train_by_hand,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +58,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one(service: RunningService, tmp
     assert [event for event in later_events if event[0] in ("accepted", "rolled_back", "applied")] == verdicts
     assert later_losses == losses[2 * SAVE_STEP :]
     assert torch.equal(later_weights, weights)
+
+
+def test_scaled_losses_are_seen_as_they_are_and_skipped_steps_are_no_steps(service: RunningService) -> None:
+    module = Overflowing()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=8)
+    hook, seen = train_by_hand(module, section(service.endpoint), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert 0 < NUM_STEPS - module.num_moved < 20
+    assert hook.step == module.num_moved
+    assert seen == pytest.approx(module.losses, rel=1e-6)
+
+
+def test_several_steps_for_each_batch_are_nowcasted_as_other_steps_are(service: RunningService) -> None:
+    module = Manual()
+    hook, seen = train_by_hand(module, section(service.endpoint))
+    assert hook.step == NUM_STEPS
+    assert seen == module.losses
+    summary = hook.summary()
+    assert summary["num_staged"] == NUM_STEPS // (PERIOD_STEPS // 5)
+    assert summary["num_applied"] == NUM_STEPS // PERIOD_STEPS

@@ -56,6 +56,9 @@ class FakePartition:
     def scale_momentum(self, factor: float) -> None:
         self.moments.append(factor)
 
+    def require_resettable(self) -> None:
+        pass
+
     def reset_moments(self) -> None:
         self.moments.append("reset")
 
@@ -119,6 +122,8 @@ class FakeCourier:
 class OneVoter:
     """Everybody agrees with the only rank."""
 
+    left_rank: int | None = None
+
     def __init__(self) -> None:
         self.ballot: Ballot | None = None
 
@@ -133,6 +138,10 @@ class OneVoter:
         assert self.ballot is not None
         ballot, self.ballot = self.ballot, None
         return decide([ballot])
+
+    def peek(self) -> Decision:
+        assert self.ballot is not None
+        return decide([self.ballot])
 
     def confirm(self, is_ready: bool) -> bool:
         return is_ready

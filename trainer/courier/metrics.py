@@ -54,6 +54,9 @@ class CourierMetrics:
             "num_accepted": self._counter("jumps_accepted", "Nowcasts that passed probation"),
             "num_rolled_back": self._counter("jumps_rolled_back", "Nowcasts undone"),
             "num_rejected": self._counter("jumps_rejected", "Predictions not applied"),
+            "num_skipped": self._counter("steps_skipped", "Steps skipped for gradients that are not finite"),
+            "num_losses": self._counter("losses", "Losses of micro-batches seen, on all ranks"),
+            "num_verdict_losses": self._counter("verdict_losses", "Votes' losses that verdicts on jumps saw"),
             "num_courier_deaths": self._counter("courier_deaths", "Couriers that had to be replaced"),
         }
         self._seen = dict.fromkeys(self._totals, 0.0)

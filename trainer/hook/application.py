@@ -104,6 +104,8 @@ class JumpApplier:
         reason = ""
         try:
             self.partition.require_current()
+            if self._config.moments == "reset":
+                self.partition.require_resettable()
             if self._base is not None and self._base_step != base_step:
                 reason = f"the base of step {base_step}, which it would replace, is not held"
             elif self.rollback_copy is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sidecast.atomic_files import replacing
-from sidecast.errors import ConfigError, SidecastError
+from sidecast.errors import ConfigError
 from sidecast.trainer.hook.courier_handle import CourierHandle
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.reporting import NowcastEvent
@@ -29,6 +30,7 @@ class Hook(Protocol):
     Attributes:
         step: Optimizer steps applied so far.
         is_on_probation: Whether a jump may still be undone, so that a checkpoint must hold the rollback copy.
+        is_closed: Whether nowcasting has ended.
     """
 
     @property
@@ -36,6 +38,9 @@ class Hook(Protocol):
 
     @property
     def is_on_probation(self) -> bool: ...
+
+    @property
+    def is_closed(self) -> bool: ...
 
     def observe(self, loss: Tensor | float) -> None:
         """Gives the mean loss of one micro-batch."""
@@ -49,6 +54,9 @@ class Hook(Protocol):
         Args:
             step: Optimizer steps applied since the run began.
         """
+
+    def after_skipped_step(self) -> None:
+        """Takes note of an optimizer step that moved nothing, for its gradients were not finite."""
 
     def summary(self) -> dict[str, Any]:
         """What was done since the hook was attached."""
@@ -120,20 +128,34 @@ class Attachment:
         return self.hook.rollback_state()
 
     def save_rollback_copy(self, checkpoint: Path) -> None:
-        """Adds this rank's rollback copy to a checkpoint's folder, if a jump is on probation."""
+        """Adds this rank's rollback copy to a checkpoint's folder, if a jump is on probation.
+
+        A disk that does not take it costs the copy, with a warning, and neither the checkpoint nor the run.
+        """
         path = rollback_path(checkpoint, self._ranks.rank)
         rollback = self.rollback_state()
         if rollback is None:
             # Where checkpoints overwrite one another, there may be the copy of an earlier jump.
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             return
-        with replacing(path) as partial:
-            torch.save(rollback, partial)
+        try:
+            # Should this one find no room, the resumed run must not take an earlier jump's for it.
+            path.unlink(missing_ok=True)
+            with replacing(path) as partial:
+                torch.save(rollback, partial)
+        # PyTorch's writer makes a RuntimeError of a disk without room.
+        except (OSError, RuntimeError) as error:
+            log.warning("a run that resumes from %s cannot undo the jump on probation: %s", checkpoint, error)
+
+    def from_first(self, value: Any) -> Any:
+        """What rank 0 says; collective. For what only some ranks can read of a checkpoint."""
+        return self._ranks.from_first(value)
 
     def resume(
         self, state: Mapping[str, Any] | None, checkpoint: Path | None, rollback: Mapping[str, Any] | None = None
     ) -> None:
-        """Goes on from a checkpoint that was just loaded; collective.
+        """Goes on from a checkpoint that was just loaded, if nowcasting has not ended; collective.
 
         Args:
             state: What ``state_dict`` gave when it was saved; None if it was saved without the hook.
@@ -141,18 +163,19 @@ class Attachment:
             rollback: What ``rollback_state`` gave, if there is no folder.
 
         Raises:
-            ConfigError: The checkpoint changed what this rank holds.
+            ConfigError: The checkpoint changed what a rank holds. All ranks raise together.
         """
-        try:
-            self._partition.map_anew()
-        except StalePartitionError as error:
-            raise ConfigError(
-                f"the loaded checkpoint changed this rank's partition ({error}); attach after loading it instead"
-            ) from error
+        if self.hook.is_closed:
+            return
+        with self._ranks.refused_together():
+            try:
+                self._partition.map_anew()
+            except StalePartitionError as error:
+                raise ConfigError(
+                    f"the loaded checkpoint changed this rank's partition ({error}); attach after loading it instead"
+                ) from error
         step = self._run.applied_steps()
-        if state is not None and state["step"] != step:
-            # Only weights were loaded: this is another run, whose optimizer the other's rollback copy must not reach.
-            state = None
+        state = _agreed(state, step, self._ranks)
         session = new_session(self._ranks, step, state)
         # A service goes on with the run, and keeps what is of use to it.
         self.hook.resume(state, step, session.run_id, is_kept=self._courier is not None)
@@ -163,6 +186,18 @@ class Attachment:
     def close(self) -> None:
         """Ends nowcasting; the training run goes on without."""
         self.hook.close()
+
+
+def _agreed(state: Mapping[str, Any] | None, step: int, ranks: Ranks) -> Mapping[str, Any] | None:
+    """Rank 0's state where all ranks have one of this step; None, and a new beginning, where any has none."""
+    # Where only weights were loaded, this is another run, whose optimizer the other's rollback copy must not reach.
+    are_ours = ranks.gather(isinstance(state, Mapping) and state.get("step") == step)
+    if all(are_ours):
+        return dict(ranks.from_first(state))
+    if any(are_ours) and ranks.rank == 0:
+        missing = are_ours.index(False)
+        log.warning("nowcasting begins anew on all ranks: rank %d has no state of the loaded checkpoint", missing)
+    return None
 
 
 def rollback_path(checkpoint: Path, rank: int) -> Path:
@@ -183,21 +218,28 @@ def new_session(ranks: Ranks, step: int, state: Mapping[str, Any] | None = None)
 
 
 def load_rollback_copy(hook: Hook, checkpoint: Path | None, rollback: Mapping[str, Any] | None, ranks: Ranks) -> None:
-    """A jump on probation can only stay so if every rank can still undo it."""
-    if not hook.is_on_probation:
+    """A jump on probation can only stay so if every rank can still undo it; collective."""
+    is_on_probation = hook.is_on_probation
+    reason = _take_rollback_copy(hook, checkpoint, rollback, ranks.rank) if is_on_probation else "it knows of no jump"
+    answers = ranks.gather((is_on_probation, reason))
+    if not any(is_on for is_on, _ in answers):
         return
-    reason = ""
-    try:
-        if rollback is None and checkpoint is not None:
-            rollback = torch.load(rollback_path(checkpoint, ranks.rank), weights_only=True)
-        if rollback is None:
-            reason = "the checkpoint has none"
-        else:
-            hook.load_rollback_copy(rollback)
-    except (OSError, RuntimeError, SidecastError) as error:
-        reason = str(error)
-    for rank, its_reason in enumerate(ranks.gather(reason)):
+    for rank, (_, its_reason) in enumerate(answers):
         if its_reason:
             log.warning("rank %d has no rollback copy, the jump on probation cannot be undone: %s", rank, its_reason)
             hook.end_probation()
             return
+
+
+def _take_rollback_copy(hook: Hook, checkpoint: Path | None, rollback: Mapping[str, Any] | None, rank: int) -> str:
+    """Why a rank has none; empty if it has."""
+    try:
+        if rollback is None and checkpoint is not None:
+            rollback = torch.load(rollback_path(checkpoint, rank), weights_only=True)
+        if rollback is None:
+            return "the checkpoint has none"
+        hook.load_rollback_copy(rollback)
+    except Exception as error:
+        # Whatever lies there, cut, empty or somebody else's: other ranks wait for this one, and the run goes on.
+        return str(error) or type(error).__name__
+    return ""

@@ -30,6 +30,7 @@ from sidecast.trainer.hook.trajectory import Trajectory
 from sidecast.trainer.hook.vote import NO_VERSION, Ballot, Decision, Votes
 from sidecast.trainer.hook.windows import WindowLosses
 from sidecast.trainer.partitions import Partition, RollbackCopy
+from sidecast.trainer.partitions.rollback import RollbackError
 from sidecast.trainer.pipe.messages import Prediction
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class NowcastHook:
         )
         self._meter = LossMeter()
         self._vote_step = 0
+        self._saved_vote: tuple[int, float | None] | None = None
         self._is_closed = False
 
     # --- for users
@@ -112,8 +114,9 @@ class NowcastHook:
         return self._reporter.totals
 
     def observe(self, loss: Tensor | float) -> None:
-        """Gives the mean loss of one micro-batch; only needed where ``engine.backward(loss)`` is not called."""
-        self._meter.observe(loss)
+        """Gives the mean loss of one micro-batch, where it is not found by itself."""
+        if not self._is_closed:
+            self._meter.observe(loss)
 
     def add_listener(self, callback: Callable[[NowcastEvent], None]) -> None:
         """Calls back with every event, on the training thread."""
@@ -124,17 +127,31 @@ class NowcastHook:
         return self._reporter.summary(self._policy)
 
     def close(self) -> None:
-        """Ends the courier and frees the shared memory; the training engine goes on without us."""
+        """Ends nowcasting and frees its memory; training goes on. Ranks that are not closed end at their next vote."""
         if self._is_closed:
             return
         self._is_closed = True
-        self._votes.abandon(VOTE_END_TIMEOUT_S)
+        last_vote = self._votes.leave(VOTE_END_TIMEOUT_S)
+        if last_vote is not None:
+            self._saved_vote = self._vote_step, last_vote.mean_loss
         self._reporter.post_stats(self._policy)
         self._stager.close()
         self._inbox.close()
         self._courier.close()
+        if not self.is_on_probation:
+            # Otherwise a checkpoint may still want it.
+            self._applier.rollback_copy = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nowcasting has ended."""
+        return self._is_closed
 
     # --- the step boundary
+
+    def after_skipped_step(self) -> None:
+        """Takes note of an optimizer step that moved nothing, for its gradients were not finite."""
+        self._reporter.count_skipped(self._policy)
 
     def after_step(self, step: int) -> None:
         """Does what is due once an optimizer step has been applied.
@@ -145,31 +162,37 @@ class NowcastHook:
         if step == self.step or self._is_closed:
             return
         self._trajectory.step = step
+        self._reporter.num_skipped_in_a_row = 0
         self._policy.after_step()
         started_s = time.perf_counter()
         # One for everything that is waited for at this boundary.
         deadline_s = time.monotonic() + self.config.sync_deadline_s
         self._collect()
         self._inbox.poll()
-        if self._votes.is_open and step >= self._vote_step + self._schedule.vote_lag_steps:
-            self._on_decision(self._votes.read())
+        vote_step = self._vote_step if self._saved_vote is None else self._saved_vote[0]
+        if step >= vote_step + self._schedule.vote_lag_steps:
+            self._read_vote()
         is_staged = self._schedule.is_snapshot(step) and self._policy.wants_snapshots and self._stage(deadline_s)
         if self.config.mode == "sync" and self._schedule.is_base(step):
             staged_epoch = self.epoch
-            if self._votes.is_open:
-                self._on_decision(self._votes.read())
+            self._read_vote()
             if is_staged and self.epoch == staged_epoch and self._policy.is_due(step):
                 self._collect()
                 if self._inbox.await_prediction(deadline_s):
                     self._stager.after_late_prediction()
             self._launch_vote()
-            self._on_decision(self._votes.read())
+            self._read_vote()
         if self._schedule.is_vote(step) and not self._votes.is_open:
             self._launch_vote()
             if self._schedule.vote_lag_steps == 0:
-                self._on_decision(self._votes.read())
+                self._read_vote()
         if self._schedule.is_snapshot(step):
             self._reporter.post_stats(self._policy)
+        if self._votes.left_rank is not None:
+            reason = f"rank {self._votes.left_rank} has closed its hook"
+            log.warning("nowcasting ends on all ranks: %s", reason)
+            self._reporter.emit("suspended", reason=reason)
+            self.close()
         self.totals.blocked_s += time.perf_counter() - started_s
 
     def _stage(self, deadline_s: float) -> bool:
@@ -235,8 +258,20 @@ class NowcastHook:
             )
         )
 
+    def _read_vote(self) -> None:
+        if self._saved_vote is not None:
+            # What was held then is brought anew: only the losses of that vote are left.
+            (self._vote_step, mean_loss), self._saved_vote = self._saved_vote, None
+            self._policy.on_loss(self._vote_step, mean_loss)
+        if not self._votes.is_open:
+            return
+        decision = self._votes.read()
+        if self._votes.left_rank is None:
+            self._on_decision(decision)
+
     def _on_decision(self, decision: Decision) -> None:
         self._windows.agree(decision)
+        self.totals.num_losses += decision.num_losses
         self._policy.on_loss(self._vote_step, decision.mean_loss)
         held = self._inbox.held
         if held is not None and (decision.version, decision.digest, decision.epoch) == (
@@ -285,7 +320,9 @@ class NowcastHook:
         """Plain values for a checkpoint; the rollback copy is saved beside them."""
         # A resumed run needs first what was staged last.
         self._collect()
-        return {**self._trajectory.state(), **self._policy.state()}
+        # Nor may it lack the losses of a vote that is not read yet: a verdict counts them.
+        vote = [self._vote_step, self._votes.peek().mean_loss] if self._votes.is_open else self._saved_vote
+        return {**self._trajectory.state(), **self._policy.state(), "open_vote": vote}
 
     def resume(self, state: Mapping[str, Any] | None, step: int, run_id: str, *, is_kept: bool = False) -> None:
         """Goes on from a loaded checkpoint.
@@ -309,6 +346,7 @@ class NowcastHook:
                 self._inbox.let_go()
             else:
                 self._inbox.reject("a checkpoint was loaded")
+        self._saved_vote = None if state is None else state.get("open_vote")
         self._trajectory.resume(state, run_id, step)
         self._policy.load(state)
 
@@ -333,14 +371,21 @@ class NowcastHook:
         if copy is None or not self.is_on_probation:
             return None
         try:
-            return copy.state_dict()
+            return {**copy.state_dict(), "of": [self.run_id, self.epoch]}
         except SidecastError as error:
             # The checkpoint is worth more than the copy.
             log.error("a run that resumes from this checkpoint cannot undo the jump on probation: %s", error)
             return None
 
     def load_rollback_copy(self, state: Mapping[str, Any]) -> None:
-        """Takes the rollback copy of a checkpoint that was saved during probation."""
+        """Takes the rollback copy of a checkpoint that was saved during probation.
+
+        Raises:
+            RollbackError: It is of another jump, or does not fit.
+        """
+        # A checkpoint's folder may hold what an earlier one, or another run, has left there.
+        if list(state["of"]) != [self.run_id, self.epoch]:
+            raise RollbackError("the copy is of another jump")
         self._applier.load_rollback_copy(state)
 
     def end_probation(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from sidecast.horizon import MAX_POWER, MIN_POWER
 from sidecast.policies.push import PushConfig
+from sidecast.trainer.hook.policies.verdicts import MIN_POINTS, is_judgeable
 from sidecast.trainer.settings import read_settings, require
 
 MAX_PORT = 65_535
@@ -108,14 +109,16 @@ class NowcasterConfig:
     now + max_weight * (1 - d/h) * jump; ``add``: now + max_weight * jump, whatever its age; ``replace``: base +
     max_weight * jump, which drops those d steps and keeps a copy of the base (4 bytes per owned parameter)."""
     moments: Literal["keep", "reset", "scale"] = "keep"
-    """What a jump does to the optimizer's moments: ``keep``: nothing; ``reset``: all of them and the step counters
-    become 0, as before the first step; ``scale``: the first moment (momentum) is multiplied by 1 - weight, the share of
-    the predicted way that the jump has not gone. A rollback restores them in any case."""
+    """What a jump does to the optimizer's moments: ``keep``: nothing; ``reset``: they and the step counters are as
+    before the first step, where it is known what that is; ``scale``: the first moment (momentum) is multiplied by
+    1 - weight, the share of the predicted way that the jump has not gone. A rollback restores them in any case."""
     during_decay: Literal["scale", "suspend", "allow"] = "scale"
     """While the learning rate is below its highest value at the window's snapshots: ``scale`` multiplies the weight by
-    the part that is left, ``suspend`` applies nothing, ``allow`` ignores it. Warm-up is no decay."""
+    the part that is left, ``suspend`` applies nothing, ``allow`` ignores it, and is all that is allowed with an
+    optimizer without a learning rate that is a number. Warm-up is no decay."""
     probation_steps: int | None = None
-    """After so many steps a jump is judged; None: half the period; 0: never."""
+    """After so many steps a jump is judged; None: half the period, or as long as a verdict takes; 0: never. A verdict
+    takes the losses of 4 votes before the jump, and of 4 in the second half of these steps."""
     rollback: Literal["host", "disk", "off"] = "host"
     """Where the copy for undoing a jump on probation is kept (12 bytes per owned parameter with Adam); ``disk``: in a
     file in ``rollback_dir``, so that a jump may wait for the disk; ``off``: jumps are neither judged nor undone."""
@@ -187,7 +190,15 @@ class NowcasterConfig:
 
     @property
     def resolved_probation_steps(self) -> int:
-        return self.period_steps // 2 if self.probation_steps is None else self.probation_steps
+        if self.probation_steps is not None:
+            return self.probation_steps
+        half = self.period_steps // 2
+        return next((steps for steps in range(half, self.period_steps) if self._is_judgeable(steps)), half)
+
+    def _is_judgeable(self, probation_steps: int) -> bool:
+        return is_judgeable(
+            probation_steps, self.resolved_vote_interval_steps, self.vote_lag_steps, at_any_step=self.mode == "sync"
+        )
 
     def __post_init__(self) -> None:
         def check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
@@ -232,6 +243,18 @@ class NowcasterConfig:
         check("max_staleness_steps", stale, 0 <= stale < self.interval_steps, f"0 to {self.interval_steps - 1}")
         probation = self.resolved_probation_steps
         check("probation_steps", probation, 0 <= probation < self.period_steps, f"0 to {self.period_steps - 1}")
+        if self.policy == "jump" and self.rollback != "off" and probation > 0:
+            longer = range(probation, self.period_steps)
+            enough = next((steps for steps in longer if self._is_judgeable(steps)), None)
+            check(
+                "probation_steps",
+                probation,
+                self._is_judgeable(probation),
+                f"0 (jumps are never judged), or so many that {MIN_POINTS} votes before a jump and {MIN_POINTS} in the "
+                f"second half of these steps bring losses to judge it by; with vote_interval_steps {votes} and "
+                f"vote_lag_steps {self.vote_lag_steps} the next such number "
+                + (f"is {enough}" if enough else "is not below period_steps, so lower those or raise period_steps"),
+            )
         check("max_weight", self.max_weight, 0 < self.max_weight <= 1, "more than 0, at most 1")
         check("max_relative_norm", self.max_relative_norm, self.max_relative_norm > 0, "a positive number")
         is_dir_named = (self.rollback_dir is not None) == (self.rollback == "disk")

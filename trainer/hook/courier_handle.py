@@ -114,7 +114,8 @@ class CourierHandle:
         ours, theirs = socket.socketpair()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sidecast.trainer.courier", str(theirs.fileno())],
+                # Nothing of the working directory's: a queue.py there is the user's, and not what the courier imports.
+                [sys.executable, "-P", "-m", "sidecast.trainer.courier", str(theirs.fileno())],
                 pass_fds=[theirs.fileno(), self.prediction.descriptor, *self._slot_descriptors],
                 stdin=subprocess.DEVNULL,
                 env=courier_environment(),

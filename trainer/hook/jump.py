@@ -9,12 +9,14 @@ and the highest of them errs towards the smaller jump.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor
 
+from sidecast.errors import ConfigError
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.partitions import Partition
 
@@ -39,6 +41,9 @@ class LearningRateWindow:
         Args:
             rates: Now, one per parameter group.
         """
+        if not all(math.isfinite(rate) for each in (*self._rates, rates) for rate in each):
+            # Nobody knows whether it decays; at the start this is refused.
+            return 0.0
         highest = [max(each) for each in zip(*self._rates, rates, strict=False)]
         return min([now / most for now, most in zip(rates, highest, strict=False) if most > 0], default=1.0)
 
@@ -50,6 +55,26 @@ class LearningRateWindow:
         """Goes on from what ``state`` gave."""
         self._rates.clear()
         self._rates.extend(tuple(rates) for rates in state)
+
+
+def require_learning_rates(config: NowcasterConfig, partition: Partition) -> None:
+    """Refuses an optimizer whose learning rates cannot be seen where something follows them.
+
+    Raises:
+        ConfigError: Naming the group, and what is allowed.
+    """
+    if config.policy == "jump" and config.during_decay == "allow":
+        return
+    unknown = [index for index, rate in enumerate(partition.learning_rates()) if not math.isfinite(rate)]
+    if not unknown:
+        return
+    optimizer = f"group {unknown[0]} of the optimizer's parameters has no learning rate that is a number"
+    if config.policy == "push":
+        raise ConfigError(f"nowcaster.policy is 'push', which scales by learning rates, and {optimizer}")
+    raise ConfigError(
+        f"nowcaster.during_decay is {config.during_decay!r}, and {optimizer}, so that no decay of it could be seen; "
+        "allowed: 'allow'"
+    )
 
 
 def jump_weight(staleness_steps: int, horizon_steps: int, config: NowcasterConfig, weight_scale: float) -> float:

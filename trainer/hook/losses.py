@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor
 
@@ -9,14 +11,14 @@ from torch import Tensor
 class LossMeter:
     """Sums a rank's micro-batch losses between two votes.
 
-    On a CUDA device the sum stays there; ``drain`` starts a copy to the host and returns the one that it started
-    the time before, so that the loop never waits for the device.
+    On a CUDA device the sum stays there; ``drain`` starts a copy to the host and returns those that have arrived since
+    the time before, so that the loop never waits for the device, and loses nothing where it runs ahead of it.
     """
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._count = 0
-        self._copy: tuple[Tensor, torch.cuda.Event, int] | None = None
+        self._copies: deque[tuple[Tensor, torch.cuda.Event, int]] = deque()
 
     def observe(self, loss: Tensor | float) -> None:
         """Adds one micro-batch's mean loss (a scalar)."""
@@ -37,12 +39,12 @@ class LossMeter:
         host.copy_(total, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._copy = (host, event, count)
+        self._copies.append((host, event, count))
         return earlier
 
     def _arrived(self) -> tuple[float, int]:
-        if self._copy is None or not self._copy[1].query():
-            return 0.0, 0
-        host, _, count = self._copy
-        self._copy = None
-        return float(host), count
+        total, num_losses = 0.0, 0
+        while self._copies and self._copies[0][1].query():
+            host, _, count = self._copies.popleft()
+            total, num_losses = total + float(host), num_losses + count
+        return total, num_losses

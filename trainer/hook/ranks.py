@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sidecast.errors import ConfigError, SidecastError
-from sidecast.trainer.hook.vote import SoloVotes, VoteBox, Votes
+from sidecast.trainer.hook.vote import SoloVotes, VoteBox, Votes, end_group
 
 
 class Ranks:
@@ -26,12 +26,18 @@ class Ranks:
 
     @classmethod
     def of_world(cls) -> Ranks:
-        """All ranks of the default process group, if there is one; collective then."""
-        return cls(dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None)
+        """All ranks of the default process group, if there are several; collective then."""
+        is_alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+        return cls(None if is_alone else dist.new_group(backend="gloo"))
+
+    def close(self) -> None:
+        """Gives the group back, which nobody may need any more."""
+        if self._group is not None:
+            end_group(self._group)
 
     def votes(self) -> Votes:
         """Where these ranks vote."""
-        return SoloVotes() if self._group is None or self.world_size == 1 else VoteBox(self._group)
+        return SoloVotes() if self._group is None else VoteBox(self._group, owns_group=True)
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank says, in the order of ranks; collective."""

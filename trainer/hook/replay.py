@@ -24,13 +24,18 @@ class Replayer:
         partition: What this rank holds.
         rank: Global rank.
         step: Optimizer steps applied so far; earlier entries of the log are passed over.
+        on_close: Is called once the replay ends.
 
     Raises:
         ConfigError: The folder has no log of this rank.
     """
 
-    def __init__(self, folder: Path, partition: Partition, *, rank: int, step: int) -> None:
+    def __init__(
+        self, folder: Path, partition: Partition, *, rank: int, step: int, on_close: Callable[[], None] | None = None
+    ) -> None:
         self.step = step
+        self.is_closed = False
+        self._on_close = on_close
         self._folder = folder
         self._partition = partition
         self._num_bytes = 4 * sum(shard.numel for shard in partition.owned_shards)
@@ -45,6 +50,9 @@ class Replayer:
     def _skip_to(self, step: int) -> None:
         self._position = sum(entry["step"] <= step for entry in self._entries)
 
+    def after_skipped_step(self) -> None:
+        """Not needed: nothing was done at such a step."""
+
     def observe(self, loss: Tensor | float) -> None:
         """Not needed: what the losses decided is in the log."""
 
@@ -54,7 +62,7 @@ class Replayer:
 
     def after_step(self, step: int) -> None:
         """Repeats what was done at this step."""
-        if step == self.step:
+        if step == self.step or self.is_closed:
             return
         self.step = step
         self._keep_base()
@@ -130,4 +138,10 @@ class Replayer:
         return {"num_applied": self._num_applied, "num_rolled_back": self._num_rolled_back}
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Ends the replay."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._copy = self._base = None
+        if self._on_close is not None:
+            self._on_close()

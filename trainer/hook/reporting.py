@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -11,6 +12,11 @@ from sidecast.trainer.hook.messenger import Messenger
 from sidecast.trainer.hook.policies.policy import Policy
 from sidecast.trainer.hook.trajectory import Trajectory
 from sidecast.trainer.pipe.messages import Outcome, Report, Stats, Totals
+
+log = logging.getLogger(__name__)
+
+# More than a loss scale needs to come down.
+MANY_SKIPPED = 50
 
 EventKind = Literal[
     "staged",
@@ -37,7 +43,8 @@ class NowcastEvent:
             rollback that had to be put off until every rank can carry it out is ``rollback_delayed``.
         step: The optimizer step at which this rank learned of it.
         details: Numbers and reasons; for ``applied``: version, base_step, staleness_steps, horizon_intervals,
-            weight, digest, relative_norm, nowcast_s.
+            weight, digest, relative_norm, nowcast_s; for ``accepted`` and ``rolled_back`` also num_losses_before and
+            num_losses_after, which the verdict saw.
     """
 
     kind: EventKind
@@ -47,9 +54,16 @@ class NowcastEvent:
 
 @dataclass(kw_only=True)
 class HookTotals(Totals):
-    """Since the hook was attached; the seconds of each nowcast stay with the hook, as they grow with the run."""
+    """Since the hook was attached; what has a value for each nowcast stays with the hook, as it grows with the run."""
 
     nowcast_s: list[float] = field(default_factory=list)
+    verdict_losses: list[tuple[int, int]] = field(default_factory=list)
+    """For each verdict on a jump, how many losses it saw: of the trend before, and after the recovery."""
+
+    def count_verdict(self, num_before: int, num_after: int) -> None:
+        """Takes note of a verdict and of how many losses it saw."""
+        self.verdict_losses.append((num_before, num_after))
+        self.num_verdict_losses += num_before + num_after
 
     def numbers(self) -> Totals:
         """A copy of what travels to the courier."""
@@ -66,11 +80,13 @@ class Reporter:
     Attributes:
         totals: Counted by whoever brings something about.
         listeners: Called back with every event.
+        num_skipped_in_a_row: Steps that moved nothing, since the last one that did.
     """
 
     def __init__(self, messenger: Messenger, trajectory: Trajectory) -> None:
         self.totals = HookTotals()
         self.listeners: list[Callable[[NowcastEvent], None]] = []
+        self.num_skipped_in_a_row = 0
         self._messenger = messenger
         self._trajectory = trajectory
         self._attached_s = time.perf_counter()
@@ -86,6 +102,19 @@ class Reporter:
         """Counts a lost snapshot and tells the listeners."""
         self.totals.num_dropped += 1
         self.emit("dropped", snapshot_step=snapshot_step, reason=reason)
+
+    def count_skipped(self, policy: Policy) -> None:
+        """Counts a step that moved nothing, and says so if that goes on."""
+        self.totals.num_skipped += 1
+        self.num_skipped_in_a_row += 1
+        if self.num_skipped_in_a_row == MANY_SKIPPED:
+            log.warning(
+                "%d optimizer steps in a row were skipped, for gradients that are not finite: nothing is trained, and "
+                "there is nothing to nowcast",
+                MANY_SKIPPED,
+            )
+        if self.num_skipped_in_a_row % MANY_SKIPPED == 0:
+            self.post_stats(policy)
 
     def report(self, outcome: Outcome, version: int) -> None:
         """Tells the service what became of a prediction."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sidecast.errors import ConfigError
+from sidecast.errors import ConfigError, SidecastError
 from sidecast.manifest import ModelManifest
 from sidecast.policies.push import CONTEXT_LEN, PushConfig
 from sidecast.protos.shards import ShardSpec
@@ -19,6 +21,7 @@ from sidecast.trainer.hook.attachment import Attachment, new_session
 from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import NowcasterConfig, parse_section
 from sidecast.trainer.hook.courier_handle import CourierHandle
+from sidecast.trainer.hook.jump import require_learning_rates
 from sidecast.trainer.hook.memory_budget import rank_memory, require_room
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.replay import Replayer
@@ -62,11 +65,19 @@ def start(section: Any, run: TrainingRun) -> Attachment:
             there is no service although ``require`` is set. All ranks raise together.
     """
     ranks = Ranks.of_world()
+    try:
+        return _start_with(section, run, ranks)
+    except SidecastError:
+        ranks.close()
+        raise
+
+
+def _start_with(section: Any, run: TrainingRun, ranks: Ranks) -> Attachment:
     config, partition, manifest = _agree(section, run, ranks)
     step = run.applied_steps()
     if config.replay_dir is not None:
         with ranks.refused_together():
-            replayer = Replayer(Path(config.replay_dir), partition, rank=ranks.rank, step=step)
+            replayer = Replayer(Path(config.replay_dir), partition, rank=ranks.rank, step=step, on_close=ranks.close)
         return Attachment(run, replayer, partition, ranks)
     require_room(ranks.gather(rank_memory(config, partition)), config.max_host_memory_gib)
     session = new_session(ranks, step)
@@ -88,7 +99,14 @@ def start(section: Any, run: TrainingRun) -> Attachment:
         rollback_copy=rollback_copy,
         is_linked=is_linked,
     )
+    # What is dropped without having been closed; at the process's end the courier finds out by itself.
+    weakref.finalize(hook, _end, courier, ranks).atexit = False
     return Attachment(run, hook, partition, ranks, courier)
+
+
+def _end(courier: CourierHandle, ranks: Ranks) -> None:
+    courier.close()
+    ranks.close()
 
 
 def _agree(section: Any, run: TrainingRun, ranks: Ranks) -> tuple[NowcasterConfig, Partition, ModelManifest]:
@@ -96,6 +114,7 @@ def _agree(section: Any, run: TrainingRun, ranks: Ranks) -> tuple[NowcasterConfi
     with ranks.refused_together():
         config = parse_section(section)
         partition = Partition(run.map_layout)
+        require_learning_rates(config, partition)
         manifest = ModelManifest(partition.parameters, run.model_config, partition.aliases)
     fingerprints = ranks.gather(json.dumps(asdict(config), sort_keys=True) + manifest.schema_hash)
     for rank, fingerprint in enumerate(fingerprints):
@@ -123,7 +142,7 @@ def _start_courier(
         wire_dtype=config.wire_dtype,
         shared_memory=config.shared_memory,
         metrics_port=metrics_port,
-        record_dir=config.record_dir,
+        record_dir=_absolute(config.record_dir),
         upload_shards=_plain(partition.upload_shards),
         fetch_shards=_plain(partition.owned_shards),
         opening=_opening(config, manifest, ranks.world_size) if ranks.rank == 0 else None,
@@ -136,14 +155,19 @@ def _start_courier(
 def _client_settings(config: NowcasterConfig) -> ClientSettings:
     return ClientSettings(
         endpoint=config.endpoint,
-        token_file=config.token_file,
-        tls_ca=config.tls_ca,
+        token_file=_absolute(config.token_file),
+        tls_ca=_absolute(config.tls_ca),
         connect_s=config.timeouts.connect_s,
         chunk_s=config.timeouts.chunk_s,
         stream_s=config.timeouts.stream_s,
         channels=config.channels,
         max_bytes_per_s=None if config.max_mbytes_per_s is None else config.max_mbytes_per_s * 1e6,
     )
+
+
+def _absolute(path: str | None) -> str | None:
+    # A courier that is started later, in place of one that died, may find itself in another working directory.
+    return None if path is None else os.path.abspath(path)
 
 
 def _opening(config: NowcasterConfig, manifest: ModelManifest, world_size: int) -> Opening:

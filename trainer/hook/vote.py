@@ -1,5 +1,8 @@
 """All ranks agree on what to apply: one small collective on a CPU group, launched at one step and read at a later one.
 
+All collectives of the group are rounds of one shape: votes, confirmations, and the last ballot of a rank that leaves.
+So it meets the others in whichever round is their next, where they find that it leaves, and nobody waits for ever.
+
 Every rank votes at every vote step, whatever its state. Nobody asks whether a vote has completed: ranks would
 then act on different steps. It is launched at step s and awaited at s + lag, by when it has long been over.
 """
@@ -8,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -18,7 +21,8 @@ import torch.distributed as dist
 
 NO_VERSION = -1
 NO_STEP = -1
-_FIELDS = 8
+_FIELDS = 10
+_POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,8 @@ class Ballot:
         weight_scale: What it would leave of the jump's weight, 0 to 1.
         has_room: Whether it has a slot free for the next snapshot.
         lost_step: Of the newest snapshot that it knows to be lost; NO_STEP for none.
+        is_ready: In a confirmation, whether it can do what was decided.
+        is_leaving: Whether this is its last ballot.
     """
 
     version: int = NO_VERSION
@@ -44,16 +50,21 @@ class Ballot:
     weight_scale: float = 1.0
     has_room: bool = True
     lost_step: int = NO_STEP
+    is_ready: bool = True
+    is_leaving: bool = False
 
     def encode(self) -> list[int]:
         loss_bits, scale_bits = struct.unpack("<qq", struct.pack("<dd", self.loss_sum, self.weight_scale))
         agreement = [self.version, self.digest, self.epoch]
-        return [*agreement, loss_bits, self.num_losses, scale_bits, int(self.has_room), self.lost_step]
+        flags = [int(self.is_ready), int(self.is_leaving)]
+        return [*agreement, loss_bits, self.num_losses, scale_bits, int(self.has_room), self.lost_step, *flags]
 
     @classmethod
     def decode(cls, row: Sequence[int]) -> Ballot:
         loss_sum, weight_scale = struct.unpack("<dd", struct.pack("<qq", row[3], row[5]))
-        return cls(row[0], row[1], row[2], loss_sum, row[4], weight_scale, bool(row[6]), row[7])
+        version, digest, epoch, _, num_losses, _, has_room, lost_step, is_ready, is_leaving = row
+        flags = (bool(is_ready), bool(is_leaving))
+        return cls(version, digest, epoch, loss_sum, num_losses, weight_scale, bool(has_room), lost_step, *flags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +98,7 @@ def decide(ballots: Sequence[Ballot]) -> Decision:
     is_unanimous = all(
         (item.version, item.digest, item.epoch) == (first.version, first.digest, first.epoch) for item in ballots
     )
+    # A rank that leaves holds nothing, so that nothing is decided with it.
     num_losses = sum(item.num_losses for item in ballots)
     return Decision(
         version=first.version if is_unanimous else NO_VERSION,
@@ -108,13 +120,24 @@ class Votes(Protocol):
         """Whether a vote has been launched and not read yet."""
 
     def launch(self, ballot: Ballot) -> None:
-        """Casts this rank's ballot without waiting for the others."""
+        """Casts this rank's ballot without waiting for the others; opens no vote once a rank has left."""
 
-    def abandon(self, timeout_s: float) -> None:
-        """Lets go of a launched vote, which a rank that has failed may never cast; waits a little for its end."""
+    @property
+    def left_rank(self) -> int | None:
+        """The rank that was found to have left, or this one; None while all are there. There are no votes after it."""
+
+    def leave(self, timeout_s: float) -> Decision | None:
+        """Ends voting for all ranks; waits a little for those that leave, too, but for none that has failed.
+
+        Returns:
+            What the vote that was open would have decided; None if there was none, or it did not end.
+        """
 
     def read(self) -> Decision:
         """Waits for the launched vote and counts it."""
+
+    def peek(self) -> Decision:
+        """As ``read``, and leaves the vote to be read later."""
 
     def confirm(self, is_ready: bool) -> bool:
         """Whether every rank is ready to do what the last vote decided; waits for all of them.
@@ -125,6 +148,8 @@ class Votes(Protocol):
 
 class SoloVotes:
     """The votes of a process that trains alone."""
+
+    left_rank: int | None = None
 
     def __init__(self) -> None:
         self._ballot: Ballot | None = None
@@ -137,13 +162,17 @@ class SoloVotes:
         assert self._ballot is None
         self._ballot = ballot
 
-    def abandon(self, timeout_s: float) -> None:
-        self._ballot = None
+    def leave(self, timeout_s: float) -> Decision | None:
+        return self.read() if self.is_open else None
 
     def read(self) -> Decision:
         assert self._ballot is not None
         ballot, self._ballot = self._ballot, None
         return decide([ballot])
+
+    def peek(self) -> Decision:
+        assert self._ballot is not None
+        return decide([self._ballot])
 
     def confirm(self, is_ready: bool) -> bool:
         return is_ready
@@ -154,14 +183,16 @@ class VoteBox:
 
     Args:
         group: A gloo group of all ranks.
+        owns_group: Whether the group ends with the votes.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, owns_group: bool = False) -> None:
+        self.left_rank: int | None = None
         self._group = group
+        self._owns_group = owns_group
         self._rank = dist.get_rank(group)
-        # A sum over rows that are zero but for one's own is a gather, and runs in place.
-        self._rows = torch.zeros(dist.get_world_size(group), _FIELDS, dtype=torch.int64)
-        self._ready = torch.zeros(1, dtype=torch.int64)
+        self._size = dist.get_world_size(group)
+        self._rows, self._last_rows = (torch.zeros(self._size, _FIELDS, dtype=torch.int64) for _ in range(2))
         self._work: dist.Work | None = None
 
     @property
@@ -170,24 +201,63 @@ class VoteBox:
 
     def launch(self, ballot: Ballot) -> None:
         assert self._work is None
-        self._rows.zero_()
-        self._rows[self._rank] = torch.tensor(ballot.encode(), dtype=torch.int64)
-        self._work = dist.all_reduce(self._rows, group=self._group, async_op=True)
+        if self.left_rank is None:
+            self._work = self._cast(ballot, self._rows)
 
     def confirm(self, is_ready: bool) -> bool:
         assert self._work is None
-        self._ready[0] = int(is_ready)
-        dist.all_reduce(self._ready, dist.ReduceOp.MIN, group=self._group)
-        return bool(self._ready)
-
-    def abandon(self, timeout_s: float) -> None:
-        work, self._work = self._work, None
-        if work is not None:
-            with contextlib.suppress(RuntimeError):
-                work.wait(timedelta(seconds=timeout_s))
+        if self.left_rank is not None:
+            return False
+        self._work = self._cast(Ballot(is_ready=is_ready), self._rows)
+        ballots = self._count()
+        return self.left_rank is None and all(ballot.is_ready for ballot in ballots)
 
     def read(self) -> Decision:
+        return decide(self._count())
+
+    def peek(self) -> Decision:
+        work = self._work
+        decision = decide(self._count())
+        self._work = work
+        return decision
+
+    def leave(self, timeout_s: float) -> Decision | None:
+        last_vote = self._work
+        works = [] if last_vote is None else [last_vote]
+        if self.left_rank is None:
+            self.left_rank = self._rank
+            # Of a rank that failed, the group knows before the round begins.
+            with contextlib.suppress(RuntimeError):
+                works.append(self._cast(Ballot(is_leaving=True), self._last_rows))
+        deadline_s = time.monotonic() + timeout_s
+        while not all(work.is_completed() for work in works) and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        decision = None
+        with contextlib.suppress(RuntimeError):
+            decision = self.read() if last_vote is not None and last_vote.is_completed() else None
+        self._work = None
+        if self._owns_group and all(work.is_completed() for work in works):
+            end_group(self._group)
+        return decision
+
+    def _cast(self, ballot: Ballot, rows: torch.Tensor) -> dist.Work:
+        # A sum over rows that are zero but for one's own is a gather, and runs in place.
+        rows.zero_()
+        rows[self._rank] = torch.tensor(ballot.encode(), dtype=torch.int64)
+        work = dist.all_reduce(rows, group=self._group, async_op=True)
+        assert work is not None
+        return work
+
+    def _count(self) -> list[Ballot]:
         assert self._work is not None
         self._work.wait()
         self._work = None
-        return decide([Ballot.decode(row) for row in self._rows.tolist()])
+        ballots = [Ballot.decode(row) for row in self._rows.tolist()]
+        self.left_rank = next((rank for rank, ballot in enumerate(ballots) if ballot.is_leaving), self.left_rank)
+        return ballots
+
+
+def end_group(group: dist.ProcessGroup) -> None:
+    """Gives a group's threads and descriptors back; nothing if that was done already."""
+    with contextlib.suppress(ValueError, RuntimeError, AssertionError):
+        dist.destroy_process_group(group)

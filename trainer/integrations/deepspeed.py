@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from sidecast.errors import ConfigError
 from sidecast.trainer.hook.attachment import Attachment, Hook
 from sidecast.trainer.hook.start import is_disabled, start
 from sidecast.trainer.hook.training_run import TrainingRun, model_config_of
-from sidecast.trainer.partitions.deepspeed import applied_steps, layout_of, nowcaster_section, zero_stage
+from sidecast.trainer.partitions.deepspeed import applied_steps, layout_of, nowcaster_section, skipped_steps, zero_stage
+from sidecast.trainer.partitions.deepspeed_losses import LossWatch
+from sidecast.trainer.partitions.trainable import TrainedNames
 
 CLIENT_STATE_KEY = "sidecast"
 
-_hooks: weakref.WeakKeyDictionary[Any, Hook] = weakref.WeakKeyDictionary()
+# On the engine itself: a hook that is filed anywhere else keeps alive the engine that its partition refers to.
+_HOOK_ATTRIBUTE = "_sidecast_hook"
 
 
 def hook_of(engine: Any) -> Hook | None:
     """The hook that ``attach`` put around an engine; None if nowcasting is not enabled."""
-    return _hooks.get(engine)
+    hook: Hook | None = getattr(engine, "__dict__", {}).get(_HOOK_ATTRIBUTE)
+    return hook
 
 
 def attach(engine: Any) -> Any:
     """Lets a DeepSpeed engine be nowcasted, as its ds_config's top-level ``"nowcaster"`` section says.
 
     Call it once on every rank, right after ``deepspeed.initialize`` and before ``engine.load_checkpoint``. It
-    wraps the engine's ``step``, ``backward``, ``save_checkpoint`` and ``load_checkpoint`` in place. Without that
+    wraps the engine's ``step``, ``backward``, ``scale``, ``save_checkpoint`` and ``load_checkpoint`` in place, and sees
+    the losses of ``engine.backward(loss)``, ``loss.backward()`` and ``engine.scale(loss).backward()``. Without that
     section, or with ``"enabled": false``, nothing is touched.
 
     Args:
@@ -55,24 +60,25 @@ def put_on(engine: Any, section: Any, *, sees_losses: bool = True) -> Attachment
     Args:
         engine: What ``deepspeed.initialize`` returned.
         section: The settings, unchecked.
-        sees_losses: Whether the losses given to ``engine.backward`` are those to judge by; False if the caller
-            gives them to the attachment itself.
+        sees_losses: Whether the losses whose backward pass reaches the engine are those to judge by; False if the
+            caller gives them to the attachment itself.
     """
-    if _hooks.get(engine) is not None:
+    if hook_of(engine) is not None:
         raise ConfigError("sidecast.attach was called twice on this engine; once is enough")
     if not dist.is_initialized():
         raise ConfigError("sidecast.attach needs torch.distributed; call deepspeed.initialize first")
     attachment = start(section, _run_of(engine))
-    _hooks[engine] = attachment.hook
+    setattr(engine, _HOOK_ATTRIBUTE, attachment.hook)
     wrap(engine, attachment, sees_losses=sees_losses)
     return attachment
 
 
 def _run_of(engine: Any) -> TrainingRun:
-    # Weakly: the hook, which may hold this, must not keep alive the engine that it is filed under.
+    # Weakly: whoever keeps the hook, for its summary, must not keep the engine.
     engine_ref = weakref.ref(engine)
+    names = TrainedNames()
     return TrainingRun(
-        map_layout=lambda: layout_of(engine_ref()),
+        map_layout=lambda: layout_of(engine_ref(), names),
         applied_steps=lambda: applied_steps(engine_ref()),
         model_config=model_config_of(engine.module),
         local_rank=int(engine.local_rank),
@@ -82,19 +88,18 @@ def _run_of(engine: Any) -> TrainingRun:
 
 def wrap(engine: Any, attachment: Attachment, *, sees_losses: bool = True) -> None:
     """Makes the engine's methods tell the hook of steps, losses and checkpoints."""
-    step, backward = engine.step, engine.backward
+    step = engine.step
+    destroy: Any = getattr(engine, "destroy", None)
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
     def step_and_nowcast(*args: Any, **kwargs: Any) -> Any:
+        num_skipped = skipped_steps(engine)
         result = step(*args, **kwargs)
         if engine.was_step_applied():
             attachment.after_step()
+        elif skipped_steps(engine) > num_skipped:
+            attachment.hook.after_skipped_step()
         return result
-
-    def observe_and_backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
-        if sees_losses and torch.is_tensor(loss):
-            attachment.observe(loss)
-        return backward(loss, *args, **kwargs)
 
     def save_checkpoint(
         save_dir: Any, tag: Any = None, client_state: dict[str, Any] | None = None, *args: Any, **kwargs: Any
@@ -114,5 +119,15 @@ def wrap(engine: Any, attachment: Attachment, *, sees_losses: bool = True) -> No
             attachment.resume(state, Path(path).parent)
         return path, client_state
 
-    engine.step, engine.backward = step_and_nowcast, observe_and_backward
+    def close_and_destroy(*args: Any, **kwargs: Any) -> Any:
+        # As DeepSpeed does, too, at the very end of a process: too late for other ranks, and the courier sees it end.
+        if not sys.is_finalizing():
+            attachment.close()
+        return destroy(*args, **kwargs)
+
+    if sees_losses:
+        LossWatch(engine, attachment.observe)
+    engine.step = step_and_nowcast
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+    if hasattr(engine, "destroy"):
+        engine.destroy = close_and_destroy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class NowcastCallback(TrainerCallback):
         self._attachment: Attachment | None = None
         self._checkpoint: Path | None = None
         self._num_steps = 0
+        self._accelerator: Any = None
         self._wrap_train()
         self._wrap_accelerator()
 
@@ -72,8 +74,7 @@ class NowcastCallback(TrainerCallback):
         if section is None:
             return
         assert self._trainer.model is not None
-        saved = self._saved_state()
-        self._num_steps = state.global_step if saved is None else saved["step"]
+        self._num_steps = state.global_step
         run = replica_of(
             self._trainer.model,
             _inner(self._trainer.optimizer),
@@ -82,6 +83,9 @@ class NowcastCallback(TrainerCallback):
         )
         self._attachment = start(section, run)
         if state.global_step > 0:
+            # Where hosts share no folder, only some ranks may have it; fp16 overflows are in the Trainer's step alone.
+            saved = self._attachment.from_first(self._saved_state())
+            self._num_steps = state.global_step if saved is None else saved["step"]
             self._attachment.resume(saved, self._checkpoint)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -102,9 +106,15 @@ class NowcastCallback(TrainerCallback):
             log.warning("nowcasting will not resume from this checkpoint: there is no folder %s", folder)
             return
         self._attachment.save_rollback_copy(folder)
-        if state.is_world_process_zero:
+        if not args.should_save:
+            return
+        try:
+            # An earlier run's, in the same place, is not to be taken for it.
+            (folder / STATE_FILE).unlink(missing_ok=True)
             with replacing(folder / STATE_FILE) as partial:
                 partial.write_text(json.dumps(own))
+        except OSError as error:
+            log.warning("a run that resumes from %s begins its nowcasting anew: %s", folder, error)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -117,17 +127,33 @@ class NowcastCallback(TrainerCallback):
 
     def _wrap_train(self) -> None:
         train, output_dir = self._trainer.train, self._trainer.args.output_dir
+        create_accelerator = self._trainer.create_accelerator_and_postprocess
 
-        def train_from(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        def train_from(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = get_last_checkpoint(output_dir) or True
-            self._checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+            is_path = isinstance(resume_from_checkpoint, str | os.PathLike)
+            self._checkpoint = Path(resume_from_checkpoint) if is_path else None
+            # Whoever uses the Trainer may have given it another.
+            self._wrap_accelerator()
             return train(resume_from_checkpoint, *args, **kwargs)
 
-        setattr(self._trainer, "train", train_from)  # noqa: B010  mypy takes a method for constant
+        def create_accelerator_and_wrap(*args: Any, **kwargs: Any) -> None:
+            # As a search for hyperparameters does for each of its trials.
+            create_accelerator(*args, **kwargs)
+            self._wrap_accelerator()
+
+        for name, method in (
+            ("train", train_from),
+            ("create_accelerator_and_postprocess", create_accelerator_and_wrap),
+        ):
+            setattr(self._trainer, name, method)
 
     def _wrap_accelerator(self) -> None:
         trainer, accelerator = self._trainer, self._trainer.accelerator
+        if accelerator is self._accelerator:
+            return
+        self._accelerator = accelerator
         prepare: Callable[..., Any] = accelerator.prepare
         backward: Callable[..., Any] = accelerator.backward
 
@@ -159,9 +185,17 @@ class NowcastCallback(TrainerCallback):
         self._attachment = None
 
     def _saved_state(self) -> dict[str, Any] | None:
-        if self._checkpoint is None or not (self._checkpoint / STATE_FILE).is_file():
+        if self._checkpoint is None or not (self._checkpoint / STATE_FILE).exists():
             return None
-        return dict(json.loads((self._checkpoint / STATE_FILE).read_text()))
+        reason = "is no state of a run"
+        try:
+            saved = json.loads((self._checkpoint / STATE_FILE).read_text())
+            if isinstance(saved, dict) and isinstance(saved.get("step"), int):
+                return saved
+        except (OSError, ValueError) as error:
+            reason = f"cannot be read: {error}"
+        log.warning("nowcasting begins anew: %s %s", self._checkpoint / STATE_FILE, reason)
+        return None
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

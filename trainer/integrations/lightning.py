@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from sidecast.errors import ConfigError
 from sidecast.trainer.hook.attachment import Attachment
@@ -22,8 +24,8 @@ class LightningNowcastCallback(Callback):
     """Lets a LightningModule be nowcasted by a service: ``Trainer(callbacks=[LightningNowcastCallback({...})])``.
 
     With the DeepSpeed strategy it sits on the engine as ``sidecast.attach`` does; without, on the replicas that one
-    process or DDP train, after every optimizer step. Its state, with the copy for undoing a jump on probation, is
-    part of Lightning's checkpoints.
+    process or DDP train, after every optimizer step that a GradScaler did not skip. Its state, with the copy for
+    undoing a jump on probation, is part of Lightning's checkpoints.
 
     Args:
         settings: As in the ``"nowcaster"`` section; None: that section of the DeepSpeed strategy's config.
@@ -38,7 +40,8 @@ class LightningNowcastCallback(Callback):
         self._attachment: Attachment | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._is_engine = False
-        self._last_step = 0
+        self._num_steps = 0
+        self._step_hook: RemovableHandle | None = None
 
     @property
     def hook(self) -> Any:
@@ -65,25 +68,37 @@ class LightningNowcastCallback(Callback):
             return
         if len(trainer.optimizers) != 1:
             raise ConfigError(f"the LightningModule has {len(trainer.optimizers)} optimizers; nowcasting supports one")
-        self._last_step = trainer.global_step
-        run = replica_of(pl_module, trainer.optimizers[0], lambda: trainer.global_step, trainer.local_rank)
+        optimizer = trainer.optimizers[0]
+        self._num_steps = trainer.global_step
+        run = replica_of(pl_module, optimizer, lambda: self._num_steps, trainer.local_rank)
         self._attachment = start(section, run)
         if trainer.global_step > 0:
             state = self._loaded or {}
-            self._attachment.resume(state.get("hook"), None, state.get("rollback"))
+            saved = self._attachment.from_first(state.get("hook"))
+            # Lightning's step counts what a GradScaler has skipped, too.
+            self._num_steps = trainer.global_step if saved is None else saved["step"]
+            self._attachment.resume(saved, None, state.get("rollback"))
         self._loaded = None
+        self._step_hook = optimizer.register_step_post_hook(self._after_optimizer_step)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._attachment is not None and not self._is_engine:
-            # Lightning has divided it.
-            self._attachment.observe(loss.detach() * trainer.accumulate_grad_batches)
+            # Lightning has divided it, and scaled it if there is a GradScaler.
+            loss = loss.detach() * trainer.accumulate_grad_batches
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            if scaler is not None:
+                loss = loss / scaler.scale(torch.ones((), device=loss.device))
+            self._attachment.observe(loss)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._attachment is None or self._is_engine or trainer.global_step == self._last_step:
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Is called after every step that the optimizer made itself, of which a batch may bring several or none."""
+        if self._attachment is None:
             return
-        self._last_step = trainer.global_step
+        # A GradScaler lets a fused optimizer find out by itself that there is nothing to do.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        self._num_steps += 1
         self._attachment.after_step()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,6 +109,8 @@ class LightningNowcastCallback(Callback):
 
     def _close(self) -> None:
         # The hook stays, for its summary.
+        if self._step_hook is not None:
+            self._step_hook.remove()
         if self._attachment is not None:
             self._attachment.close()
 

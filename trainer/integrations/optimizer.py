@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from sidecast.predictors.registry import create_predictor
 from sidecast.trainer.hook.attachment import Attachment
 from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import JUMP_SETTINGS, NowcasterConfig, parse_section
+from sidecast.trainer.hook.jump import require_learning_rates
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.integrations.in_process import InProcessNowcaster
@@ -83,13 +83,13 @@ class NowcastOptimizer(torch.optim.Optimizer):
         ranks = Ranks(None)
         run = replica_of(model, optimizer, lambda: self._num_steps, local_rank=0)
         partition = Partition(run.map_layout)
+        require_learning_rates(config, partition)
         manifest = ModelManifest(partition.parameters, run.model_config, partition.aliases)
         if isinstance(predictor, str):
             path = None if weights is None else Path(weights)
             predictor = create_predictor(predictor, weights=path, options=config.predictor_options)
         self._messenger = InProcessNowcaster(config, manifest, predictor)
         self._num_steps = 0
-        self._has_seen_loss = False
         self.hook = NowcastHook(
             config,
             partition,
@@ -104,7 +104,6 @@ class NowcastOptimizer(torch.optim.Optimizer):
 
     def observe(self, loss: Tensor | float) -> None:
         """Gives the mean loss of one micro-batch, before ``step``; not needed with a closure that returns it."""
-        self._has_seen_loss = True
         self._attachment.observe(loss)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -113,13 +112,6 @@ class NowcastOptimizer(torch.optim.Optimizer):
         if loss is not None:
             self.observe(loss)
         self._num_steps += 1
-        config = self.hook.config
-        if self._num_steps == config.period_steps and config.resolved_probation_steps and not self._has_seen_loss:
-            warnings.warn(
-                "NowcastOptimizer has seen no loss, so it cannot tell whether jumps pay: call observe(loss) before "
-                "step(), or set probation_steps=0",
-                stacklevel=2,
-            )
         self._attachment.after_step()
         return loss
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from sidecast.trainer.hook.training_run import TrainingRun, model_config_of
 from sidecast.trainer.partitions.plain import plain_layout
+from sidecast.trainer.partitions.trainable import TrainedNames
 
 
 def replica_of(
@@ -25,8 +26,9 @@ def replica_of(
     """
     is_alone = not (dist.is_available() and dist.is_initialized())
     rank, world_size = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
+    names = TrainedNames()
     return TrainingRun(
-        map_layout=lambda: plain_layout(model, optimizer, rank=rank, world_size=world_size),
+        map_layout=lambda: plain_layout(model, optimizer, rank=rank, world_size=world_size, names=names),
         applied_steps=applied_steps,
         model_config=model_config_of(model),
         local_rank=local_rank,

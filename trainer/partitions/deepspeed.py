@@ -20,16 +20,17 @@ from sidecast.trainer.partitions.layouts.replicated import ReplicatedLayout
 from sidecast.trainer.partitions.layouts.sharded import ShardedLayout, Split
 from sidecast.trainer.partitions.layouts.windowed import Window, WindowedLayout
 from sidecast.trainer.partitions.optimizer_state import OptimizerState
-from sidecast.trainer.partitions.trainable import TrainableParameters, trainable_parameters
+from sidecast.trainer.partitions.trainable import TrainableParameters, TrainedNames, held_by, tensors_now
 
 _NEEDED_STATES = ("hp_params", "lp_params", "optim_states")
 
 
-def layout_of(engine: Any) -> Layout:
+def layout_of(engine: Any, names: TrainedNames | None = None) -> Layout:
     """Maps what this rank holds of the model as it lies now; local.
 
     Args:
         engine: What ``deepspeed.initialize`` returned, with ZeRO stage 0 to 3.
+        names: What the run trains; kept from one mapping to the next.
 
     Raises:
         ConfigError: The engine uses what is not supported (tensor, pipeline or expert parallelism, NVMe offload,
@@ -37,38 +38,41 @@ def layout_of(engine: Any) -> Layout:
         StalePartitionError: ``engine.offload_states()`` has taken tensors away.
     """
     require_supported(engine)
-    layout = _layout_of(engine.module, engine.optimizer)
+    layout = _layout_of(engine.module, engine.optimizer, names or TrainedNames())
     if not layout.trainable.specs:
         raise ConfigError("the optimizer trains no parameter of the model; nowcasting needs at least one")
     return layout
 
 
-def _layout_of(module: nn.Module, optimizer: Any) -> Layout:
+def _layout_of(module: nn.Module, optimizer: Any, names: TrainedNames) -> Layout:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        return _sharded(module, optimizer)
+        return _sharded(module, optimizer, names)
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        return _windowed(module, optimizer, "bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups")
+        of_groups = ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups")
+        return _windowed(module, optimizer, names, *of_groups)
     if hasattr(optimizer, "fp32_groups_flat_partition"):
-        return _windowed(module, optimizer, "bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition")
+        of_groups = ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition")
+        return _windowed(module, optimizer, names, *of_groups)
     if hasattr(optimizer, "fp32_groups_flat"):
-        return _replicated(module, optimizer, optimizer.fp16_groups, lambda: optimizer.fp32_groups_flat)
+        groups = optimizer.fp16_groups
+        trainable = _named(module, groups, names)
+        return _replicated(trainable, optimizer, groups, lambda: optimizer.fp32_groups_flat)
     if hasattr(optimizer, "fp32_groups"):
         groups = [[parameter] for parameter in chain.from_iterable(optimizer.fp16_groups)]
-        return _replicated(module, optimizer, groups, lambda: list(chain.from_iterable(optimizer.fp32_groups)))
+        trainable = _named(module, groups, names)
+        return _replicated(trainable, optimizer, groups, lambda: list(chain.from_iterable(optimizer.fp32_groups)))
     if isinstance(optimizer, torch.optim.Optimizer):
-
-        def parameters() -> list[nn.Parameter]:
-            held = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-            return [parameter for parameter in held if parameter.requires_grad and parameter.numel() > 0]
-
-        return _replicated(module, optimizer, [[parameter] for parameter in parameters()], parameters)
+        trainable = names.select(module, held_by(optimizer))
+        names.note_others(trainable, held_by(optimizer))
+        groups = [[parameter] for parameter in trainable.tensors]
+        return _replicated(trainable, optimizer, groups, lambda: tensors_now(module, trainable, optimizer))
     raise ConfigError(
         f"the engine's optimizer is a {type(optimizer).__name__}; nowcasting supports DeepSpeed's optimizers "
         "of ZeRO stages 0 to 3, FP16_Optimizer, FP16_UnfusedOptimizer, BF16_Optimizer and torch.optim.Optimizer"
     )
 
 
-def _sharded(module: nn.Module, optimizer: Any) -> Layout:
+def _sharded(module: nn.Module, optimizer: Any, names: TrainedNames) -> Layout:
     require_whole_world(optimizer.dp_process_group)
     sub_groups = [
         [Split(each, each.partition_numel(), dist.get_rank(each.ds_process_group)) for each in sub_group]
@@ -89,10 +93,11 @@ def _sharded(module: nn.Module, optimizer: Any) -> Layout:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         optimizer.invalidate_secondary_tensor()
 
-    return ShardedLayout(_named(module, optimizer.fp16_groups), _state_of(optimizer), sub_groups, masters, publish)
+    trainable = _named(module, optimizer.fp16_groups, names)
+    return ShardedLayout(trainable, _state_of(optimizer), sub_groups, masters, publish)
 
 
-def _windowed(module: nn.Module, optimizer: Any, groups: str, flats: str, masters: str) -> Layout:
+def _windowed(module: nn.Module, optimizer: Any, names: TrainedNames, groups: str, flats: str, masters: str) -> Layout:
     for process_group in optimizer.real_dp_process_group:
         require_whole_world(process_group)
     ranks = [dist.get_rank(process_group) for process_group in optimizer.real_dp_process_group]
@@ -102,13 +107,15 @@ def _windowed(module: nn.Module, optimizer: Any, groups: str, flats: str, master
         held = (getattr(optimizer, name) for name in (groups, flats, masters))
         return [Window(*each) for each in zip(*held, ranks, strict=True)]
 
-    trainable = _named(module, getattr(optimizer, groups))
+    trainable = _named(module, getattr(optimizer, groups), names)
     return WindowedLayout(trainable, _state_of(optimizer), windows, optimizer.update_lp_params)
 
 
-def _replicated(module: nn.Module, optimizer: Any, groups: Any, masters: Callable[[], Sequence[Tensor]]) -> Layout:
+def _replicated(
+    trainable: TrainableParameters, optimizer: Any, groups: Any, masters: Callable[[], Sequence[Tensor]]
+) -> Layout:
     return ReplicatedLayout(
-        _named(module, groups),
+        trainable,
         _state_of(optimizer),
         groups,
         masters,
@@ -117,8 +124,8 @@ def _replicated(module: nn.Module, optimizer: Any, groups: Any, masters: Callabl
     )
 
 
-def _named(module: nn.Module, groups: Any) -> TrainableParameters:
-    return trainable_parameters(module, list(chain.from_iterable(groups)))
+def _named(module: nn.Module, groups: Any, names: TrainedNames) -> TrainableParameters:
+    return names.select(module, list(chain.from_iterable(groups)))
 
 
 def _state_of(optimizer: Any) -> OptimizerState:
@@ -126,8 +133,9 @@ def _state_of(optimizer: Any) -> OptimizerState:
     # Stage 3 with partial offload steps the sub-groups that stay on the device with a second optimizer.
     if getattr(optimizer, "backup_optimizer", None) is not None:
         inner.append(optimizer.backup_optimizer)
-    loss_scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
-    return OptimizerState(inner, loss_scaler)
+    names = ("torch_autocast_gradscaler", "loss_scaler", "loss_scale_config")
+    scalers = (getattr(optimizer, name, None) for name in names)
+    return OptimizerState(inner, next((scaler for scaler in scalers if scaler is not None), None))
 
 
 def _require_loaded(optimizer: Any) -> None:
@@ -165,6 +173,11 @@ def require_supported(engine: Any) -> None:
     if getattr(engine, "has_moe_layers", False):
         raise ConfigError(
             "the model has DeepSpeed mixture-of-experts layers; nowcasting supports dense parallelism only"
+        )
+    if getattr(engine, "torch_autocast_z0_gradscaler", None) is not None:
+        raise ConfigError(
+            "torch_autocast.dtype is float16 at ZeRO stage 0, where DeepSpeed does not tell which steps its GradScaler "
+            "skips; nowcasting supports bfloat16 there, and float16 at stages 1 to 3"
         )
     zero = engine._config.zero_config
     for name in ("offload_optimizer", "offload_param"):
@@ -206,7 +219,12 @@ def nowcaster_section(engine: Any) -> Any:
 
 def applied_steps(engine: Any) -> int:
     """Optimizer steps that changed the weights: fp16 overflows are not among them."""
-    return int(engine.global_steps) - int(engine.skipped_steps)
+    return int(engine.global_steps) - skipped_steps(engine)
+
+
+def skipped_steps(engine: Any) -> int:
+    """Optimizer steps that moved nothing, for their gradients were not finite."""
+    return int(engine.skipped_steps)
 
 
 def zero_stage(engine: Any) -> int:

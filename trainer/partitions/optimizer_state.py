@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from sidecast.errors import ConfigError
+from sidecast.trainer.partitions.group_entries import own_group_entries
 from sidecast.trainer.partitions.rollback import RollbackCopy, RollbackError, packed_bytes
 
 # What Adam keeps; assumed before the first step, when there is no state to measure yet.
@@ -17,6 +20,15 @@ _ASSUMED_MOMENTS = 2
 _ASSUMED_STEP_BYTES = 4
 _MOMENTUM_KEYS = ("exp_avg", "momentum_buffer")
 _STEP_KEY = "step"
+_SUM_KEY = "sum"
+# What is zero before the first step, in the state of whichever optimizer keeps it.
+_ZERO_AT_FIRST = frozenset(
+    (_STEP_KEY, "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta")
+) | {"momentum_buffer"}
+# Of their steps' averages, and of averages of weights: by what their names have in common.
+_KEEP_SECOND_WEIGHTS = ("ScheduleFree", "ASGD", "Lookahead")
+_GROUP = "group."
+_GRAD_SCALER = "grad_scaler"
 # The moving parts of DeepSpeed's loss scalers; their settings (window, factor, floor) never change.
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -48,8 +60,13 @@ class OptimizerState:
 
     Args:
         optimizers: Every inner optimizer; its ``state`` is keyed by the masters' keys.
-        loss_scaler: The object that holds DeepSpeed's fp16 loss scale, if any.
+        loss_scaler: The object that holds DeepSpeed's fp16 loss scale, or torch's GradScaler, if any.
         local_of: The memory that this rank holds of a tensor in the state, where that is no plain tensor.
+        are_parameters: Whether the masters are the model's own parameters, and nobody but the optimizer refers to its
+            state.
+
+    Raises:
+        ConfigError: An optimizer keeps a second copy of the weights, which a jump would not move.
     """
 
     def __init__(
@@ -57,7 +74,13 @@ class OptimizerState:
         optimizers: Sequence[torch.optim.Optimizer],
         loss_scaler: Any | None,
         local_of: Callable[[Tensor], Tensor] = _as_it_is,
+        *,
+        are_parameters: bool = False,
     ) -> None:
+        for optimizer in optimizers:
+            _require_single_weights(optimizer)
+        self._group_entries = [own_group_entries(optimizer) for optimizer in optimizers]
+        self._are_parameters = are_parameters
         self._optimizers = optimizers
         self._loss_scaler = loss_scaler
         self._local_of = local_of
@@ -73,11 +96,13 @@ class OptimizerState:
                 if entries
                 else [master.local.nbytes] * _ASSUMED_MOMENTS + [_ASSUMED_STEP_BYTES]
             )
+        own = [value for _, _, value in self._own_entries()]
+        sizes_bytes += [value.nbytes for value in own if isinstance(value, Tensor)]
         return packed_bytes(sizes_bytes)
 
     def learning_rates(self) -> tuple[float, ...]:
-        """Of every parameter group, now."""
-        return tuple(float(group["lr"]) for group in self._optimizers[0].param_groups)
+        """Of every parameter group, now; nan where there is none that is a number."""
+        return tuple(_rate_of(group) for group in self._optimizers[0].param_groups)
 
     def before_next_step(self, callback: Callable[[], None]) -> None:
         """Calls back once, just before the masters are updated next."""
@@ -97,15 +122,43 @@ class OptimizerState:
                 if key in _MOMENTUM_KEYS and isinstance(value, Tensor):
                     value.mul_(factor)
 
-    def reset_moments(self, masters: Sequence[Master]) -> None:
-        """Zeroes the moments and step counters of these masters, where they are."""
+    def require_resettable(self, masters: Sequence[Master]) -> None:
+        """Refuses what ``reset_moments`` could not bring back to where it was before the first step.
+
+        Raises:
+            RollbackError: What the state begins with is not known; naming an entry.
+        """
+        for _, name, _ in self._own_entries():
+            raise RollbackError(f"moments: reset cannot reset {name!r}, which the optimizer keeps in its groups")
         for master in masters:
+            optimizer = self._optimizer_of(master)
+            if self._is_made_anew(optimizer) or isinstance(optimizer, torch.optim.Adagrad):
+                continue
+            for key in self._entries(master):
+                if key not in _ZERO_AT_FIRST:
+                    raise RollbackError(
+                        f"moments: reset does not know what {key!r} of the optimizer's state begins with"
+                    )
+
+    def reset_moments(self, masters: Sequence[Master]) -> None:
+        """Brings the state of these masters back to where it was before the first step."""
+        for master in masters:
+            optimizer = self._optimizer_of(master)
+            if self._is_made_anew(optimizer):
+                optimizer.state.pop(master.key, None)
+                continue
+            # In place: DeepSpeed refers to these tensors, too.
             entries = self._entries(master)
             for key, value in entries.items():
-                if isinstance(value, Tensor) and (value.shape == master.key.shape or key == _STEP_KEY):
-                    value.zero_()
+                if isinstance(value, Tensor):
+                    value.fill_(_first_sum(optimizer, master) if key == _SUM_KEY else 0)
                 elif key == _STEP_KEY:
                     entries[key] = 0
+
+    def _is_made_anew(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer makes its state at the first step that finds none, as torch's do, all but one."""
+        is_of_torch = type(optimizer).__module__.partition(".")[0] == "torch"
+        return self._are_parameters and is_of_torch and not isinstance(optimizer, torch.optim.Adagrad)
 
     def capture(self, masters: Sequence[Master], copy: RollbackCopy) -> None:
         """Fills the copy with masters, state and loss scale."""
@@ -118,6 +171,10 @@ class OptimizerState:
                     tensors[f"{index}.{key}"] = self._local_of(value)
                 else:
                     values[f"{index}.{key}"] = value
+        for group, name, value in self._own_entries():
+            (tensors if isinstance(value, Tensor) else values)[f"{_GROUP}{group}.{name}"] = value
+        if isinstance(self._loss_scaler, torch.amp.GradScaler):
+            values[_GRAD_SCALER] = self._loss_scaler.state_dict()
         for field in _LOSS_SCALE_FIELDS:
             if hasattr(self._loss_scaler, field):
                 values[field] = getattr(self._loss_scaler, field)
@@ -145,6 +202,12 @@ class OptimizerState:
         for index, master in enumerate(masters):
             master.local.detach().copy_(tensors[f"{index}"])
             self._restore_entries(master, _without_prefix(tensors, f"{index}."), _without_prefix(values, f"{index}."))
+        for name, saved in (*tensors.items(), *values.items()):
+            if name.startswith(_GROUP):
+                number, key = name.removeprefix(_GROUP).split(".", 1)
+                self._restore_own(int(number), key, saved)
+        if isinstance(self._loss_scaler, torch.amp.GradScaler) and values.get(_GRAD_SCALER):
+            self._loss_scaler.load_state_dict(values[_GRAD_SCALER])
         for field in _LOSS_SCALE_FIELDS:
             if field in values:
                 setattr(self._loss_scaler, field, values[field])
@@ -167,12 +230,58 @@ class OptimizerState:
             self._local_of(now).copy_(saved)
         entries.update(values)
 
+    def _own_entries(self) -> Iterator[tuple[int, str, Any]]:
+        """What the optimizers' own steps change in their groups: the group's number among all, its key, the value."""
+        number = 0
+        for optimizer, own in zip(self._optimizers, self._group_entries, strict=True):
+            for group in optimizer.param_groups:
+                for key in sorted(own.keys & group.keys()):
+                    yield number, key, group[key]
+                number += 1
+
+    def _restore_own(self, number: int, key: str, saved: Any) -> None:
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        if number >= len(groups):
+            return
+        group = groups[number]
+        now = group.get(key)
+        if isinstance(saved, Tensor) and isinstance(now, Tensor) and now.shape == saved.shape:
+            now.copy_(saved)
+        else:
+            group[key] = saved.clone() if isinstance(saved, Tensor) else saved
+
     def _entries(self, master: Master) -> dict[str, Any]:
         return self._state_of(master).get(master.key, {})
 
     def _state_of(self, master: Master) -> MutableMapping[Tensor, Any]:
-        states = [optimizer.state for optimizer in self._optimizers]
-        return next((state for state in states if master.key in state), states[0])
+        return self._optimizer_of(master).state
+
+    def _optimizer_of(self, master: Master) -> torch.optim.Optimizer:
+        optimizers = self._optimizers
+        return next((optimizer for optimizer in optimizers if master.key in optimizer.state), optimizers[0])
+
+
+def _rate_of(group: Mapping[str, Any]) -> float:
+    try:
+        return float(group.get("lr", math.nan))
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _first_sum(optimizer: torch.optim.Optimizer, master: Master) -> float:
+    """What Adagrad's sums begin with."""
+    groups = optimizer.param_groups
+    group = next((group for group in groups if any(item is master.key for item in group["params"])), groups[0])
+    return float(group.get("initial_accumulator_value", 0.0))
+
+
+def _require_single_weights(optimizer: torch.optim.Optimizer) -> None:
+    for kind in type(optimizer).__mro__:
+        if any(name in kind.__name__ for name in _KEEP_SECOND_WEIGHTS):
+            raise ConfigError(
+                f"the optimizer is a {kind.__name__}, which keeps a second copy of the weights that a jump would not "
+                "move; nowcasting supports optimizers that keep one"
+            )
 
 
 def _without_prefix(entries: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class Partition:
             copy_to_host(out[run.buffer], flats[run.master][run.source])
 
     def learning_rates(self) -> tuple[float, ...]:
-        """The optimizer's learning rates now, one per parameter group."""
+        """The optimizer's learning rates now, one per parameter group; nan where a group has none that is a number."""
         return self._layout.state.learning_rates()
 
     @torch.no_grad()
@@ -146,9 +146,19 @@ class Partition:
         masters = self._current_masters()
         self._layout.state.scale_momentum(masters, factor)
 
+    def require_resettable(self) -> None:
+        """Refuses what ``reset_moments`` would have to guess; local.
+
+        Raises:
+            StalePartitionError: As for ``require_current``.
+            RollbackError: Nobody knows what an entry of the optimizer's state begins with.
+        """
+        masters = self._current_masters()
+        self._layout.state.require_resettable(masters)
+
     @torch.no_grad()
     def reset_moments(self) -> None:
-        """Sets moments and step counters to 0, as before the first step.
+        """Brings moments and step counters back to where they were before the first step.
 
         Raises:
             StalePartitionError: As for ``require_current``.
@@ -175,7 +185,10 @@ class Partition:
         _require_flat("delta", delta, self._num_owned)
         if base is not None:
             _require_flat("base", base, self._num_owned)
+        frozen = self._frozen_masters()
         for piece in _pieces(self._owned_runs, _SCRATCH_ELEMENTS):
+            if piece.master in frozen:
+                continue
             master = flats[piece.master][piece.source]
             # Product and sum are rounded one after the other, never fused: replicas on unequal processors must agree.
             step = self._scratch_of(master.device)[: piece.numel]
@@ -257,6 +270,15 @@ class Partition:
 
     def _current_flats(self) -> Sequence[Tensor]:
         return [master.local.detach().view(-1) for master in self._current_masters()]
+
+    def _frozen_masters(self) -> set[int]:
+        """The masters that are parameters of the model itself, and whose script wants them to stay as they are now."""
+        parameters = self._layout.trainable.index_of
+        return {
+            index
+            for index, master in enumerate(self._layout.masters())
+            if id(master.key) in parameters and not master.key.requires_grad
+        }
 
     def _scratch_of(self, device: torch.device) -> Tensor:
         if device not in self._scratch:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from sidecast.errors import ConfigError
 from sidecast.trainer.partitions.layout import Layout
 from sidecast.trainer.partitions.layouts.replicated import ReplicatedLayout
 from sidecast.trainer.partitions.optimizer_state import OptimizerState
-from sidecast.trainer.partitions.trainable import TrainableParameters, trainable_parameters
+from sidecast.trainer.partitions.trainable import TrainableParameters, TrainedNames, held_by, tensors_now
 
 # By name, so that nothing of torch.distributed is imported for a script that does not use it.
 _SHARDING_MODULES = ("FullyShardedDataParallel",)
@@ -21,7 +19,14 @@ _SHARDED_TENSORS = ("DTensor", "FlatParameter")
 _SHARDING_OPTIMIZERS = ("ZeroRedundancyOptimizer",)
 
 
-def plain_layout(module: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int = 0, world_size: int = 1) -> Layout:
+def plain_layout(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    names: TrainedNames | None = None,
+) -> Layout:
     """Maps what a rank holds of a model that no engine shards.
 
     The parameters are their own masters, in the order of ``module.named_parameters()`` whatever the optimizer's
@@ -32,32 +37,30 @@ def plain_layout(module: nn.Module, optimizer: torch.optim.Optimizer, *, rank: i
         optimizer: What trains it.
         rank: This rank.
         world_size: Number of ranks, each with a replica.
+        names: What the run trains; kept from one mapping to the next.
 
     Raises:
         ConfigError: The optimizer or a parameter is not one that can be nowcasted; one line says why.
     """
     _require_unsharded(module, optimizer)
-    trainable = trainable_parameters(module, _held(optimizer))
-    _require_named(trainable, optimizer)
+    names = names or TrainedNames()
+    trainable = names.select(module, held_by(optimizer))
+    if not trainable.specs:
+        raise ConfigError("the optimizer trains no parameter of the model; nowcasting needs at least one")
     _require_masters(trainable)
+
+    def masters() -> Sequence[Tensor]:
+        names.note_others(trainable, held_by(optimizer))
+        return tensors_now(module, trainable, optimizer)
+
     return ReplicatedLayout(
         trainable,
-        OptimizerState([optimizer], None),
+        OptimizerState([optimizer], None, are_parameters=True),
         [[parameter] for parameter in trainable.tensors],
-        lambda: _in_order(trainable, optimizer),
+        masters,
         rank=rank,
         world_size=world_size,
     )
-
-
-def _held(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    held = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    return [parameter for parameter in held if parameter.requires_grad and parameter.numel() > 0]
-
-
-def _in_order(trainable: TrainableParameters, optimizer: torch.optim.Optimizer) -> Sequence[Tensor]:
-    """What the optimizer trains now, in the model's order; others at the end, where they are noticed."""
-    return sorted(_held(optimizer), key=lambda item: trainable.index_of.get(id(item), len(trainable.tensors)))
 
 
 def _require_unsharded(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -74,17 +77,6 @@ def _require_unsharded(module: nn.Module, optimizer: torch.optim.Optimizer) -> N
             f"the optimizer is a {type(optimizer).__name__}, which shards its state; nowcasting supports whole "
             "optimizers and DeepSpeed's"
         )
-
-
-def _require_named(trainable: TrainableParameters, optimizer: torch.optim.Optimizer) -> None:
-    unnamed: list[Any] = [tuple(item.shape) for item in _held(optimizer) if id(item) not in trainable.index_of]
-    if unnamed:
-        raise ConfigError(
-            f"the optimizer trains a parameter of shape {unnamed[0]} that the model does not have; "
-            "pass the model whose parameters the optimizer was made from"
-        )
-    if not trainable.specs:
-        raise ConfigError("the optimizer trains no parameter of the model; nowcasting needs at least one")
 
 
 def _require_masters(trainable: TrainableParameters) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import weakref
 
 from sidecast.errors import ConfigError
 
@@ -16,7 +17,7 @@ class SharedBuffer:
     left behind by a crash. Allocated up front: an unbacked page would end in SIGBUS at some later step.
 
     Attributes:
-        map: The memory; what is made over it must refer to this object.
+        map: The memory, until ``close``; what is made over it must refer to this object.
         view: Its bytes, until ``close``.
         descriptor: To be inherited; -1 once closed.
 
@@ -45,15 +46,19 @@ class SharedBuffer:
                 f"no memory for the nowcaster's {name} buffer of {num_bytes} bytes: {error.strerror}"
             ) from error
         self.view = memoryview(self.map)[:num_bytes]
+        # Of a buffer that is dropped without having been closed. The mapping goes by itself.
+        self._give_back = weakref.finalize(self, os.close, self.descriptor)
+        self._give_back.atexit = False
 
     def close(self) -> None:
         """Gives up the descriptor; the memory goes once nothing refers to ``map`` any more.
 
         The mapping is never closed here: a tensor made over it would then read unmapped memory.
         """
-        self.view.release()
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            self.view.release()
+            del self.map
+            self._give_back()
             self.descriptor = -1
 
 

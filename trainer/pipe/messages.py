@@ -228,6 +228,9 @@ class Totals:
     num_rolled_back: int = 0
     num_rejected: int = 0
     num_failed: int = 0
+    num_skipped: int = 0
+    num_losses: int = 0
+    num_verdict_losses: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,10 @@ Usage: python hook_worker.py RANK FOLDER ENDPOINT
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -95,6 +97,7 @@ class Run:
         loss_at: Callable[[int, int], float] = lambda step, num_jumps: 1.0,
         arrivals: Collection[int] = (),
         moved_steps: Collection[int] = (),
+        close_step: int = 0,
         later_rate: float = 0.5,
         **changes: Any,
     ) -> dict[str, Any]:
@@ -106,6 +109,7 @@ class Run:
             loss_at: Loss by step and number of jumps so far.
             arrivals: The steps at which this rank gets its predictions.
             later_rate: This rank's learning rate from step 21 on; 0.5 before.
+            close_step: After which rank 0 closes its hook; 0: never.
             moved_steps: The steps at which this rank's tensors are not where they were.
             changes: Settings of the hook.
         """
@@ -145,11 +149,18 @@ class Run:
                 courier.wait_for = Prediction
             uploaded_bytes = hook.totals.bytes_uploaded
             hook.after_step(step)
-            while config.mode == "async" and step % 10 == 0 and hook.totals.bytes_uploaded == uploaded_bytes:
+            while (
+                not hook.is_closed
+                and config.mode == "async"
+                and step % 10 == 0
+                and hook.totals.bytes_uploaded == uploaded_bytes
+            ):
                 # Takes the couriers' speed out of the race: on only once this rank's part is with the service.
                 courier.wait_for = Sent
                 hook._inbox.poll()
             weights.append(partition.weights.tolist())
+            if step == close_step and self.rank == 0:
+                hook.close()
         summary = hook.summary()
         hook.close()
         return {"events": events, "weights": weights, "summary": summary}
@@ -176,6 +187,45 @@ def votes(group: dist.ProcessGroup, rank: int) -> list[Any]:
         decisions.append([decision.version, decision.digest, decision.epoch, decision.mean_loss, decision.num_losses])
     assert decisions[1][0] == NO_VERSION
     return decisions
+
+
+def departures(group: dist.ProcessGroup, rank: int) -> list[Any]:
+    """What rank 1 finds, and how far it gets, where rank 0 leaves: between votes, before a confirmation, with it."""
+    found: list[Any] = []
+    for is_vote_open in (False, True):
+        box = VoteBox(group)
+        if is_vote_open:
+            box.launch(Ballot(3, 77, 1))
+        if rank == 0:
+            box.leave(30.0)
+        elif is_vote_open:
+            found.append([box.read().version, box.left_rank, box.confirm(True), box.left_rank])
+        else:
+            box.launch(Ballot(3, 77, 1))
+            found.append([box.read().version, box.left_rank])
+        box.launch(Ballot())
+        found.append([box.is_open, box.confirm(True)])
+    box = VoteBox(group)
+    box.launch(Ballot(3, 77, 1))
+    box.leave(30.0)
+    return [*found, box.left_rank]
+
+
+def held_things() -> tuple[int, int]:
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def leftovers() -> list[tuple[int, int]]:
+    """Descriptors and threads after each of a few groups of ranks that have begun, voted and ended."""
+    seen = []
+    for _ in range(6):
+        votes = Ranks.of_world().votes()
+        votes.launch(Ballot())
+        votes.read()
+        votes.leave(30.0)
+        gc.collect()
+        seen.append(held_things())
+    return seen
 
 
 def refusal(group: dist.ProcessGroup, rank: int) -> str:
@@ -228,6 +278,8 @@ def main(rank: int, folder: Path, endpoint: str) -> None:
     late = {21 + 2 * rank}
     results = {
         "votes": votes(group, rank),
+        "departures": departures(group, rank),
+        "leftovers": leftovers(),
         "refusal": refusal(group, rank),
         "probations": probations(group, rank, folder),
         "accepted": run("accepted", 40, arrivals=late),
@@ -253,6 +305,15 @@ def main(rank: int, folder: Path, endpoint: str) -> None:
         "decaying": run("decaying", 30, arrivals={21}, later_rate=0.25 if rank else 0.4),
         "stale": run("stale", 35, arrivals={30}),
         "sync": run("sync", 25, mode="sync"),
+        # With the vote open that decides on a prediction, and with a jump on probation.
+        "closed-by-one-at-vote": run("closed-by-one-at-vote", 30, arrivals={21}, close_step=21),
+        "closed-by-one-on-probation": run(
+            "closed-by-one-on-probation",
+            40,
+            arrivals={21},
+            close_step=25,
+            loss_at=lambda step, num_jumps: 1.0 + 5.0 * num_jumps,
+        ),
     }
     results["replayed"] = run.replay("harmful", 85)
     (folder / f"rank{rank}.json").write_text(json.dumps(results))

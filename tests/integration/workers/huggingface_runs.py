@@ -42,7 +42,7 @@ def train(
     settings: Mapping[str, Any] | None,
     *,
     num_steps: int = NUM_STEPS,
-    resume: bool = False,
+    resume: bool | Path = False,
     zero: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains; returns the losses by step, the hook's events, and the weights' sums."""
@@ -81,7 +81,8 @@ def train(
         callback = NowcastCallback(trainer, settings)
         trainer.add_callback(callback)
         trainer.add_callback(_Listener(callback, events))
-    trainer.train(resume_from_checkpoint=resume)
+    # Paths are what transformers takes, whatever its annotations say.
+    trainer.train(resume_from_checkpoint=resume)  # type: ignore[arg-type]
     losses = {str(entry["step"]): entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     weights = [parameter.detach().double().sum().item() for parameter in model.parameters()]
     return {"losses": losses, "events": events, "weights": weights}
@@ -102,7 +103,9 @@ def straight_and_resumed(folder: Path, endpoint: str, zero: Mapping[str, Any] | 
     settings = section(endpoint)
     straight = train(folder / "straight", settings, zero=zero)
     train(folder / "resumed", settings, num_steps=SAVE_STEP, zero=zero)
-    return [straight, train(folder / "resumed", settings, resume=True, zero=zero)]
+    # Without DeepSpeed the callback finds its state by itself, from a path too.
+    resume = folder / "resumed" / f"checkpoint-{SAVE_STEP}" if zero is None else True
+    return [straight, train(folder / "resumed", settings, resume=resume, zero=zero)]
 
 
 if __name__ == "__main__":

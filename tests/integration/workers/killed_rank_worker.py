@@ -44,7 +44,7 @@ def main(endpoint: str, folder: Path, mode: str) -> None:
         "context_len": CONTEXT_LEN,
         "period_steps": PERIOD_STEPS,
         "vote_interval_steps": 1,
-        "probation_steps": 4,
+        "probation_steps": 9,
         # Whether jumps pay is not the question here.
         "acceptance_sigmas": 1e9,
         "max_relative_norm": 10.0,

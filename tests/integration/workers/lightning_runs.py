@@ -82,6 +82,60 @@ def train(
     return module.losses, listener.events, weights
 
 
+class Overflowing(Regression):
+    """Trained in fp16 with a scale that overflows at first, and grows soon after; notes what moved it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_moved = 0
+        self._before = self.net[0].weight.detach().clone()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        now = self.net[0].weight.detach().clone()
+        self.num_moved += not torch.equal(now, self._before)
+        self._before = now
+
+
+class Manual(Regression):
+    """Makes three optimizer steps for each batch by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        for part in range(3):
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, 3 * batch_idx + part))
+            optimizer.step()
+
+
+def train_by_hand(module: Regression, settings: Mapping[str, Any], **options: Any) -> tuple[Any, list[float]]:
+    """Trains without accumulation; returns the hook and the losses that it was given."""
+    nowcasts = LightningNowcastCallback(settings)
+    seen: list[float] = []
+
+    class Watch(lightning.Callback):  # type: ignore[misc,name-defined]
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            attachment: Any = nowcasts._attachment
+            observe = attachment.observe
+            attachment.observe = lambda loss: [seen.append(float(loss)), observe(loss)]
+
+    trainer = lightning.Trainer(
+        max_steps=NUM_STEPS,
+        accelerator="cpu",
+        callbacks=[nowcasts, Watch()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(torch.zeros(4 * NUM_STEPS, 1)), batch_size=2))
+    return nowcasts.hook, seen
+
+
 def section(endpoint: str) -> dict[str, Any]:
     plain = {"endpoint": endpoint, "require": True, "period_steps": PERIOD_STEPS, "mode": "sync"}
     return plain | {"max_relative_norm": 1e3}

@@ -64,7 +64,13 @@ def trained(case: Case, nowcaster: dict[str, Any] | None) -> tuple[list[Any], in
 def run_attached(case: Case) -> str | None:
     """What a hook that applies nothing changes; None if nothing."""
     # Nobody listens there: what training could notice is the reading and voting on this side.
-    section = {"context_len": 2, "period_steps": 6, "endpoint": "127.0.0.1:1", "timeouts": {"connect_s": 0.05}}
+    section = {
+        "context_len": 2,
+        "period_steps": 6,
+        "probation_steps": 0,
+        "endpoint": "127.0.0.1:1",
+        "timeouts": {"connect_s": 0.05},
+    }
     with_hook, num_staged = trained(case, section)
     without, _ = trained(case, None)
     failure = None if same_bits(with_hook, without) else "losses, masters, moments or weights differ"

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from sidecast.trainer.hook.policies.probation import LossPoint, LossTrend, Verdict, judge
+from sidecast.trainer.hook.policies.verdicts import LossPoint, LossTrend, Verdict, judge
 
 
 def trend(start: int, stop: int, shift: float = 0.0, noise: float = 0.02, seed: int = 0) -> list[LossPoint]:
@@ -18,9 +18,10 @@ def trend(start: int, stop: int, shift: float = 0.0, noise: float = 0.02, seed: 
 
 @pytest.mark.parametrize(("shift", "verdict"), [(-0.2, Verdict.ACCEPT), (0.2, Verdict.ROLL_BACK)])
 def test_clearly_better_and_clearly_worse(shift: float, verdict: Verdict) -> None:
-    decision, reason = judge(trend(1000, 1500), trend(1750, 2000, shift), 3.0)
-    assert decision is verdict
-    assert "expected, standard error" in reason
+    judgement = judge(trend(1000, 1500), trend(1750, 2000, shift), 3.0)
+    assert judgement.verdict is verdict
+    assert "expected, standard error" in judgement.reason
+    assert (judgement.num_before, judgement.num_after, judgement.is_blind) == (50, 25, False)
 
 
 def test_noise_alone_is_not_undone() -> None:
@@ -31,7 +32,7 @@ def test_noise_alone_is_not_undone() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_undone(bad: float) -> None:
     after = [*trend(1750, 2000), LossPoint(2000, bad)]
-    assert judge(trend(1000, 1500), after, 3.0) == (Verdict.ROLL_BACK, "the loss is not finite")
+    assert judge(trend(1000, 1500), after, 3.0)[:2] == (Verdict.ROLL_BACK, "the loss is not finite")
 
 
 def test_a_loss_that_was_not_finite_before_the_jump_is_not_held_against_it() -> None:
@@ -41,10 +42,11 @@ def test_a_loss_that_was_not_finite_before_the_jump_is_not_held_against_it() -> 
 
 
 @pytest.mark.parametrize(("num_before", "num_after"), [(3, 10), (10, 3), (0, 0)])
-def test_too_few_losses_are_no_ground(num_before: int, num_after: int) -> None:
-    verdict, reason = judge(trend(1000, 1500)[:num_before], trend(1750, 2000, 9.0)[:num_after], 3.0)
-    assert verdict is Verdict.ACCEPT
-    assert f"({num_before} before, {num_after} after)" in reason
+def test_what_cannot_be_judged_is_not_kept(num_before: int, num_after: int) -> None:
+    judgement = judge(trend(1000, 1500)[:num_before], trend(1750, 2000, -9.0)[:num_after], 3.0)
+    assert judgement.verdict is Verdict.ROLL_BACK
+    assert judgement.is_blind
+    assert f"({num_before} before, {num_after} after; 4 are needed each)" in judgement.reason
 
 
 def test_a_rising_trend_is_no_licence_to_rise_on() -> None:

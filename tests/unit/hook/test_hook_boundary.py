@@ -15,7 +15,7 @@ from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.hook.messenger import ForHook
 from sidecast.trainer.hook.slots import SlotState
 from sidecast.trainer.partitions import RollbackCopy
-from sidecast.trainer.pipe.messages import Committed, Connected, Disconnected, Failed, Report, Sent
+from sidecast.trainer.pipe.messages import Committed, Connected, Disconnected, Failed, Report, Sent, Stats
 from tests.support.hook_harness import PREDICTION, FakeCourier, FakePartition, OneVoter, new_hook
 
 
@@ -168,6 +168,21 @@ def test_sync_mode_waits_for_no_slot_of_which_nothing_would_come(
     hook.after_step(10)
     assert len(courier.waited_s) == num_waits
     assert hook.totals.num_dropped == 1
+
+
+def test_steps_that_move_nothing_for_ever_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    courier = FakeCourier()
+    hook = new_hook(courier, FakePartition(), step=22)
+    for _ in range(49):
+        hook.after_skipped_step()
+    hook.after_step(23)
+    assert caplog.text == ""
+    for _ in range(120):
+        hook.after_skipped_step()
+    assert caplog.text.count("50 optimizer steps in a row were skipped") == 1
+    assert hook.summary()["num_skipped"] == 169
+    (*_, stats) = [message for message in courier.posted if isinstance(message, Stats)]
+    assert stats.totals.num_skipped == 149
 
 
 def test_a_nowcast_that_was_never_made_is_failed_and_not_rejected() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from sidecast.errors import ConfigError
 from sidecast.trainer.hook.config import NowcasterConfig, parse_section
+from sidecast.trainer.hook.policies.verdicts import MIN_POINTS, is_judgeable
 from sidecast.trainer.hook.schedule import Schedule
 
 
@@ -78,6 +79,11 @@ def test_values_find_their_fields() -> None:
         ({"max_host_memory_gib": 0}, "nowcaster.max_host_memory_gib is 0.0; allowed: a positive number, or null"),
         ({"max_staleness_steps": 200}, "nowcaster.max_staleness_steps is 200; allowed: 0 to 199"),
         ({"probation_steps": 1000}, "nowcaster.probation_steps is 1000; allowed: 0 to 999"),
+        ({"probation_steps": 60}, "probation_steps is 60; allowed: 0 .* vote_interval_steps 10 .* is 61"),
+        (
+            {"mode": "sync", "period_steps": 40, "vote_interval_steps": 8, "probation_steps": 20},
+            "nowcaster.probation_steps is 20; allowed: 0 .* is not below period_steps",
+        ),
         ({"max_weight": 0}, "nowcaster.max_weight is 0.0"),
         ({"max_weight": float("nan")}, "nowcaster.max_weight is nan"),
         ({"max_relative_norm": 0}, "nowcaster.max_relative_norm is 0.0"),
@@ -99,6 +105,29 @@ def test_refusals_name_key_value_and_what_is_allowed(section: Any, words: str) -
         parse_section(section)
 
 
+@pytest.mark.parametrize("vote_interval_steps", [1, 3, 8])
+@pytest.mark.parametrize("vote_lag_steps", [0, 1])
+@pytest.mark.parametrize("probation_steps", [7, 8, 9, 25, 26, 27, 33, 60, 64, 65, 72, 73])
+def test_a_verdict_has_its_losses_after_whatever_vote_a_jump_comes(
+    vote_interval_steps: int, vote_lag_steps: int, probation_steps: int
+) -> None:
+    vote_steps = range(0, 400, vote_interval_steps)
+    jump_step = vote_steps[100 // vote_interval_steps] + vote_lag_steps
+    end_step = next(step for step in vote_steps if step + vote_lag_steps >= jump_step + probation_steps)
+    num_before = sum(jump_step - probation_steps <= step <= jump_step for step in vote_steps)
+    num_after = sum(jump_step + probation_steps // 2 < step <= end_step for step in vote_steps)
+    found = is_judgeable(probation_steps, vote_interval_steps, vote_lag_steps, at_any_step=False)
+    assert found == (min(num_before, num_after) >= MIN_POINTS)
+    if is_judgeable(probation_steps, vote_interval_steps, vote_lag_steps, at_any_step=True):
+        assert found
+
+
+def test_half_a_period_that_is_too_short_for_a_verdict_becomes_as_long_as_one_takes() -> None:
+    config = parse_section({"period_steps": 10, "vote_lag_steps": 0})
+    assert config.resolved_probation_steps == 7
+    assert parse_section({"period_steps": 20}).resolved_probation_steps == 10
+
+
 def test_a_run_is_recorded_or_replayed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="since replay_dir is set"):
         parse_section({"replay_dir": str(tmp_path), "record_dir": str(tmp_path)})
@@ -108,9 +137,9 @@ def test_a_run_is_recorded_or_replayed(tmp_path: Path) -> None:
 
 
 def test_steps() -> None:
-    schedule = Schedule.of(parse_section({"period_steps": 20, "context_len": 2, "vote_interval_steps": 5}))
+    schedule = Schedule.of(parse_section({"period_steps": 40, "context_len": 4, "vote_interval_steps": 5}))
     assert [step for step in range(41) if schedule.is_snapshot(step)] == [10, 20, 30, 40]
-    assert [step for step in range(41) if schedule.is_base(step)] == [20, 40]
+    assert [step for step in range(81) if schedule.is_base(step)] == [40, 80]
     assert [step for step in range(16) if schedule.is_vote(step)] == [5, 10, 15]
 
 
@@ -119,7 +148,8 @@ def test_steps() -> None:
     [
         {"period_steps": 15},
         {"period_steps": 10, "vote_lag_steps": 0},
-        {"period_steps": 5, "mode": "sync"},
+        {"period_steps": 5, "mode": "sync", "probation_steps": 0},
+        {"period_steps": 5, "mode": "sync", "rollback": "off"},
         {"max_staleness_steps": 11},
         {"max_staleness_steps": 0, "mode": "sync"},
     ],

@@ -121,16 +121,19 @@ def test_a_rise_of_the_loss_ends_pushes_and_snapshots_and_says_so(
     assert partition.weights.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize(("num_seen", "num_pushes"), [(0, 0), (INTERVAL_STEPS, 1), (INTERVAL_STEPS + 1, 2)])
 def test_no_push_is_applied_unseen(
-    courier: FakeCourier, partition: FakePartition, caplog: pytest.LogCaptureFixture
+    courier: FakeCourier, partition: FakePartition, caplog: pytest.LogCaptureFixture, num_seen: int, num_pushes: int
 ) -> None:
-    """Without losses nothing would end pushes that harm; it is said once."""
+    """Without losses, or once they come no more, nothing would end pushes that harm; it is said once."""
     hook = new_hook(courier, partition)
-    for step in range(1, 4 * INTERVAL_STEPS):
+    for step in range(1, 5 * INTERVAL_STEPS):
         if step % INTERVAL_STEPS == 1 and step > 1:
-            courier.unread.append(push_of(step - 1, 0))
+            courier.unread.append(push_of(step - 1, hook.epoch))
+        if step <= num_seen:
+            hook.observe(1.0)
         hook.after_step(step)
-    assert partition.weights.tolist() == [0.0, 0.0]
+    assert partition.weights.tolist() == [num_pushes, num_pushes]
     assert caplog.text.count("no push is applied as long as no loss is seen") == 1
 
 

@@ -11,13 +11,24 @@ import torch
 
 from sidecast.errors import ConfigError
 from sidecast.protos.shards import ShardSpec
-from sidecast.trainer.hook.attachment import Attachment, rollback_path
+from sidecast.trainer.hook.attachment import Attachment, load_rollback_copy, rollback_path
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.integrations.deepspeed import wrap
-from sidecast.trainer.partitions import StalePartitionError
+from sidecast.trainer.partitions import RollbackCopy, StalePartitionError
 from sidecast.trainer.pipe.apply_log import Recorder
 from tests.support.courier_harness import session
+
+
+class AloneRanks(Ranks):
+    """One rank of several, whose others say what a test has them say."""
+
+    def __init__(self, *others: Any) -> None:
+        super().__init__(None)
+        self._others = list(others)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, *(self._others.pop(0) if self._others else [])]
 
 
 def attachment_at(step: int, resumed: list[Any], moved: str = "") -> Attachment:
@@ -31,6 +42,7 @@ def attachment_at(step: int, resumed: list[Any], moved: str = "") -> Attachment:
     partition: Any = SimpleNamespace(map_anew=map_anew)
     hook: Any = SimpleNamespace(
         is_on_probation=False,
+        is_closed=False,
         resume=lambda state, *_, is_kept: resumed.append(is_kept and state is not None),
     )
     courier: Any = SimpleNamespace(new_session=lambda session: resumed.append(session.run_id))
@@ -101,3 +113,89 @@ def test_a_replay_resumes_by_the_step_of_the_checkpoint_whoever_saved_it(tmp_pat
             attachment.after_step()
     assert jumps == [5, 2, 5]
     assert replayer.summary()["num_applied"] == 3
+
+
+def test_a_full_disk_costs_the_rollback_copy_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    attachment: Any = attachment_at(500, [])
+    attachment.hook.rollback_state = lambda: {"buffer": torch.ones(1 << 20, dtype=torch.uint8)}
+    path = rollback_path(tmp_path, 0)
+    path.write_text("of an earlier jump")
+    path.with_name(f"{path.name}.partial").symlink_to("/dev/full")
+    attachment.save_rollback_copy(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert caplog.text.count("cannot undo the jump on probation") == 1
+    attachment.save_rollback_copy(tmp_path / "nowhere")
+    assert caplog.text.count("cannot undo the jump on probation") == 2
+
+
+class Resumed:
+    """A hook that has resumed, perhaps with a jump on probation."""
+
+    def __init__(self, *, is_on_probation: bool = True) -> None:
+        self.is_on_probation = is_on_probation
+        self.copy = RollbackCopy.allocate(64)
+
+    def load_rollback_copy(self, state: Any) -> None:
+        self.copy.load_state_dict(state)
+
+    def end_probation(self) -> None:
+        self.is_on_probation = False
+
+
+def whole_copy() -> dict[str, Any]:
+    copy = RollbackCopy.allocate(64)
+    copy.save({"0": torch.ones(2)}, {})
+    return copy.state_dict()
+
+
+@pytest.mark.parametrize("damage", ["none", "cut", "empty", "text", "folder", "list", "dictionary", "other rank's"])
+def test_a_jump_whose_copy_is_damaged_stays_with_one_warning(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = rollback_path(tmp_path, 0)
+    torch.save({"list": [1], "dictionary": {"a": 1}}.get(damage, whole_copy()), path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:100])
+    elif damage in ("empty", "text"):
+        path.write_text("" if damage == "empty" else "Dear diary")
+    elif damage == "folder":
+        path.unlink()
+        path.mkdir()
+    hook: Any = Resumed()
+    others = [(True, "cut off")] if damage == "other rank's" else [(True, "")]
+    load_rollback_copy(hook, tmp_path, None, AloneRanks(others))
+    assert hook.is_on_probation == (damage == "none")
+    assert len(caplog.records) == (damage != "none")
+
+
+@pytest.mark.parametrize("is_on_probation", [False, True])
+def test_ranks_that_disagree_about_a_probation_end_it_together(is_on_probation: bool, tmp_path: Path) -> None:
+    torch.save(whole_copy(), rollback_path(tmp_path, 0))
+    hook: Any = Resumed(is_on_probation=is_on_probation)
+    others = [(not is_on_probation, "it knows of no jump" if is_on_probation else "")]
+    ranks = AloneRanks(others)
+    load_rollback_copy(hook, tmp_path, None, ranks)
+    # Whatever this rank knows of, it has said so to the others.
+    assert ranks._others == []
+    assert not hook.is_on_probation
+
+
+@pytest.mark.parametrize(("saved", "is_with_others"), [(True, True), (True, False), (False, True), (False, False)])
+def test_all_ranks_continue_a_run_or_none(
+    saved: bool, is_with_others: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    resumed: list[Any] = []
+    attachment = attachment_at(500, resumed)
+    # Whether somebody cannot map anew, whether they have the state, and their probations.
+    attachment._ranks = AloneRanks([""], [is_with_others], [(False, "")])
+    attachment.resume({"run_id": "ours", "step": 500, "epoch": 2} if saved else None, tmp_path)
+    continues, run_id = resumed
+    assert (continues, run_id == "ours") == (saved and is_with_others, saved and is_with_others)
+    assert caplog.text.count("nowcasting begins anew on all ranks") == (saved != is_with_others)
+
+
+def test_what_another_rank_cannot_map_all_refuse(tmp_path: Path) -> None:
+    attachment = attachment_at(500, [])
+    attachment._ranks = AloneRanks(["moved away"])
+    with pytest.raises(ConfigError, match="moved away"):
+        attachment.resume(None, tmp_path)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import threading
-from collections.abc import Callable
+import weakref
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,66 +20,7 @@ from sidecast.predictors.base import History
 from sidecast.predictors.linear import LinearPredictor
 from sidecast.trainer.integrations.optimizer import NowcastOptimizer
 from sidecast.trainer.partitions.rollback import RollbackError
-
-PERIOD_STEPS = 20
-CONTEXT_LEN = 4
-NEVER = 1e-12
-
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
-    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True),
-    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, amsgrad=True),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
-    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.05),
-    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01, momentum=0.5, centered=True),
-    "nadam": lambda parameters: torch.optim.NAdam(parameters, lr=0.01),
-    "lbfgs": lambda parameters: torch.optim.LBFGS(parameters, lr=0.05, max_iter=2, tolerance_change=0),
-}
-
-
-class Training:
-    """A tiny regression whose data depend on the step alone."""
-
-    def __init__(self, optimizer: str = "adamw", *, is_nowcasted: bool = True, **settings: Any) -> None:
-        torch.manual_seed(5)
-        self.model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
-        inner = OPTIMIZERS[optimizer](self.model.parameters())
-        self.events: list[tuple[str, int]] = []
-        self.optimizer: Any = inner
-        if is_nowcasted:
-            settings = {"context_len": CONTEXT_LEN, "period_steps": PERIOD_STEPS, "max_relative_norm": 1e3} | settings
-            self.optimizer = NowcastOptimizer(inner, self.model, **settings)
-            self.optimizer.hook.add_listener(lambda event: self.events.append((event.kind, event.step)))
-        self.num_steps = 0
-        self.losses: list[float] = []
-
-    def train(self, num_steps: int, spoil_from: int | None = None) -> None:
-        for _ in range(num_steps):
-            self.num_steps += 1
-            is_spoilt = spoil_from is not None and self.num_steps >= spoil_from
-            generator = torch.Generator().manual_seed(self.num_steps)
-            inputs = torch.randn(8, 3, generator=generator)
-
-            def loss_now(inputs: Tensor = inputs, is_spoilt: bool = is_spoilt) -> Tensor:
-                self.optimizer.zero_grad()
-                loss = (self.model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
-                loss.backward()
-                return loss * torch.nan if is_spoilt else loss
-
-            self.losses.append(float(self.optimizer.step(loss_now).detach()))
-
-    def steps_of(self, kind: str) -> list[int]:
-        return [step for event, step in self.events if event == kind]
-
-    def weights(self) -> Tensor:
-        return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
-
-    def inner_state(self) -> dict[str, Any]:
-        return getattr(self.optimizer, "optimizer", self.optimizer).state_dict()
-
-
-def assert_equal(first: Any, second: Any) -> None:
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
+from tests.support.optimizer_training import CONTEXT_LEN, NEVER, OPTIMIZERS, PERIOD_STEPS, Training, assert_equal
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -268,14 +212,33 @@ def test_torchs_own_hooks_reach_the_inner_optimizer() -> None:
     assert called == [True, True]
 
 
-def test_a_run_without_losses_is_warned() -> None:
-    model = nn.Linear(2, 1)
-    optimizer = NowcastOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, context_len=2, period_steps=4)
-    model(torch.ones(1, 2)).sum().backward()
-    for _ in range(3):
-        optimizer.step()
-    with pytest.warns(UserWarning, match="has seen no loss"):
-        optimizer.step()
+@pytest.mark.parametrize("hidden_from", [0, PERIOD_STEPS + 2])
+def test_no_jump_is_kept_whose_losses_are_hidden(hidden_from: int, caplog: pytest.LogCaptureFixture) -> None:
+    training = Training(period_steps=PERIOD_STEPS)
+    observe = training.optimizer.observe
+    training.optimizer.observe = lambda loss: observe(loss) if training.num_steps <= hidden_from else None
+    training.train(5 * PERIOD_STEPS)
+    is_late = hidden_from > 0
+    assert training.steps_of("applied") == ([PERIOD_STEPS] if is_late else [])
+    assert training.steps_of("rolled_back") == ([PERIOD_STEPS + PERIOD_STEPS // 2] if is_late else [])
+    assert training.steps_of("accepted") == []
+    # Five base steps, one warning of each kind.
+    assert caplog.text.count("no jump is applied as long as too few losses are seen") == 1
+    assert caplog.text.count("is undone: too few losses to judge by") == (1 if is_late else 0)
+    summary = training.optimizer.hook.summary()
+    assert summary["verdict_losses"] == ([(11, 0)] if is_late else [])
+    assert summary["num_losses"] == hidden_from
+
+
+@pytest.mark.parametrize(("period_steps", "undone_step"), [(8, 15), (10, 17), (20, 30)])
+def test_the_shortest_probations_undo_a_harmful_jump(period_steps: int, undone_step: int) -> None:
+    training = Training(period_steps=period_steps, context_len=2, max_relative_norm=1e3)
+    training.train(period_steps)
+    for _ in range(period_steps):
+        training.optimizer.observe(1000.0)
+        training.train(1)
+    assert training.steps_of("applied")[0] == period_steps
+    assert training.steps_of("rolled_back") == [undone_step]
 
 
 class FullyShardedDataParallel(nn.Module):
@@ -297,6 +260,7 @@ def test_refusals() -> None:
     refused(model, "no setting 'endpoint'; allowed: context_len", endpoint="host:1")
     refused(model, "predictor is 'oracle'; allowed: average", predictor="oracle")
     refused(model, "period_steps is 7; allowed: a multiple of context_len", period_steps=7)
+    refused(model, "probation_steps is 6; allowed: 0", period_steps=20, probation_steps=6)
     refused(model, "needs a weights file", predictor="nino")
     refused(nn.Linear(2, 2).bfloat16(), "'weight' is torch.bfloat16 and has no fp32 master")
     refused(nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last), "'weight' is not contiguous")
@@ -304,3 +268,39 @@ def test_refusals() -> None:
     refused(model, r"parameter of shape \(3, 3\) that the model does not have", [nn.Parameter(torch.zeros(3, 3))])
     with pytest.raises(ConfigError, match="cannot take further parameters"):
         Training().optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+def test_a_rollback_copy_of_another_jump_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = Training(), Training()
+    first.train(PERIOD_STEPS + 3)
+    saved = deepcopy(first.optimizer.state_dict())
+    saved["sidecast"]["rollback"]["of"][1] += 1
+    second.optimizer.load_state_dict(saved)
+    assert not second.optimizer.hook.is_on_probation
+    assert "cannot be undone: the copy is of another jump" in caplog.text
+
+
+def memory_files() -> int:
+    """Descriptors of shared memory that this process holds."""
+    found = 0
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found += "memfd:" in str(path.readlink())
+    return found
+
+
+@pytest.mark.parametrize("end", ["closed", "dropped"])
+def test_what_is_done_with_leaves_no_memory(end: str) -> None:
+    gc.collect()
+    before = memory_files()
+    for _ in range(3):
+        training = Training()
+        training.train(PERIOD_STEPS)
+        assert memory_files() > before
+        if end == "closed":
+            training.optimizer.hook.close()
+        gone = weakref.ref(training.model)
+        del training
+        gc.collect()
+        assert gone() is None
+        assert memory_files() == before

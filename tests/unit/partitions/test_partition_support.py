@@ -37,6 +37,7 @@ def test_a_usual_engine_passes() -> None:
     [
         (object(), "object is no DeepSpeed engine"),
         (engine(optimizer=None), "has no optimizer"),
+        (engine(torch_autocast_z0_gradscaler=object()), "torch_autocast.dtype is float16 at ZeRO stage 0"),
         (engine(pipeline_parallelism=True), "pipeline parallelism is on"),
         (engine(autotp_size=lambda: 4), "tensor parallel size is 4"),
         (engine(mp_world_size=2), "tensor parallel size is 2"),

@@ -230,3 +230,17 @@ def test_a_step_waits_for_the_copies_that_were_begun_before_it_and_only_that_one
         step(optimizer, parameter)
     assert len(seen) == 1
     assert seen[0].equal(before)
+
+
+def test_a_grad_scalers_scale_and_growth_go_back_too() -> None:
+    master = torch.nn.Parameter(torch.ones(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    state = OptimizerState([torch.optim.SGD([master], lr=0.1)], scaler)
+    scaler.scale(torch.ones(()))
+    copy = RollbackCopy.allocate(1 << 10)
+    before = scaler.state_dict()
+    state.capture(whole_masters([master]), copy)
+    scaler.update(new_scale=2.0)
+    state.restore(whole_masters([master]), copy)
+    assert scaler.state_dict() == before
+    assert before["scale"] == 8.0

@@ -10,7 +10,8 @@ from sidecast.trainer.hook.application import JumpApplier
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.hook.jump import LearningRateWindow, jump_weight
 from sidecast.trainer.hook.messenger import Messenger
-from sidecast.trainer.hook.policies.probation import Probation, Verdict
+from sidecast.trainer.hook.policies.probation import Probation
+from sidecast.trainer.hook.policies.verdicts import Verdict
 from sidecast.trainer.hook.reporting import Reporter
 from sidecast.trainer.hook.trajectory import Trajectory
 from sidecast.trainer.pipe.messages import Prediction
@@ -49,6 +50,8 @@ class JumpPolicy:
         self._messenger = messenger
         self._probation = Probation(config)
         self._learning_rates = LearningRateWindow(config.context_len)
+        self._num_unseen = 0
+        self._is_warned = False
 
     @property
     def last_loss(self) -> float | None:
@@ -60,7 +63,16 @@ class JumpPolicy:
 
     @property
     def allows(self) -> bool:
-        return self._probation.allows_jumps
+        # What could not be judged would be kept whatever it did.
+        return self._probation.allows_jumps and (not self._is_judging or self._can_judge)
+
+    @property
+    def _is_judging(self) -> bool:
+        return self._applier.rollback_copy is not None
+
+    @property
+    def _can_judge(self) -> bool:
+        return self._probation.can_judge(self._trajectory.step)
 
     @property
     def is_on_probation(self) -> bool:
@@ -74,6 +86,16 @@ class JumpPolicy:
 
     def at_snapshot(self, step: int) -> None:
         self._learning_rates.add(self._applier.partition.learning_rates())
+        is_base = step % self._config.period_steps == 0
+        is_blind = is_base and self._is_judging and self._num_unseen > 0 and not self._can_judge
+        if is_blind and self._probation.allows_jumps and not self._is_warned:
+            log.warning(
+                "no jump is applied as long as too few losses are seen to judge one by (%d of the votes so far brought "
+                "none): call observe(loss) with the mean loss of each micro-batch, or set nowcaster.probation_steps "
+                "to 0, and jumps are neither judged nor undone",
+                self._num_unseen,
+            )
+            self._is_warned = True
 
     def is_due(self, step: int) -> bool:
         # Not for one that could not be applied: waiting for it would cost the deadline at every base step.
@@ -94,19 +116,28 @@ class JumpPolicy:
             self._probation.begin(held.version, step)
 
     def on_loss(self, loss_step: int, mean_loss: float | None) -> None:
-        if mean_loss is not None:
+        if mean_loss is None:
+            self._num_unseen += 1
+        else:
             self._probation.add(loss_step, mean_loss)
-        found = self._probation.verdict(self._trajectory.step, mean_loss)
-        if found is None:
+        judgement = self._probation.verdict(self._trajectory.step, mean_loss)
+        if judgement is None:
             return
-        verdict, reason = found
         jump = self._probation.jump
         assert jump is not None
+        verdict, reason = judgement.verdict, judgement.reason
+        grounds: dict[str, int | str] = {
+            "version": jump.version,
+            "reason": reason,
+            "num_losses_before": judgement.num_before,
+            "num_losses_after": judgement.num_after,
+        }
         if verdict is Verdict.ACCEPT:
             self._probation.accepted()
             self._reporter.totals.num_accepted += 1
             self._reporter.report("accepted", jump.version)
-            self._reporter.emit("accepted", version=jump.version, reason=reason)
+            self._reporter.totals.count_verdict(judgement.num_before, judgement.num_after)
+            self._reporter.emit("accepted", **grounds)
             return
         if obstacle := self._applier.undo():
             # Tried again at every vote; until then no other jump is applied.
@@ -119,7 +150,10 @@ class JumpPolicy:
         self._reporter.totals.num_rolled_back += 1
         self._messenger.log({"action": "rolled_back", "step": self._trajectory.step})
         self._reporter.report("rolled_back", jump.version)
-        self._reporter.emit("rolled_back", version=jump.version, reason=reason)
+        self._reporter.totals.count_verdict(judgement.num_before, judgement.num_after)
+        self._reporter.emit("rolled_back", **grounds)
+        if judgement.is_blind:
+            log.warning("the jump of step %d is undone: %s", jump.step, reason)
         if why_suspended:
             self._reporter.emit("suspended", reason=why_suspended)
 

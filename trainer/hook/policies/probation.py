@@ -1,4 +1,4 @@
-"""The jump that may still be undone, the losses that it is judged by, and what follows from the verdicts.
+"""The jump that may still be undone, and what follows from the verdicts on it.
 
 A jump is judged on the loss after a recovery window, against the trend before it. Right after a jump the loss is
 higher, and comes down within some hundred steps, often below where it would have been; a test at once would undo every
@@ -8,101 +8,12 @@ useful jump. So nothing is judged before ``probation_steps``.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from sidecast.trainer.hook.config import NowcasterConfig
-
-MIN_POINTS = 4
-ROUNDING = 1e-9
-
-
-class Verdict(Enum):
-    ACCEPT = "accept"
-    ROLL_BACK = "roll_back"
-
-
-@dataclass(frozen=True, slots=True)
-class LossPoint:
-    """The mean loss of all ranks between two votes."""
-
-    step: int
-    loss: float
-
-
-def judge(before: Sequence[LossPoint], after: Sequence[LossPoint], sigmas: float) -> tuple[Verdict, str]:
-    """Compares the losses after recovery with the extrapolated trend before the jump.
-
-    The trend is the least-squares line of loss over log(step), which flattens as losses do; a straight line in
-    steps would promise too much. The verdict is ROLL_BACK only if the mean loss after is above the trend at those
-    steps by more than ``sigmas`` standard errors of that difference (residual noise of both sides, and the
-    uncertainty of the line), or is not finite.
-
-    Args:
-        before: Points of the window before the jump.
-        after: Points of the judged window.
-        sigmas: How sure to be before undoing a jump.
-
-    Returns:
-        The verdict and its reason, with the numbers.
-    """
-    if not all(math.isfinite(point.loss) for point in after):
-        return Verdict.ROLL_BACK, "the loss is not finite"
-    before = [point for point in before if math.isfinite(point.loss)]
-    if len(before) < MIN_POINTS or len(after) < MIN_POINTS:
-        return Verdict.ACCEPT, f"too few losses to judge by ({len(before)} before, {len(after)} after)"
-    x = [math.log(point.step) for point in before]
-    y = [point.loss for point in before]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    spread = sum((item - mean_x) ** 2 for item in x)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
-    # A loss that rose before the jump is no licence for it to rise further.
-    slope = min(slope, 0.0)
-    residuals = [b - mean_y - slope * (a - mean_x) for a, b in zip(x, y, strict=True)]
-    variance = sum(item * item for item in residuals) / (len(residuals) - 2)
-    mean_x_after = sum(math.log(point.step) for point in after) / len(after)
-    mean_after = sum(point.loss for point in after) / len(after)
-    expected = mean_y + slope * (mean_x_after - mean_x)
-    error = math.sqrt(variance * (1 / len(before) + 1 / len(after) + (mean_x_after - mean_x) ** 2 / spread))
-    excess = mean_after - expected
-    text = f"loss {mean_after:.4f} against {expected:.4f} expected, standard error {error:.4f}"
-    # Losses without any noise differ by rounding alone.
-    rounding = ROUNDING * abs(expected)
-    return (Verdict.ROLL_BACK if excess > sigmas * error + rounding else Verdict.ACCEPT), text
-
-
-class LossTrend:
-    """The losses of the last steps, enough for one judgement.
-
-    Args:
-        probation_steps: Length of the window before a jump, and from the jump to its judgement.
-    """
-
-    def __init__(self, probation_steps: int) -> None:
-        self._probation_steps = probation_steps
-        self._points: deque[LossPoint] = deque()
-
-    def add(self, point: LossPoint) -> None:
-        self._points.append(point)
-        while self._points[0].step < point.step - 2 * self._probation_steps:
-            self._points.popleft()
-
-    def judge(self, jump_step: int, sigmas: float) -> tuple[Verdict, str]:
-        """Judges a jump by the second half of the probation window."""
-        start, recovered = jump_step - self._probation_steps, jump_step + self._probation_steps // 2
-        before = [point for point in self._points if start <= point.step <= jump_step]
-        after = [point for point in self._points if point.step > recovered]
-        return judge(before, after, sigmas)
-
-    def state(self) -> list[tuple[int, float]]:
-        """The points as plain values, for checkpoints."""
-        return [(point.step, point.loss) for point in self._points]
-
-    def load(self, state: Sequence[tuple[int, float]]) -> None:
-        self._points = deque(LossPoint(int(step), float(loss)) for step, loss in state)
+from sidecast.trainer.hook.policies.verdicts import Judgement, LossPoint, LossTrend, Verdict
 
 
 @dataclass(frozen=True)
@@ -156,7 +67,11 @@ class Probation:
         """Puts a jump on probation."""
         self.jump = Jump(version, step)
 
-    def verdict(self, step: int, mean_loss: float | None) -> tuple[Verdict, str] | None:
+    def can_judge(self, step: int) -> bool:
+        """Whether a jump at this step could be judged: whether there are losses that it would be compared with."""
+        return self._trend.is_known(step)
+
+    def verdict(self, step: int, mean_loss: float | None) -> Judgement | None:
         """Judges the jump.
 
         Args:
@@ -164,17 +79,17 @@ class Probation:
             mean_loss: Of the vote that was just read, if anybody saw a loss.
 
         Returns:
-            The verdict and its reason; None while there is nothing to say.
+            The verdict and its grounds; None while there is nothing to say.
         """
         if self.jump is None:
             return None
-        if self.jump.undo_reason:
-            return Verdict.ROLL_BACK, self.jump.undo_reason
-        if mean_loss is not None and not math.isfinite(mean_loss):
-            return Verdict.ROLL_BACK, f"the loss is {mean_loss}"
-        if step < self.jump.step + self._length_steps:
+        undo_reason = self.jump.undo_reason
+        if not undo_reason and mean_loss is not None and not math.isfinite(mean_loss):
+            undo_reason = f"the loss is {mean_loss}"
+        if not undo_reason and step < self.jump.step + self._length_steps:
             return None
-        return self._trend.judge(self.jump.step, self._sigmas)
+        judgement = self._trend.judge(self.jump.step, self._sigmas)
+        return judgement._replace(verdict=Verdict.ROLL_BACK, reason=undo_reason) if undo_reason else judgement
 
     def postpone(self, reason: str) -> bool:
         """Keeps a verdict of ROLL_BACK until it can be carried out; True the first time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -38,6 +39,7 @@ class PushPolicy:
         self._reporter = reporter
         self._guard = LossGuard(LossGuardConfig())
         self._last_loss_step = 0
+        self._are_losses_gone = False
         self._is_warned = False
 
     @property
@@ -46,8 +48,12 @@ class PushPolicy:
 
     @property
     def allows(self) -> bool:
-        # Without losses there is no guard.
-        return not self.is_suspended and self.last_loss is not None
+        return not self.is_suspended and not self._is_blind
+
+    @property
+    def _is_blind(self) -> bool:
+        # Without losses, or without any more of them, there is no guard.
+        return self.last_loss is None or self._are_losses_gone
 
     @property
     def wants_snapshots(self) -> bool:
@@ -58,11 +64,11 @@ class PushPolicy:
 
     def after_step(self) -> None:
         # Groups mostly share one schedule; what differs between them by a constant factor is in the average itself.
-        rates = self._partition.learning_rates()
-        self.learning_rate_sum += sum(rates) / len(rates)
+        rates = [rate for rate in self._partition.learning_rates() if math.isfinite(rate)]
+        self.learning_rate_sum += sum(rates) / max(1, len(rates))
 
     def at_snapshot(self, step: int) -> None:
-        is_blind = self._config.is_active(step) and self.last_loss is None
+        is_blind = self._config.is_active(step) and self._is_blind and not self.is_suspended
         if is_blind and not self._is_warned:
             log.warning(
                 "no push is applied as long as no loss is seen, since nothing would end pushes that harm: call "
@@ -78,8 +84,8 @@ class PushPolicy:
         return 1.0
 
     def weight(self, held: Prediction, step: int, weight_scale: float) -> float:
-        if self.is_suspended:
-            # The vote that brought the alarm may have brought a push, too.
+        if not self.allows:
+            # The vote that brought the alarm, or no loss any more, may have brought a push, too.
             return 0.0
         return age_weight(step - held.base_step, self._config.interval_steps)
 
@@ -88,7 +94,9 @@ class PushPolicy:
 
     def on_loss(self, loss_step: int, mean_loss: float | None) -> None:
         if mean_loss is None:
+            self._are_losses_gone = loss_step - self._last_loss_step > self._config.interval_steps
             return
+        self._are_losses_gone = False
         self.last_loss = mean_loss
         num_steps, self._last_loss_step = max(1, loss_step - self._last_loss_step), loss_step
         if self.is_suspended or loss_step <= self._config.start_step - GUARD_LEAD_STEPS:
@@ -111,6 +119,7 @@ class PushPolicy:
 
     def load(self, state: Mapping[str, Any] | None) -> None:
         self._guard = LossGuard(LossGuardConfig())
+        self._are_losses_gone = False
         # A checkpoint of a run with jumps has none of this.
         own = None if state is None else state.get("push")
         self.last_loss = None if own is None else own["last_loss"]
