@@ -79,14 +79,21 @@ def test_a_gain_of_zero_changes_nothing(new_optimizer: Any) -> None:
     assert_equal(ours.inner.state_dict(), plain.inner.state_dict())
 
 
-def test_weights_that_are_loaded_before_the_first_step_are_no_motion() -> None:
-    loaded, reference = pushed(), pushed()
+def further() -> nn.Module:
+    """Weights that are far from those of ``mlp``."""
+    model = mlp()
     with torch.no_grad():
-        for parameter in loaded.model.parameters():
+        for parameter in model.parameters():
             parameter.add_(1.0)
+    return model
+
+
+def test_weights_that_are_loaded_before_the_first_step_are_no_motion() -> None:
+    loaded, reference = pushed(), pushed(further)
     loaded.model.load_state_dict(reference.model.state_dict())
     for training in (loaded, reference):
-        training.train(6 * INTERVAL_STEPS)
+        training.train(3 * INTERVAL_STEPS)
+    assert reference.steps_of("applied") != []
     assert_equal(flat(loaded.model), flat(reference.model))
 
 
