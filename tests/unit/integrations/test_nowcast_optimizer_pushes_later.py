@@ -89,7 +89,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(save_step: int, is_returning
     file = first.saved()
     second = first if is_returning else pushed()
     if is_returning:
-        second.train(7)
+        second.train(2 * INTERVAL_STEPS + 7)
     second.load(file, save_step)
     del second.events[:], second.losses[:]
     second.train(num_steps - save_step, spoil_from)
