@@ -7,7 +7,6 @@ Shape suffix: P elements of the parameter vector.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.vector_files import map_vector
-from sidecast.policies.push import PushConfig, fold_interval_, push_factor
+from sidecast.policies.push import PushConfig, average_interval_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +71,19 @@ def make_push(request: PushRequest) -> bool:
     applied_P = None if request.applied_path is None else map_vector(request.applied_path, manifest, fp32)
     if request.begins:
         carry_P.zero_()
-    carry_norm, own_norm = fold_interval_(
+    factor = average_interval_(
+        request.push,
         carry_P,
         delta_P,
         state_P,
-        applied_P,
-        request.applied_weight,
-        request.learning_rate_sum,
-        request.push.momentum(request.num_steps),
+        step=request.step,
+        num_steps=request.num_steps,
+        lr_sum=request.learning_rate_sum,
+        applied_P=applied_P,
+        weight=request.applied_weight,
     )
-    if not math.isfinite(carry_norm):
+    if factor is None:
         raise ConfigError(f"the state of step {request.step}, or what is known of the run's motion, is not finite")
-    # A push is worth one interval, also after one that is longer because a snapshot was lost.
-    share = request.push.interval_steps / request.num_steps
-    factor = push_factor(request.push, request.step, share * request.learning_rate_sum, carry_norm, share * own_norm)
     if factor > 0.0:
         torch.mul(carry_P, factor, out=delta_P)
     return factor > 0.0

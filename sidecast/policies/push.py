@@ -14,6 +14,7 @@ Shape suffix: P elements of the parameter vector, or of a part of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +77,45 @@ class PushConfig:
 
 
 @torch.no_grad()
-def fold_interval_(
+def average_interval_(
+    config: PushConfig,
+    carry_P: Tensor,
+    before_P: Tensor,
+    after_P: Tensor,
+    *,
+    step: int,
+    num_steps: int,
+    lr_sum: float,
+    applied_P: Tensor | None = None,
+    weight: float = 0.0,
+) -> float | None:
+    """Averages the own motion of one interval into the carry, in place, and says which multiple of it is to be pushed.
+
+    Args:
+        config: Settings of the run.
+        carry_P: The average.
+        before_P: State at the interval's beginning.
+        after_P: State at its end.
+        step: Of that.
+        num_steps: Of the interval; more than one of the settings where a snapshot was lost, and fewer where it began
+            in between.
+        lr_sum: The sum of the learning rates of those steps.
+        applied_P: What was added within it; None for nothing, or for what is in ``before_P``.
+        weight: Factor of that.
+
+    Returns:
+        The factor; 0 where there is nothing to push. None if the carry is not finite any more, and to be thrown away.
+    """
+    momentum = config.momentum(num_steps)
+    carry_norm, own_norm = _fold_pieces_(carry_P, before_P, after_P, applied_P, weight, lr_sum, momentum)
+    if not math.isfinite(carry_norm):
+        return None
+    # A push is worth one interval, also after one that was longer.
+    share = config.interval_steps / num_steps
+    return push_factor(config, step, share * lr_sum, carry_norm, share * own_norm)
+
+
+def _fold_pieces_(
     carry_P: Tensor,
     before_P: Tensor,
     after_P: Tensor,
@@ -85,25 +124,9 @@ def fold_interval_(
     lr_sum: float,
     momentum: float,
 ) -> tuple[float, float]:
-    """Averages the own motion of one interval into the carry, in place, piece by piece.
-
-    What an ``OwnMotion`` that was told of the same push gives, to the last bit, without a vector for it.
-
-    Args:
-        carry_P: The average.
-        before_P: State at the interval's beginning.
-        after_P: State at its end.
-        applied_P: What was added within it; None for nothing.
-        weight: Factor of that.
-        lr_sum: The sum of the learning rates of its steps.
-        momentum: The share of the carry that is kept.
-
-    Returns:
-        Euclidean norms of the whole carry and of the whole own motion.
-    """
+    """Folds piece by piece; returns the Euclidean norms of the whole carry and of the whole own motion."""
     carry_square = own_square = 0.0
-    for start in range(0, len(carry_P), _PIECE_ELEMENTS):
-        piece = slice(start, start + _PIECE_ELEMENTS)
+    for piece in _pieces(carry_P):
         anchor_P = before_P[piece]
         if applied_P is not None and weight != 0.0:
             anchor_P = anchor_P + applied_P[piece] * weight
@@ -114,34 +137,40 @@ def fold_interval_(
     return math.sqrt(carry_square), math.sqrt(own_square)
 
 
-class OwnMotion:
-    """Takes the applied pushes out of a run's motion, with one vector of memory.
+def _pieces(vector_P: Tensor) -> Iterator[slice]:
+    return (slice(start, start + _PIECE_ELEMENTS) for start in range(0, len(vector_P), _PIECE_ELEMENTS))
 
-    The vector is the last state plus everything that has been applied since: where the run would be had its optimizer
-    stood still. What a new state differs from it by is the run's own motion, whatever was applied and whenever.
+
+class CarriedMotion:
+    """A run's own motion and its average, where one process sees all of the run: two vectors, and no other in between.
 
     Args:
-        state_P: Where the run starts; it is copied.
+        config: Settings of the run.
+        anchor_P: Where the run starts.
+        carry_P: Zeros. Both are kept, and written to.
+
+    Attributes:
+        anchor_P: The last state plus everything that has been applied since: where the run would be had its optimizer
+            stood still. What a new state differs from it by is the run's own motion, whatever was applied and whenever.
+        carry_P: The average.
     """
 
-    def __init__(self, state_P: Tensor) -> None:
-        self.anchor_P = state_P.clone()
-        self._is_known = True
+    def __init__(self, config: PushConfig, anchor_P: Tensor, carry_P: Tensor) -> None:
+        self.anchor_P = anchor_P
+        self.carry_P = carry_P
+        self._config = config
 
-    def applied(self, change_P: Tensor, weight: float) -> None:
-        """Takes note of ``weight * change_P`` having been added to the run, as by ``apply_``."""
-        apply_(self.anchor_P, change_P, weight)
+    def applied(self, push_P: Tensor, weight: float) -> None:
+        """Takes note of ``weight * push_P`` having been added to the run, as by ``apply_``."""
+        apply_(self.anchor_P, push_P, weight)
 
-    def lose(self) -> None:
-        """Something was applied, or may have been, that is not known: the interval is to be left out."""
-        self._is_known = False
-
-    def advance(self, state_P: Tensor) -> Tensor | None:
-        """The own motion since the last snapshot; None if it is not known. Begins the next interval."""
-        own_P = state_P - self.anchor_P if self._is_known else None
+    def advance(self, state_P: Tensor, *, step: int, num_steps: int, lr_sum: float) -> float | None:
+        """Ends an interval with a snapshot, which begins the next one; see ``average_interval_``."""
+        factor = average_interval_(
+            self._config, self.carry_P, self.anchor_P, state_P, step=step, num_steps=num_steps, lr_sum=lr_sum
+        )
         self.anchor_P.copy_(state_P)
-        self._is_known = True
-        return own_P
+        return factor
 
 
 def fold_(carry_P: Tensor, own_P: Tensor, lr_sum: float, momentum: float) -> None:
@@ -196,5 +225,6 @@ def age_weight(age_steps: int, interval_steps: int) -> float:
 def apply_(params_P: Tensor, push_P: Tensor, weight: float) -> None:
     """Adds a push to the weights in place; a weight of 0 leaves every bit alone."""
     if weight != 0.0:
-        # Product and sum are rounded one after the other, as in a trainer's partition: the same bits everywhere.
-        params_P.add_(push_P * weight)
+        for piece in _pieces(params_P):
+            # Product and sum are rounded one after the other, as in a trainer's partition: the same bits everywhere.
+            params_P[piece].add_(push_P[piece] * weight)

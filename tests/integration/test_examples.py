@@ -54,6 +54,8 @@ def test_optimizer() -> None:
     output = run("nowcast_optimizer.py", "--predictors", "linear", "--max-steps", "300", "--period-steps", "50")
     assert num_applied(output) >= 1
     assert "plain: loss" in output
+    # From the snapshots of 200, 220, ... 300.
+    assert "6 pushes applied" in output
 
 
 def beside(service: RunningService) -> list[str]:

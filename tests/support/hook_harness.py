@@ -47,7 +47,7 @@ class FakePartition:
     def require_current(self) -> None:
         pass
 
-    def read(self, out: torch.Tensor, stream: None = None) -> None:
+    def read(self, out: torch.Tensor, stream: object = None) -> None:
         out.copy_(self.weights)
 
     def rollback_bytes(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from sidecast.errors import ConfigError
 from sidecast.policies.jump import jump_weight, remaining_rate
 from sidecast.policies.loss_guard import LossGuard, LossGuardConfig
-from sidecast.policies.push import OwnMotion, PushConfig, age_weight, apply_, fold_, push_factor
+from sidecast.policies.push import CarriedMotion, PushConfig, age_weight, apply_, average_interval_, fold_, push_factor
 
 CONFIG = PushConfig(interval_steps=20, start_step=40, stop_step=100)
 
@@ -19,18 +19,15 @@ CONFIG = PushConfig(interval_steps=20, start_step=40, stop_step=100)
 def test_a_steady_run_ends_up_at_twice_its_speed() -> None:
     """Own motion of 1 an interval, carried and pushed on with gain 1, makes 2 an interval."""
     config = PushConfig(interval_steps=20, time_constant_steps=100)
-    params, carry = torch.zeros(1), torch.zeros(1)
-    motion = OwnMotion(params)
+    params = torch.zeros(1)
+    motion = CarriedMotion(config, params.clone(), torch.zeros(1))
     for step in range(20, 2020, 20):
         before = params.clone()
         params += 1.0
-        own = motion.advance(params)
-        assert own is not None
-        torch.testing.assert_close(own, torch.ones(1), rtol=0, atol=1e-4)
-        fold_(carry, own, lr_sum=20 * 1e-3, momentum=config.momentum(20))
-        factor = push_factor(config, step, 20 * 1e-3, float(carry.norm()), float(own.norm()))
-        apply_(params, carry, factor)
-        motion.applied(carry, factor)
+        factor = motion.advance(params, step=step, num_steps=20, lr_sum=20 * 1e-3)
+        assert factor is not None
+        apply_(params, motion.carry_P, factor)
+        motion.applied(motion.carry_P, factor)
     torch.testing.assert_close(params - before, torch.full((1,), 2.0), rtol=0, atol=1e-3)
 
 
@@ -69,11 +66,34 @@ def test_age_damps_a_push(age_steps: int, weight: float) -> None:
     assert age_weight(age_steps, 20) == pytest.approx(weight)
 
 
-def test_an_unknown_application_leaves_one_interval_out() -> None:
-    motion = OwnMotion(torch.zeros(2))
-    motion.lose()
-    assert motion.advance(torch.ones(2)) is None
-    assert motion.advance(torch.full((2,), 3.0)).tolist() == [2.0, 2.0]
+def test_a_push_is_worth_one_interval_however_long_the_last_one_was() -> None:
+    config = PushConfig(interval_steps=20, time_constant_steps=1e-3, start_step=0, max_relative_norm=1.0)
+    for num_steps in (5, 20, 40):
+        motion = CarriedMotion(config, torch.zeros(1), torch.zeros(1))
+        state = torch.full((1,), 0.5 * num_steps)
+        factor = motion.advance(state, step=40, num_steps=num_steps, lr_sum=0.25 * num_steps)
+        assert factor == pytest.approx(20 * 0.25)
+        assert float(motion.carry_P) * factor == pytest.approx(20 * 0.5)
+
+
+def test_pieces_of_a_long_vector_give_what_the_whole_gives() -> None:
+    """Pieces are for the cache; the cap is by the norms of all of them."""
+    config = PushConfig(interval_steps=20, time_constant_steps=1e-3, start_step=0, gain=4.0, max_relative_norm=2.0)
+    num_elements = (1 << 18) + 3
+    before, push = torch.zeros(num_elements), torch.ones(num_elements)
+    after, carry = torch.full((num_elements,), 3.0), torch.zeros(num_elements)
+    settings = {"step": 20, "num_steps": 20, "lr_sum": 0.5, "applied_P": push, "weight": 0.5}
+    factor = average_interval_(config, carry, before, after, **settings)
+    # Of 3 that it went, half were pushed; 2.5 per 0.5 of the learning rate.
+    assert torch.equal(carry, torch.full((num_elements,), 5.0))
+    assert factor == pytest.approx(2.0 * 0.5)
+    apply_(before, push, 0.5)
+    assert torch.equal(before, torch.full((num_elements,), 0.5))
+
+
+def test_an_average_that_is_not_finite_is_to_be_thrown_away() -> None:
+    motion = CarriedMotion(PushConfig(), torch.zeros(2), torch.zeros(2))
+    assert motion.advance(torch.tensor([1.0, math.nan]), step=300, num_steps=20, lr_sum=1.0) is None
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ ROOMS = {
     "trainer.partitions": CORE | {"protos"},
     "trainer.settings": {"errors"},
     "trainer.hook": CORE | {"policies", "protos", "trainer.partitions", "trainer.pipe", "trainer.settings"},
-    "trainer.integrations": PREDICTING | {"protos", "trainer.hook", "trainer.partitions", "trainer.pipe"},
+    "trainer.integrations": PREDICTING | {"policies", "protos", "trainer.hook", "trainer.partitions", "trainer.pipe"},
     "trainer.job": CORE | {"trainer.settings"},
     "trainer.report": CORE | {"trainer.job"},
     "trainer.demo": CORE | {"trainer.job", "trainer.report"},

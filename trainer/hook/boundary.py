@@ -69,7 +69,7 @@ class NowcastHook:
         self._courier = courier
         self._votes = votes
         self._schedule = Schedule.of(config)
-        self._reporter = Reporter(courier, self._trajectory)
+        self._reporter = Reporter(courier, self._trajectory, config.policy)
         self._windows = WindowLosses(config.nowcast_interval_steps, config.nowcast_interval_setting)
         self._inbox = Inbox(
             courier,
@@ -107,6 +107,11 @@ class NowcastHook:
     def run_id(self) -> str:
         """Under which the service knows the run, over all its sessions."""
         return self._trajectory.run_id
+
+    @property
+    def learning_rate_sum(self) -> float:
+        """Of all steps so far; 0 with jumps, which have no use for it."""
+        return self._policy.learning_rate_sum
 
     @property
     def totals(self) -> HookTotals:
@@ -310,7 +315,7 @@ class NowcastHook:
             "relative_norm": held.relative_norm,
             "nowcast_s": held.nowcast_s,
         }
-        self._inbox.release(details)
+        self._inbox.release({"policy": self.config.policy, **details})
         self._reporter.report("applied", held.version)
         self._reporter.emit("applied", **details)
 
@@ -333,6 +338,8 @@ class NowcastHook:
             run_id: The run's identity if the checkpoint has none.
             is_kept: Whether a prediction whose base is not after the checkpoint will be brought anew.
         """
+        # What is still being copied is of before; whoever takes it lets it go now.
+        self._collect()
         if self._votes.is_open:
             self._votes.read()
         self._applier.resume()

@@ -296,9 +296,24 @@ class NowcasterConfig:
         for name in JUMP_SETTINGS if self.policy == "push" else ("push",):
             item = defaults[name]
             default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-            check(name, getattr(self, name), getattr(self, name) == default, f"nothing with policy {self.policy!r}")
+            require_unset(name, getattr(self, name), default, self.policy)
         is_whole = self.wire_dtype == "fp32" or self.policy == "jump"
         check("wire_dtype", self.wire_dtype, is_whole, "'fp32' with policy 'push'")
+
+
+def require_unset(name: str, value: object, default: object, policy: str) -> None:
+    """Refuses a setting that means nothing under a policy.
+
+    Args:
+        name: The setting's, within the section.
+        value: What it is.
+        default: What it is if nobody has set it.
+        policy: Of the run.
+
+    Raises:
+        ConfigError: Somebody has.
+    """
+    require(f"nowcaster.{name}", value, value == default, f"nothing with policy {policy!r}")
 
 
 def parse_section(section: Mapping[str, Any]) -> NowcasterConfig:

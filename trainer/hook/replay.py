@@ -97,14 +97,15 @@ class Replayer:
         base, self._base = self._base, None
         merge(self._partition, values, entry["weight"], base=base, moments=entry["moments"])
         self._num_applied += 1
-        self._emit(NowcastEvent("applied", self.step, {key: value for key, value in entry.items() if key != "action"}))
+        details = {key: value for key, value in entry.items() if key not in ("action", "policy")}
+        self._emit(NowcastEvent("applied", self.step, entry.get("policy", "jump"), details))
 
     def _undo(self) -> None:
         if self._copy is None:
             raise ConfigError(f"the log undoes a jump at step {self.step} that lies before the step to resume from")
         self._partition.restore(self._copy)
         self._num_rolled_back += 1
-        self._emit(NowcastEvent("rolled_back", self.step, {}))
+        self._emit(NowcastEvent("rolled_back", self.step, "jump"))
 
     def _emit(self, event: NowcastEvent) -> None:
         for callback in self._listeners:

@@ -32,6 +32,7 @@ EventKind = Literal[
     "connected",
     "disconnected",
 ]
+PolicyName = Literal["jump", "push"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class NowcastEvent:
         kind: What. A nowcast that was made and not applied is ``rejected``, one that was never made ``failed``; a
             rollback that had to be put off until every rank can carry it out is ``rollback_delayed``.
         step: The optimizer step at which this rank learned of it.
+        policy: Whether the run has jumps or pushes.
         details: Numbers and reasons; for ``applied``: version, base_step, staleness_steps, horizon_intervals,
             weight, digest, relative_norm, nowcast_s; for ``accepted`` and ``rolled_back`` also num_losses_before and
             num_losses_after, which the verdict saw.
@@ -49,6 +51,7 @@ class NowcastEvent:
 
     kind: EventKind
     step: int
+    policy: PolicyName
     details: Mapping[str, float | int | str] = field(default_factory=dict)
 
 
@@ -76,6 +79,7 @@ class Reporter:
     Args:
         messenger: Takes reports to the service, and serves the metrics.
         trajectory: Of the run; its step is that of events, its epoch that of reports.
+        policy: Of the run.
 
     Attributes:
         totals: Counted by whoever brings something about.
@@ -83,18 +87,19 @@ class Reporter:
         num_skipped_in_a_row: Steps that moved nothing, since the last one that did.
     """
 
-    def __init__(self, messenger: Messenger, trajectory: Trajectory) -> None:
+    def __init__(self, messenger: Messenger, trajectory: Trajectory, policy: PolicyName) -> None:
         self.totals = HookTotals()
         self.listeners: list[Callable[[NowcastEvent], None]] = []
         self.num_skipped_in_a_row = 0
         self._messenger = messenger
         self._trajectory = trajectory
+        self._policy = policy
         self._attached_s = time.perf_counter()
 
     def emit(self, kind: EventKind, **details: float | int | str) -> None:
         """Tells the listeners."""
         if self.listeners:
-            event = NowcastEvent(kind, self._trajectory.step, details)
+            event = NowcastEvent(kind, self._trajectory.step, self._policy, details)
             for callback in self.listeners:
                 callback(event)
 
@@ -136,6 +141,7 @@ class Reporter:
     def summary(self, policy: Policy) -> dict[str, Any]:
         """Everything counted, as plain values."""
         return {
+            "policy": self._policy,
             **asdict(self.totals),
             "train_s": time.perf_counter() - self._attached_s,
             "num_courier_deaths": self._messenger.num_deaths,

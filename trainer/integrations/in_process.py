@@ -26,6 +26,7 @@ from sidecast.predictors.passes import PassPredictor
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.hook.messenger import ForHook, FromHook
 from sidecast.trainer.hook.slots import FP32_BYTES, Slot, SlotState, as_tensor, has_free, take_free
+from sidecast.trainer.partitions import Partition
 from sidecast.trainer.pipe.buffers import SharedBuffer
 from sidecast.trainer.pipe.messages import Committed, Failed, Prediction, Report, Snapshot, Stats
 
@@ -66,6 +67,8 @@ class InProcessNowcaster:
     """
 
     num_deaths = 0
+    state_key = "window"
+    """Under which a checkpoint keeps what ``state_dict`` gives."""
 
     def __init__(self, config: NowcasterConfig, manifest: ModelManifest, predictor: Predictor) -> None:
         self._config = config
@@ -95,6 +98,9 @@ class InProcessNowcaster:
             # The hook did not wait for it: jumps are suspended, or one is on probation.
             self._finish()
         return take_free(self.slots)
+
+    def before_step(self, step: int, learning_rate_sum: float, partition: Partition) -> None:
+        """Nothing: a window begins with a snapshot."""
 
     def post(self, message: FromHook, *, may_be_lost: bool = False) -> bool:
         match message:
@@ -133,6 +139,8 @@ class InProcessNowcaster:
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown()
+        self._finish()
+        self._window = Window()
         self._delta_P = torch.empty(0)
         for slot in self.slots:
             slot.close()
@@ -142,11 +150,21 @@ class InProcessNowcaster:
     def state_dict(self) -> dict[str, Any]:
         """The window, for a checkpoint; its states are the memory itself."""
         window = self._due or self._window
-        states = [slot.values for slot in window.slots]
-        return {"last_step": window.last_step, "epoch": window.epoch, "states": states}
+        return {
+            "last_step": window.last_step,
+            "epoch": window.epoch,
+            "interval_steps": self._config.interval_steps,
+            "states": [slot.values for slot in window.slots],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Takes over what ``state_dict`` gave, without what was being predicted; None: begins a new window."""
+        """Takes over what ``state_dict`` gave, without what was being predicted; None: begins a new window.
+
+        So does a window of other distances, or a longer one, since a nowcast needs one of these settings.
+
+        Raises:
+            ConfigError: It is of another model.
+        """
         if self._running is not None:
             self._running.result()
         self._finish()
@@ -154,12 +172,21 @@ class InProcessNowcaster:
         self.held = None
         self._window.free()
         self._window = Window()
-        if state is None:
+        fits = state is not None and (
+            state["interval_steps"] == self._config.interval_steps and len(state["states"]) <= len(self.slots)
+        )
+        if state is None or not fits:
             return
+        for saved_P in state["states"]:
+            if saved_P.shape != self._delta_P.shape:
+                raise ConfigError(
+                    f"the checkpoint's window is of {saved_P.numel()} parameters; allowed: {self._delta_P.numel()}, as "
+                    "this model has"
+                )
         first_step = state["last_step"] - self._config.interval_steps * (len(state["states"]) - 1)
         for index, saved_P in enumerate(state["states"]):
             slot = take_free(self.slots)
-            assert slot is not None, "there are as many as a window has states"
+            assert slot is not None, "there are enough"
             slot.values.copy_(saved_P)
             self._add(slot, first_step + index * self._config.interval_steps, state["epoch"])
         # They were announced before the checkpoint.
@@ -207,12 +234,7 @@ class InProcessNowcaster:
             log.warning("no nowcast at step %d", window.last_step, exc_info=not isinstance(error, ConfigError))
             return Failed(step=window.last_step, reason=str(error))
         relative_norm = jump_norm(self._delta_P, history.states[-1])
-        if not math.isfinite(relative_norm):
-            reason = "the prediction, or the state that it starts from, is not finite"
-            return Failed(step=window.last_step, reason=reason)
-        if relative_norm > self._config.max_relative_norm:
-            allowed = self._config.max_relative_norm
-            reason = f"the jump's relative norm is {relative_norm:.4g}; allowed: {allowed:g}"
+        if reason := why_refused(relative_norm, self._config):
             return Failed(step=window.last_step, reason=reason)
         return Prediction(
             session_id=self.session_id,
@@ -226,6 +248,15 @@ class InProcessNowcaster:
             nowcast_s=time.perf_counter() - started_s,
             num_bytes=0,
         )
+
+
+def why_refused(relative_norm: float, config: NowcasterConfig) -> str:
+    """Why a prediction must not be applied, by ||prediction|| / ||state||; empty if it may be."""
+    if not math.isfinite(relative_norm):
+        return "the prediction, or the state that it starts from, is not finite"
+    if relative_norm > config.max_relative_norm:
+        return f"the jump's relative norm is {relative_norm:.4g}; allowed: {config.max_relative_norm:g}"
+    return ""
 
 
 def _prepared_horizons(config: NowcasterConfig, manifest: ModelManifest, predictor: Predictor) -> Sequence[int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.policies.loss_guard import LossGuard, LossGuardConfig
-from sidecast.policies.push import GUARD_LEAD_STEPS, OwnMotion, PushConfig, age_weight, apply_, fold_, push_factor
+from sidecast.policies.push import GUARD_LEAD_STEPS, CarriedMotion, PushConfig, age_weight, apply_
 
 
 class PushMethod:
@@ -65,9 +65,9 @@ class PushMethod:
         self._late_steps = late_steps
         self._damped = damped
         self._guard = LossGuard(LossGuardConfig(max_relative_rise=max_relative_rise)) if guard else None
-        self._motion = OwnMotion(params_P)
-        self._carry_P = torch.zeros_like(params_P)
-        self._lr_sum = 0.0
+        self._motion = CarriedMotion(self._config, params_P.clone(), torch.zeros_like(params_P))
+        # Of all steps, and of those before the last snapshot: what a trainer and its service know.
+        self._lr_sum = self._base_lr_sum = 0.0
         self._in_flight: deque[tuple[int, Tensor]] = deque()
         self._num_pushes = self._num_capped = 0
         self._alarm_step = 0
@@ -83,7 +83,6 @@ class PushMethod:
         self._apply_due(step, params_P)
         if self._config.is_snapshot_step(step):
             self._snapshot(step, params_P)
-            self._lr_sum = 0.0
             self._apply_due(step, params_P)
 
     def _apply_due(self, step: int, params_P: Tensor) -> None:
@@ -95,17 +94,12 @@ class PushMethod:
             self._num_pushes += weight > 0
 
     def _snapshot(self, step: int, params_P: Tensor) -> None:
-        own_P = self._motion.advance(params_P)
-        if own_P is None:
-            return
-        fold_(self._carry_P, own_P, self._lr_sum, self._config.momentum(self._config.interval_steps))
-        if self._alarm_step or not self._config.is_active(step):
-            return
-        carry_norm, own_norm = (float(torch.linalg.vector_norm(each_P)) for each_P in (self._carry_P, own_P))
-        factor = push_factor(self._config, step, self._lr_sum, carry_norm, own_norm)
-        if factor > 0.0:
-            self._num_capped += factor < self._config.gain * self._lr_sum
-            self._in_flight.append((step, factor * self._carry_P))
+        lr_sum, self._base_lr_sum = self._lr_sum - self._base_lr_sum, self._lr_sum
+        num_steps = self._config.interval_steps
+        factor = self._motion.advance(params_P, step=step, num_steps=num_steps, lr_sum=lr_sum)
+        if factor and not self._alarm_step:
+            self._num_capped += factor < self._config.gain * lr_sum
+            self._in_flight.append((step, factor * self._motion.carry_P))
 
     def report(self) -> dict[str, float | int | str]:
         """See ``Method.report``."""
@@ -121,8 +115,8 @@ class PushMethod:
         """See ``Method.state``."""
         return {
             "anchor": self._motion.anchor_P,
-            "carry": self._carry_P,
-            "lr_sum": self._lr_sum,
+            "carry": self._motion.carry_P,
+            "lr_sums": [self._lr_sum, self._base_lr_sum],
             "in_flight": list(self._in_flight),
             "counts": [self._num_pushes, self._num_capped, self._alarm_step],
             "guard": None if self._guard is None else self._guard.state(),
@@ -131,8 +125,8 @@ class PushMethod:
     def load(self, state: Mapping[str, Any]) -> None:
         """See ``Method.load``."""
         self._motion.anchor_P.copy_(state["anchor"])
-        self._carry_P.copy_(state["carry"])
-        self._lr_sum = state["lr_sum"]
+        self._motion.carry_P.copy_(state["carry"])
+        self._lr_sum, self._base_lr_sum = state["lr_sums"]
         self._in_flight = deque((int(step), push_P) for step, push_P in state["in_flight"])
         self._num_pushes, self._num_capped, self._alarm_step = state["counts"]
         if self._guard is not None:

@@ -158,7 +158,32 @@ def test_a_checkpoint_keeps_sums_guard_and_what_was_applied(
     assert "no loss is seen" not in caplog.text
 
 
-def test_a_checkpoint_of_the_other_policy_is_a_beginning(courier: FakeCourier, partition: FakePartition) -> None:
+class FakeStream:
+    """Copies that are begun and not over."""
+
+    def record_event(self) -> FakeStream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_a_snapshot_of_before_a_loaded_checkpoint_is_none_of_after(
+    courier: FakeCourier, partition: FakePartition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = new_hook(courier, partition, step=INTERVAL_STEPS - 1)
+    monkeypatch.setattr(hook._stager, "_stream", FakeStream())
+    hook.after_step(INTERVAL_STEPS)
+    assert snapshots(courier) == []
+    hook.resume(None, 3, "run")
+    num_posted = len(snapshots(courier))
+    hook.after_step(4)
+    assert len(snapshots(courier)) == num_posted
+
+
+def test_a_checkpoint_of_the_other_policy_is_a_beginning(
+    courier: FakeCourier, partition: FakePartition, caplog: pytest.LogCaptureFixture
+) -> None:
     pushing, jumping = new_hook(courier, partition), new_jumping_hook(FakeCourier(), partition, step=0)
     for step in range(1, 5):
         for hook in (pushing, jumping):
@@ -169,6 +194,8 @@ def test_a_checkpoint_of_the_other_policy_is_a_beginning(courier: FakeCourier, p
     pushing.resume(of_jumps, 4, "run")
     assert jumping.state_dict()["trend"] == []
     assert pushing.state_dict()["push"]["learning_rate_sum"] == 0.0
+    assert "the checkpoint is of a run with pushes; jumps begin anew" in caplog.text
+    assert "the checkpoint is of a run with jumps; pushes begin anew" in caplog.text
 
 
 def test_no_push_is_applied_by_the_vote_that_brings_the_alarm(courier: FakeCourier, partition: FakePartition) -> None:

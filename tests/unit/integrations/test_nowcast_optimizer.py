@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import pickle
 import threading
 import weakref
-from copy import deepcopy
+from collections.abc import Callable
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,42 @@ def test_the_inner_optimizer_can_load_what_was_saved_and_the_other_way_round() -
     assert nowcasted.steps_of("applied") == [PERIOD_STEPS, PERIOD_STEPS]
 
 
+@pytest.mark.parametrize("settings", [{"context_len": 2}, {"period_steps": 2 * PERIOD_STEPS}])
+def test_a_window_of_other_settings_is_not_gone_on_with(settings: dict[str, Any]) -> None:
+    first, second = Training(), Training(**settings)
+    first.train(PERIOD_STEPS - 1)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(deepcopy(first.optimizer.state_dict()))
+    assert second.optimizer.state_dict()["sidecast"]["window"]["states"] == []
+    second.num_steps = PERIOD_STEPS - 1
+    second.train(1)
+    assert second.steps_of("applied") == []
+
+
+def test_a_window_of_another_model_is_refused() -> None:
+    first = Training()
+    first.train(PERIOD_STEPS - 1)
+    saved = deepcopy(first.optimizer.state_dict())
+    window = saved["sidecast"]["window"]
+    window["states"] = [state[:-1] for state in window["states"]]
+    with pytest.raises(ConfigError, match="window is of 25 parameters; allowed: 26, as this model has"):
+        Training().optimizer.load_state_dict(saved)
+
+
+def test_a_closed_hook_leaves_a_run_that_can_be_saved_and_loaded() -> None:
+    closed, other = Training(), Training()
+    closed.train(PERIOD_STEPS - 1)
+    closed.optimizer.hook.close()
+    weights, state = deepcopy(closed.model.state_dict()), deepcopy(closed.optimizer.state_dict())
+    for training in (closed, other):
+        training.model.load_state_dict(weights)
+        training.optimizer.load_state_dict(deepcopy(state))
+        training.num_steps = PERIOD_STEPS - 1
+        training.train(1)
+    assert other.optimizer.hook.step == PERIOD_STEPS
+    assert_equal(other.weights(), closed.weights())
+
+
 class GatedPredictor(LinearPredictor):
     """Predicts once it is let."""
 
@@ -239,6 +277,51 @@ def test_the_shortest_probations_undo_a_harmful_jump(period_steps: int, undone_s
         training.train(1)
     assert training.steps_of("applied")[0] == period_steps
     assert training.steps_of("rolled_back") == [undone_step]
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy, deepcopy, pickle.dumps, lambda optimizer: torch.save(optimizer, io.BytesIO())]
+)
+def test_it_is_saved_by_its_state_and_not_whole(duplicate: Callable[[Any], Any]) -> None:
+    training = Training()
+    with pytest.raises(ConfigError, match=r"cannot be pickled or copied; save its state_dict\(\)"):
+        duplicate(training.optimizer)
+    training.train(1)
+
+
+def test_what_is_assigned_is_the_inner_optimizers() -> None:
+    training = Training()
+    training.train(1)
+    inner = training.optimizer.optimizer
+    groups, state = list(inner.param_groups), dict(inner.state)
+    training.optimizer.param_groups, training.optimizer.state = groups, state
+    assert inner.param_groups is training.optimizer.param_groups is groups
+    assert inner.state is training.optimizer.state is state
+
+
+class TwoModes(torch.optim.SGD):
+    """Evaluates other weights than it trains, as schedule-free optimizers do."""
+
+    mode = ""
+
+    def train(self) -> None:
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+
+def test_modes_are_the_inner_optimizers() -> None:
+    model = nn.Linear(2, 1)
+    inner = TwoModes(model.parameters(), lr=0.1)
+    optimizer: Any = NowcastOptimizer(inner, model)
+    optimizer.eval()
+    assert inner.mode == "eval"
+    optimizer.train()
+    assert inner.mode == "train"
+    # Libraries ask by the name whether there are modes.
+    assert not hasattr(Training().optimizer, "train")
+    assert not hasattr(Training().optimizer, "eval")
 
 
 class FullyShardedDataParallel(nn.Module):

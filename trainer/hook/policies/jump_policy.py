@@ -161,7 +161,8 @@ class JumpPolicy:
         return {"learning_rates": self._learning_rates.state(), **self._probation.state()}
 
     def load(self, state: Mapping[str, Any] | None) -> None:
-        # A checkpoint of a run with pushes has none of this.
         own = state if state is not None and "learning_rates" in state else None
+        if state is not None and own is None:
+            log.warning("the checkpoint is of a run with pushes; jumps begin anew")
         self._learning_rates.load([] if own is None else own["learning_rates"])
         self._probation.load(own)

@@ -120,8 +120,9 @@ class PushPolicy:
     def load(self, state: Mapping[str, Any] | None) -> None:
         self._guard = LossGuard(LossGuardConfig())
         self._are_losses_gone = False
-        # A checkpoint of a run with jumps has none of this.
         own = None if state is None else state.get("push")
+        if state is not None and own is None:
+            log.warning("the checkpoint is of a run with jumps; pushes begin anew")
         self.last_loss = None if own is None else own["last_loss"]
         self.learning_rate_sum = 0.0 if own is None else own["learning_rate_sum"]
         self.applied = None if own is None or own["applied"] is None else Applied(**own["applied"])
