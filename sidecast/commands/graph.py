@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         return 0
     if args.snapshot is not None:
-        checkpoint = open_checkpoint(args.snapshot)
+        checkpoint = open_checkpoint(args.snapshot, config)
     manifest = _manifest_of_config(config) if checkpoint is None else manifest_of(checkpoint, config)
     topology = build_topology(manifest, args.layout, unknown_parameters=args.unknown_parameters)
     _draw(topology, checkpoint, args.out)
