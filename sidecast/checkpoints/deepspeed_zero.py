@@ -30,7 +30,13 @@ from sidecast.checkpoints.deepspeed_files import (
     ranked_files,
 )
 from sidecast.checkpoints.fields import Field
-from sidecast.checkpoints.flat_partitions import Concatenation, concatenated, evenly_split
+from sidecast.checkpoints.flat_partitions import (
+    NUM_COMPARED_ELEMENTS,
+    Concatenation,
+    check_masters,
+    concatenated,
+    evenly_split,
+)
 from sidecast.checkpoints.huggingface import CONFIG_FILE, companions_in
 from sidecast.checkpoints.inert_pickle import StandIn, load_inert
 from sidecast.checkpoints.replicated_masters import replicated_tensors
@@ -64,7 +70,7 @@ def open_deepspeed(path: Path, config: Mapping[str, Any] | None = None) -> Check
     shared = state.get("shared_params")
     aliases = {} if shared.is_absent else {alias: name.text() for alias, name in shared.entries().items()}
     if (path / _UNIVERSAL_FOLDER).is_dir():
-        tensors, description = _universal_tensors(path, state, aliases), "universal"
+        tensors, description = _universal_tensors(path, model_files, state, aliases), "universal"
     elif state.get("param_shapes").is_absent:
         if any(path.glob(OPTIMIZER_FILES)):
             raise ConfigError(
@@ -111,13 +117,14 @@ def _partitioned_tensors(
         stage = "ZeRO stage 3"
     else:
         masters = {}
+        module = {name: entry.tensor() for name, entry in state.get("module").entries().items()}
         for number, shapes in enumerate(group_shapes):
             if any(number >= len(groups) for groups in flat):
                 raise ConfigError(
                     f"{path} has {min(map(len, flat))} partitioned parameter groups; group {number} is missing"
                 )
             paddings = _paddings(partitions[0], number, len(shapes))
-            masters |= concatenated(path, shapes, [groups[number] for groups in flat], paddings)
+            masters |= concatenated(path, shapes, [groups[number] for groups in flat], paddings, module)
         frozen = {}
         stage = _stage_name(partitions[0])
     tensors = _with_untrained(state, masters, frozen, aliases, has_placeholders=is_stage_3)
@@ -154,7 +161,9 @@ def _with_untrained(
     return tensors | {name: master for name, master in masters.items() if name not in tensors}
 
 
-def _universal_tensors(path: Path, state: Field, aliases: Mapping[str, str]) -> dict[str, StoredTensor]:
+def _universal_tensors(
+    path: Path, model_files: list[Path], state: Field, aliases: Mapping[str, str]
+) -> dict[str, StoredTensor]:
     group_shapes = [] if state.get("param_shapes").is_absent else _group_shapes(state)
     masters = {}
     for name, shape in ((name, shape) for group in group_shapes for name, shape in group.items()):
@@ -170,12 +179,13 @@ def _universal_tensors(path: Path, state: Field, aliases: Mapping[str, str]) -> 
         masters[name] = StoredTensor(shape=shape, dtype=stored.dtype, trainable=0 not in shape, read=read)
     if not masters:
         raise ConfigError(f"{state.file} names no parameter in 'param_shapes', but {path / _UNIVERSAL_FOLDER} has some")
-    placeholders = any(entry.tensor().numel() != prod(masters[name].shape) for name, entry in _held(state, masters))
-    return _with_untrained(state, masters, {}, aliases, has_placeholders=placeholders)
-
-
-def _held(state: Field, masters: Mapping[str, StoredTensor]) -> list[tuple[str, Field]]:
-    return [(name, entry) for name, entry in state.get("module").entries().items() if name in masters]
+    module = {name: entry.tensor() for name, entry in state.get("module").entries().items() if name in masters}
+    placeholders = any(tensor.numel() != prod(masters[name].shape) for name, tensor in module.items())
+    for name, tensor in () if placeholders else module.items():
+        first = masters[name].read().reshape(-1)[:NUM_COMPARED_ELEMENTS]
+        check_masters(path, name, first, tensor)
+    frozen = _frozen_fragments(path, model_files, state) if placeholders else {}
+    return _with_untrained(state, masters, frozen, aliases, has_placeholders=placeholders)
 
 
 def _universal_tensor(file: Path) -> Tensor:

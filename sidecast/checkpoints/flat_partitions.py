@@ -14,6 +14,11 @@ from torch import Tensor
 from sidecast.checkpoints.checkpoint import StoredTensor
 from sidecast.errors import ConfigError
 
+NUM_COMPARED_ELEMENTS = 4096
+"""Elements of each parameter that are compared: enough to tell parameters apart without reading a large model twice."""
+_LARGEST_SHARE = 0.1
+_SMALLEST_VALUE = 1e-6  # what fp16 rounds to 0 is smaller
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -49,7 +54,7 @@ class Concatenation:
 
 
 def concatenated(
-    path: Path, shapes: Shapes, partitions: Sequence[Tensor], paddings: Sequence[int]
+    path: Path, shapes: Shapes, partitions: Sequence[Tensor], paddings: Sequence[int], module: Mapping[str, Tensor]
 ) -> dict[str, StoredTensor]:
     """Stages 1, 2 and BF16_Optimizer: one flat vector per group, cut into the ranks' partitions.
 
@@ -58,9 +63,11 @@ def concatenated(
         shapes: Of the group's parameters, in the vector's order.
         partitions: The ranks' parts of the vector.
         paddings: Elements after each parameter.
+        module: The weights that the model computes with, which its masters round to.
 
     Raises:
-        ConfigError: The vector has fewer elements than the parameters, or more than they and its alignment take.
+        ConfigError: The vector has fewer elements than the parameters, or more than they and its alignment take; or
+            masters are not those of the module's weights.
     """
     vector = Concatenation(partitions)
     masters = {}
@@ -69,6 +76,8 @@ def concatenated(
         stop = start + prod(shape)
         _check_holds(path, vector, name, stop)
         masters[name] = _master(shape, vector.dtype, partial(vector.read, start, stop))
+        if name in module:
+            check_masters(path, name, vector.read(start, min(stop, start + NUM_COMPARED_ELEMENTS)), module[name])
         start = stop + padding
     # DeepSpeed aligns what a rank holds to two elements for each rank, in some versions twice.
     alignment = 2 * len(partitions)
@@ -105,6 +114,28 @@ def evenly_split(path: Path, shapes: Shapes, vectors: Sequence[Concatenation]) -
         if vector.num_elements != start:
             raise _left_over(path, vector.num_elements, start, shapes)
     return masters
+
+
+def check_masters(path: Path, name: str, masters: Tensor, weights: Tensor) -> None:
+    """Checks that masters are those of a parameter, and not of another or of another step.
+
+    Args:
+        path: The folder, for messages.
+        name: The parameter's.
+        masters: Its first elements, flat.
+        weights: The parameter as the model computes with it, in any shape and precision.
+
+    Raises:
+        ConfigError: They differ by more than rounding, or a few steps of training, can account for.
+    """
+    rounded = weights.reshape(-1)[: masters.numel()].double()
+    distance, norm = torch.linalg.vector_norm(masters.double() - rounded), torch.linalg.vector_norm(rounded)
+    if bool(distance > _LARGEST_SHARE * norm + _SMALLEST_VALUE * masters.numel() ** 0.5):
+        raise ConfigError(
+            f"{path}: the fp32 masters of parameter {name!r} differ from its weights in the module by "
+            f"{float(distance / norm):.0%}; they are another parameter's or of another step "
+            f"(ds_to_universal exchanges some after round_robin_gradients)"
+        )
 
 
 def _master(shape: tuple[int, ...], dtype: torch.dtype, read_flat: Callable[[], Tensor]) -> StoredTensor:

@@ -26,7 +26,7 @@ def check_option_types(name: str, factory: Callable[..., Any], options: Mapping[
     """
     try:
         # A class declares on its own what its instances have.
-        declared = get_type_hints(factory.__init__ if isinstance(factory, type) else factory)
+        declared = get_type_hints(getattr(factory, "__init__") if isinstance(factory, type) else factory)  # noqa: B009
     except (NameError, TypeError, AttributeError):
         # Declared under names that only type checkers see.
         return

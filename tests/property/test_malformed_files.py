@@ -114,7 +114,8 @@ def saved_by_stage(stage: int) -> dict[str, Any]:
             optimizer["param_alignment_paddings"] = None
             files[f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"] = model
         else:
-            optimizer = {**optimizer, "single_partition_of_fp32_groups": [torch.arange(4.0)]}
+            flat = torch.cat([module["a.weight"].flatten(), module["a.bias"]])
+            optimizer = {**optimizer, "single_partition_of_fp32_groups": [flat[4 * rank : 4 * rank + 4].clone()]}
             files["mp_rank_00_model_states.pt"] = model
         files[f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] = {"optimizer_state_dict": optimizer}
     return copy.deepcopy(files) if stage == 3 else files
