@@ -125,7 +125,11 @@ def _summary(topology: Topology, out: Path) -> str:
 
 def _open_model(path: Path) -> tuple[Mapping[str, Any], Checkpoint | None]:
     """A model's configuration, and its weights if there are any."""
-    if holds_weights(path):
+    try:
+        has_weights = holds_weights(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    if has_weights:
         checkpoint = open_checkpoint(path)
         if checkpoint.config is None:
             raise ConfigError(f"{path} has no {CONFIG_FILE} with it; give one as the model, and this as --snapshot")
