@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,12 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidecast.errors import ConfigError
+from sidecast.errors import ConfigError, one_line
 
 TRAINABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# Formats without a list of buffers store them among the weights under these last name parts.
-_BUFFER_NAMES = frozenset({"running_mean", "running_var", "inv_freq", "masked_bias"})
 
 
 class CheckpointFormat(Enum):
@@ -26,6 +22,7 @@ class CheckpointFormat(Enum):
 
     SAFETENSORS = "safetensors file"
     HUGGING_FACE = "Hugging Face directory"
+    ADAPTER = "PEFT adapter"
     DEEPSPEED = "DeepSpeed checkpoint"
 
 
@@ -38,12 +35,14 @@ class StoredTensor:
         dtype: As ``read`` returns it.
         trainable: False for what a nowcast leaves alone: frozen parameters, buffers, integers, empty tensors.
         read: Reads it; may return a view of a memory-mapped file, which is not to be written to.
+        frozen: True where the format itself says that it is not trained.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     trainable: bool
     read: Callable[[], Tensor]
+    frozen: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +55,13 @@ class Checkpoint:
         description: The format in a few words, with what is particular to this one.
         tensors: Every tensor once, in the checkpoint's own order.
         aliases: Further names of tied tensors, ``{alias: name}``.
-        step: Optimizer step at which it was saved; None if unknown.
-        config: The model's configuration, where a ``config.json`` lies with the weights.
+        step: Optimizer step that the weights' own files record; None if they record none.
+        config: The model's configuration, where a ``config.json`` lies with the weights; an adapter's is that of the
+            model that it adapts, where that lies in a folder.
+        adapter_config: An adapter's configuration, where an ``adapter_config.json`` lies with it.
         metadata: Free-form strings stored in the file.
         companions: Files that a user needs next to the weights: configuration, generation settings, tokenizer.
+        weights_file: What loaders of this kind call the file with the weights.
     """
 
     path: Path
@@ -69,23 +71,22 @@ class Checkpoint:
     aliases: Mapping[str, str] = field(default_factory=dict)
     step: int | None = None
     config: Mapping[str, Any] | None = None
+    adapter_config: Mapping[str, Any] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     companions: tuple[Path, ...] = ()
+    weights_file: str = "model.safetensors"
 
 
-def looks_trainable(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether a tensor of that name is a parameter, for formats that do not say so."""
-    return dtype in TRAINABLE_DTYPES and 0 not in shape and name.rpartition(".")[2] not in _BUFFER_NAMES
+def resolved(path: Path) -> Path:
+    """A path without links.
 
-
-def step_of_name(path: Path) -> int | None:
-    """The step in a name such as ``checkpoint-200`` or ``step_200.safetensors``; None without trailing digits.
-
-    The digits after a decimal point are none: ``loss-2.31`` names no step.
+    Raises:
+        ConfigError: Its links lead in a circle, or it is too long.
     """
-    name = path.name.removesuffix(".safetensors")
-    match = re.search(r"(?:^|[^0-9.])([0-9]+)$", name)
-    return int(match[1]) if match else None
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{path} leads nowhere: {one_line(error)}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a JSON {type(content).__name__}; an object is needed")

@@ -7,268 +7,285 @@ Where the fp32 masters lie (DeepSpeed 0.15 to 0.19):
 - Stage 3: every parameter is split evenly over the ranks, the last piece padded; a rank's pieces, in the order of
   ``param_shapes``, are its sub-groups one after the other.
 - Stage 0: in the module's own weights, or in 16-bit training in the optimizer's (see ``replicated_masters.py``).
+- Universal checkpoints, which ``ds_to_universal`` makes of any of these: whole, a file for each parameter.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise
-from math import ceil, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sidecast.checkpoints.checkpoint import (
-    TRAINABLE_DTYPES,
-    Checkpoint,
-    CheckpointFormat,
-    StoredTensor,
-    read_json_object,
+from sidecast.checkpoints.checkpoint import Checkpoint, CheckpointFormat, StoredTensor, read_json_object
+from sidecast.checkpoints.deepspeed_files import (
+    MODEL_FILES,
+    OPTIMIZER_FILES,
+    check_ranks,
+    load_file,
+    ranked_files,
 )
+from sidecast.checkpoints.fields import Field
+from sidecast.checkpoints.flat_partitions import (
+    NUM_COMPARED_ELEMENTS,
+    Concatenation,
+    check_masters,
+    concatenated,
+    evenly_split,
+)
+from sidecast.checkpoints.huggingface import CONFIG_FILE, companions_in
 from sidecast.checkpoints.inert_pickle import StandIn, load_inert
 from sidecast.checkpoints.replicated_masters import replicated_tensors
 from sidecast.errors import ConfigError
 
-_MODEL_FILES = "*_model_states.pt"
-_OPTIMIZER_FILES = "*_optim_states.pt"
 _EXPERT_LAYER_KEYS = ("ds_autoep_layers", "autoep_layers")
+_UNIVERSAL_FOLDER = "zero"
+_UNIVERSAL_FILE = "fp32.pt"
 
 
 def is_deepspeed_folder(path: Path) -> bool:
     """Whether a folder holds one step saved by DeepSpeed."""
-    return any(path.glob(_MODEL_FILES))
+    return any(path.glob(MODEL_FILES))
 
 
-def open_deepspeed(path: Path) -> Checkpoint:
+def open_deepspeed(path: Path, config: Mapping[str, Any] | None = None) -> Checkpoint:
     """Opens the folder of one step, such as ``global_step200``.
 
+    Args:
+        path: The folder.
+        config: The model's configuration, in place of the one that lies there or one folder up.
+
     Raises:
-        ConfigError: It is incomplete or damaged, its pickles name code, or the model was split by tensor, pipeline or
-            expert parallelism.
+        ConfigError: It is incomplete, damaged or malformed, its pickles name code, or the model was split by tensor,
+            pipeline or expert parallelism.
     """
-    model_files = _ranked(path, _MODEL_FILES)
-    state = _load_dict(model_files[0])
-    if "module" not in state or any(key in state for key in _EXPERT_LAYER_KEYS):
+    model_files = ranked_files(path, MODEL_FILES)
+    state = load_file(model_files[0])
+    if state.get("module").is_absent or any(key in state.value for key in _EXPERT_LAYER_KEYS):
         raise ConfigError(f"{model_files[0]} holds no complete module; expert parallelism is not supported")
-    aliases = dict(state.get("shared_params") or {})
-    if state.get("param_shapes") is None:
-        tensors, aliases = replicated_tensors(model_files[0], state)
-        description = "stage 0"
+    shared = state.get("shared_params")
+    aliases = {} if shared.is_absent else {alias: name.text() for alias, name in shared.entries().items()}
+    if (path / _UNIVERSAL_FOLDER).is_dir():
+        tensors, description = _universal_tensors(path, model_files, state, aliases), "universal"
+    elif state.get("param_shapes").is_absent:
+        if any(path.glob(OPTIMIZER_FILES)):
+            raise ConfigError(
+                f"{model_files[0]} has no 'param_shapes', without which the fp32 masters of the {OPTIMIZER_FILES} "
+                f"files have no names; DeepSpeed 0.15 to 0.19 saves them"
+            )
+        tensors, aliases, description = replicated_tensors(state)
     else:
         tensors, description = _partitioned_tensors(path, model_files, state, aliases)
+    lost = [alias for alias, name in aliases.items() if alias not in tensors and name not in tensors]
+    if lost:
+        raise ConfigError(f"{model_files[0]} ties {lost[0]!r} to {aliases[lost[0]]!r}, which it does not hold")
     step = state.get("global_steps")
+    folder = _config_folder(path)
     return Checkpoint(
         path=path,
         format=CheckpointFormat.DEEPSPEED,
         description=f"{CheckpointFormat.DEEPSPEED.value}, {description}",
         tensors=tensors,
-        aliases={alias: name for alias, name in aliases.items() if name in tensors},
-        step=step if isinstance(step, int) else None,
-        config=_config_beside(path),
+        aliases={alias: name for alias, name in aliases.items() if alias not in tensors},
+        step=None if step.is_absent else step.count(),
+        config=config if config is not None or folder is None else read_json_object(folder / CONFIG_FILE),
+        companions=() if folder is None else companions_in(folder),
     )
 
 
 def _partitioned_tensors(
-    path: Path, model_files: Sequence[Path], state: Mapping[str, Any], aliases: Mapping[str, str]
+    path: Path, model_files: list[Path], state: Field, aliases: Mapping[str, str]
 ) -> tuple[dict[str, StoredTensor], str]:
-    files = _ranked(path, _OPTIMIZER_FILES)
+    files = ranked_files(path, OPTIMIZER_FILES)
     partitions = [_optimizer_state(file) for file in files]
-    _check_num_ranks(path, files, partitions[0].get("partition_count"))
-    group_shapes = [
-        {name: tuple(shape) for name, shape in group.items()} for group in _as_list(path, state, "param_shapes")
-    ]
-    if "fp32_flat_groups" in partitions[0]:
-        masters = _evenly_split(path, group_shapes, [_as_list(path, part, "fp32_flat_groups") for part in partitions])
-        frozen = _frozen_fragments(model_files, state)
+    check_ranks(path, files, OPTIMIZER_FILES, _world_size(partitions[0]))
+    group_shapes = _group_shapes(state)
+    is_stage_3 = not partitions[0].get("fp32_flat_groups").is_absent
+    key = "fp32_flat_groups" if is_stage_3 else "single_partition_of_fp32_groups"
+    flat = [[group.floating() for group in _list(part, key)] for part in partitions]
+    for part, groups in zip(partitions, flat, strict=True):
+        if len({group.dtype for group in [*flat[0], *groups]}) > 1 or not groups:
+            raise ConfigError(f"{part.file}: {key!r} holds {len(groups)} tensors; some of one dtype are needed")
+    if is_stage_3:
+        shapes = {name: shape for group in group_shapes for name, shape in group.items()}
+        masters = evenly_split(path, shapes, [Concatenation(groups) for groups in flat])
+        frozen = _frozen_fragments(path, model_files, state)
         stage = "ZeRO stage 3"
     else:
-        flat = [_as_list(path, part, "single_partition_of_fp32_groups") for part in partitions]
-        masters = _concatenated(path, group_shapes, flat, partitions[0].get("param_alignment_paddings"))
+        masters = {}
+        module = {name: entry.tensor() for name, entry in state.get("module").entries().items()}
+        for number, shapes in enumerate(group_shapes):
+            if any(number >= len(groups) for groups in flat):
+                raise ConfigError(
+                    f"{path} has {min(map(len, flat))} partitioned parameter groups; group {number} is missing"
+                )
+            paddings = _paddings(partitions[0], number, len(shapes))
+            masters |= concatenated(path, shapes, [groups[number] for groups in flat], paddings, module)
         frozen = {}
         stage = _stage_name(partitions[0])
-    buffers = frozenset(state.get("buffer_names") or ())
-    tensors: dict[str, StoredTensor] = {}
-    for name, tensor in state["module"].items():
-        if name in masters:
-            tensors[name] = masters[name]
-        elif name in frozen:
-            tensors[name] = frozen[name]
-        elif name not in aliases and (name in buffers or "fp32_flat_groups" not in partitions[0]):
-            # At stage 3 the module's other entries are empty placeholders of partitioned parameters.
-            tensors[name] = _untrained(tensor)
-    missing = [name for name in masters if name not in tensors]
-    tensors |= {name: masters[name] for name in missing}
+    tensors = _with_untrained(state, masters, frozen, aliases, has_placeholders=is_stage_3)
     return tensors, f"{stage}, {len(files)} ranks"
 
 
-def _concatenated(
-    path: Path,
-    group_shapes: Sequence[Mapping[str, tuple[int, ...]]],
-    flat_groups_of_ranks: Sequence[Sequence[Tensor]],
-    paddings_of_groups: Sequence[Sequence[int]] | None,
+def _with_untrained(
+    state: Field,
+    masters: Mapping[str, StoredTensor],
+    frozen: Mapping[str, StoredTensor],
+    aliases: Mapping[str, str],
+    *,
+    has_placeholders: bool,
 ) -> dict[str, StoredTensor]:
-    """Stages 1, 2 and BF16_Optimizer: one flat vector per group, cut into the ranks' partitions."""
-    masters = {}
-    for group, shapes in enumerate(group_shapes):
-        vector = _Concatenation([_at(path, flat_groups, group) for flat_groups in flat_groups_of_ranks])
-        paddings = paddings_of_groups[group] if paddings_of_groups is not None else [0] * len(shapes)
-        start = 0
-        for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
-            stop = start + prod(shape)
-            vector.check_holds(path, name, stop)
-            masters[name] = _master(shape, vector.dtype, partial(vector.read, start, stop))
-            start = stop + padding
-    return masters
+    """Masters, frozen parameters and buffers, in the order of the module as far as it lists them.
+
+    At stage 3 the module's other entries are empty placeholders of partitioned parameters.
+    """
+    names = state.get("buffer_names")
+    buffers = frozenset(() if names.is_absent else names.names())
+    tensors: dict[str, StoredTensor] = {}
+    for name, entry in state.get("module").entries().items():
+        if name in masters:
+            if not has_placeholders and tuple(entry.tensor().shape) != masters[name].shape:
+                raise ConfigError(
+                    f"{state.file}: parameter {name!r} has shape {masters[name].shape} in 'param_shapes', but "
+                    f"{tuple(entry.tensor().shape)} in the module"
+                )
+            tensors[name] = masters[name]
+        elif name in frozen:
+            tensors[name] = frozen[name]
+        elif name not in aliases and (name in buffers or not has_placeholders):
+            tensors[name] = _untrained(entry.tensor())
+    return tensors | {name: master for name, master in masters.items() if name not in tensors}
 
 
-def _evenly_split(
-    path: Path,
-    group_shapes: Sequence[Mapping[str, tuple[int, ...]]],
-    flat_groups_of_ranks: Sequence[Sequence[Tensor]],
+def _universal_tensors(
+    path: Path, model_files: list[Path], state: Field, aliases: Mapping[str, str]
 ) -> dict[str, StoredTensor]:
-    """Stage 3: a piece of every parameter on every rank."""
-    vectors = [_Concatenation(flat_groups) for flat_groups in flat_groups_of_ranks]
+    group_shapes = [] if state.get("param_shapes").is_absent else _group_shapes(state)
     masters = {}
-    start = 0
-    for name, shape in ((name, shape) for shapes in group_shapes for name, shape in shapes.items()):
-        numel = prod(shape)
-        stop = start + ceil(numel / len(vectors))
-        for vector in vectors:
-            vector.check_holds(path, name, stop)
+    for name, shape in ((name, shape) for group in group_shapes for name, shape in group.items()):
+        folder = path / _UNIVERSAL_FOLDER / name
+        if name in aliases and not folder.is_dir():
+            continue
+        stored = _universal_tensor(folder / _UNIVERSAL_FILE)
+        if stored.numel() != prod(shape):
+            raise ConfigError(
+                f"{folder / _UNIVERSAL_FILE} holds {stored.numel()} elements; parameter {name!r} has shape {shape}"
+            )
+        read = partial(_whole, folder / _UNIVERSAL_FILE, shape)
+        masters[name] = StoredTensor(shape=shape, dtype=stored.dtype, trainable=0 not in shape, read=read)
+    if not masters:
+        raise ConfigError(f"{state.file} names no parameter in 'param_shapes', but {path / _UNIVERSAL_FOLDER} has some")
+    module = {name: entry.tensor() for name, entry in state.get("module").entries().items() if name in masters}
+    placeholders = any(tensor.numel() != prod(masters[name].shape) for name, tensor in module.items())
+    for name, tensor in () if placeholders else module.items():
+        first = masters[name].read().reshape(-1)[:NUM_COMPARED_ELEMENTS]
+        check_masters(path, name, first, tensor)
+    frozen = _frozen_fragments(path, model_files, state) if placeholders else {}
+    return _with_untrained(state, masters, frozen, aliases, has_placeholders=placeholders)
 
-        def read(start: int = start, stop: int = stop, numel: int = numel) -> Tensor:
-            return torch.cat([vector.read(start, stop) for vector in vectors])[:numel]
 
-        masters[name] = _master(shape, vectors[0].dtype, read)
-        start = stop
-    return masters
+def _universal_tensor(file: Path) -> Tensor:
+    """A parameter's master: of stage 3 as it is, of others in a dictionary that says how it was put together."""
+    content = Field(file, "", load_inert(file))
+    return (content.get("param") if isinstance(content.value, dict) else content).floating()
 
 
-def _frozen_fragments(model_files: Sequence[Path], state: Mapping[str, Any]) -> dict[str, StoredTensor]:
+def _whole(file: Path, shape: tuple[int, ...]) -> Tensor:
+    return _universal_tensor(file).reshape(shape)
+
+
+def _group_shapes(state: Field) -> list[dict[str, tuple[int, ...]]]:
+    groups = [
+        {name: shape.shape() for name, shape in group.entries().items()} for group in _list(state, "param_shapes")
+    ]
+    seen: set[str] = set()
+    for name in (name for group in groups for name in group):
+        if name in seen:
+            raise ConfigError(f"{state.file}: parameter {name!r} is in two groups of 'param_shapes'")
+        seen.add(name)
+    return groups
+
+
+def _frozen_fragments(path: Path, model_files: list[Path], state: Field) -> dict[str, StoredTensor]:
     """Stage 3: frozen parameters, a piece in every rank's model file."""
-    shapes = state.get("frozen_param_shapes") or {}
-    if not shapes:
+    shapes = state.get("frozen_param_shapes")
+    if shapes.is_absent or not shapes.entries():
         return {}
-    fragments = [state["frozen_param_fragments"]]
-    fragments += [_load_dict(file)["frozen_param_fragments"] for file in model_files[1:]]
+    fragments = [state.get("frozen_param_fragments")]
+    fragments += [load_file(file).get("frozen_param_fragments") for file in model_files[1:]]
     frozen = {}
-    for name, size in shapes.items():
-        pieces = [of_rank[name] for of_rank in fragments]
-        shape = tuple(size)
+    for name, size in shapes.entries().items():
+        pieces = [of_rank.get(name).tensor() for of_rank in fragments]
+        shape = size.shape()
+        numel = sum(piece.numel() for piece in pieces)
+        if not prod(shape) <= numel < prod(shape) + max(len(pieces), 2) * max(len(pieces), 1):
+            raise ConfigError(
+                f"{path}: the model files hold {numel} elements of frozen parameter {name!r}, whose shape is {shape}"
+            )
 
         def read(pieces: Sequence[Tensor] = pieces, shape: tuple[int, ...] = shape) -> Tensor:
             return torch.cat([piece.reshape(-1) for piece in pieces])[: prod(shape)].view(shape)
 
-        frozen[name] = StoredTensor(shape=shape, dtype=pieces[0].dtype, trainable=False, read=read)
+        frozen[name] = StoredTensor(shape=shape, dtype=pieces[0].dtype, trainable=False, read=read, frozen=True)
     return frozen
 
 
-def _master(shape: tuple[int, ...], dtype: torch.dtype, read_flat: Callable[[], Tensor]) -> StoredTensor:
+def _untrained(tensor: Tensor) -> StoredTensor:
     return StoredTensor(
-        shape=shape,
-        dtype=dtype,
-        trainable=dtype in TRAINABLE_DTYPES and 0 not in shape,
-        read=lambda: read_flat().view(shape),
+        shape=tuple(tensor.shape), dtype=tensor.dtype, trainable=False, read=lambda: tensor, frozen=True
     )
 
 
-def _untrained(tensor: Tensor) -> StoredTensor:
-    return StoredTensor(shape=tuple(tensor.shape), dtype=tensor.dtype, trainable=False, read=lambda: tensor)
+def _paddings(optimizer_state: Field, group: int, num_parameters: int) -> list[int]:
+    paddings = optimizer_state.get("param_alignment_paddings")
+    if paddings.is_absent:
+        return [0] * num_parameters
+    of_groups = paddings.items()
+    counts = [padding.count() for padding in of_groups[group].items()] if group < len(of_groups) else []
+    if len(counts) != num_parameters:
+        raise ConfigError(
+            f"{optimizer_state.file}: 'param_alignment_paddings' names {len(counts)} paddings for group {group}, which "
+            f"has {num_parameters} parameters"
+        )
+    return counts
 
 
-class _Concatenation:
-    """Flat tensors one after the other, read by element range without joining them all."""
-
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        self._parts = [part.detach().reshape(-1) for part in parts]
-        self._bounds = [0]
-        for part in self._parts:
-            self._bounds.append(self._bounds[-1] + part.numel())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._parts[0].dtype
-
-    def check_holds(self, path: Path, name: str, stop: int) -> None:
-        if stop > self._bounds[-1]:
-            raise ConfigError(
-                f"{path}: the optimizer files hold {self._bounds[-1]} elements where parameter {name!r} ends at {stop}"
-            )
-
-    def read(self, start: int, stop: int) -> Tensor:
-        pieces = [
-            part[max(start - low, 0) : stop - low]
-            for part, (low, high) in zip(self._parts, pairwise(self._bounds), strict=True)
-            if low < stop and high > start
-        ]
-        return torch.cat(pieces) if pieces else self._parts[0][:0]
+def _world_size(optimizer_state: Field) -> int:
+    counts = optimizer_state.get("partition_count")
+    numbers = {count.count() for count in counts.items()} if isinstance(counts.value, list) else {counts.count()}
+    if len(numbers) != 1:
+        raise counts.refused("one number of ranks for all groups")
+    return numbers.pop()
 
 
-def _ranked(path: Path, pattern: str) -> list[Path]:
-    """The files of a kind, by data-parallel rank."""
-    ranked = []
-    for file in path.glob(pattern):
-        match = re.search(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_", file.name)
-        if match is None or int(match[2]) != 0 or "expert" in file.name or file.name.startswith("expp"):
-            raise ConfigError(
-                f"{path} was saved with tensor, pipeline or expert parallelism ({file.name}); "
-                f"only data-parallel checkpoints are supported"
-            )
-        ranked.append((int(match[1] or 0), file))
-    if not ranked:
-        raise ConfigError(f"{path} has no {pattern} file; every rank of the run saves one")
-    return [file for _, file in sorted(ranked)]
-
-
-def _check_num_ranks(path: Path, files: Sequence[Path], partition_count: Any) -> None:
-    counts = set(partition_count if isinstance(partition_count, list) else [partition_count])
-    if counts != {len(files)}:
-        wanted = ", ".join(str(count) for count in sorted(counts, key=str))
-        raise ConfigError(f"{path} has {len(files)} {_OPTIMIZER_FILES} files; its parameters are split over {wanted}")
-
-
-def _optimizer_state(file: Path) -> Mapping[str, Any]:
-    state = _load_dict(file).get("optimizer_state_dict")
-    if not isinstance(state, dict):
+def _optimizer_state(file: Path) -> Field:
+    state = load_file(file).get("optimizer_state_dict")
+    if not isinstance(state.value, dict):
         raise ConfigError(f"{file} has no 'optimizer_state_dict'; a DeepSpeed ZeRO file is needed")
     return state
 
 
-def _load_dict(file: Path) -> dict[str, Any]:
-    state = load_inert(file)
-    if not isinstance(state, dict):
-        raise ConfigError(f"{file} holds a {type(state).__name__}; a DeepSpeed checkpoint file holds a dict")
-    return state
+def _list(state: Field, key: str) -> list[Field]:
+    field = state.get(key)
+    if field.is_absent:
+        raise ConfigError(f"{state.file} has no list {key!r}; DeepSpeed 0.15 to 0.19 saves one")
+    return field.items()
 
 
-def _as_list(path: Path, state: Mapping[str, Any], key: str) -> list[Any]:
-    value = state.get(key)
-    if not isinstance(value, list):
-        raise ConfigError(f"{path} has no list {key!r}; DeepSpeed 0.15 to 0.19 saves one")
-    return value
-
-
-def _at(path: Path, flat_groups: Sequence[Tensor], group: int) -> Tensor:
-    if group >= len(flat_groups):
-        raise ConfigError(f"{path} has {len(flat_groups)} partitioned parameter groups; group {group} is missing")
-    return flat_groups[group]
-
-
-def _stage_name(optimizer_state: Mapping[str, Any]) -> str:
-    stage = optimizer_state.get("zero_stage")
+def _stage_name(optimizer_state: Field) -> str:
+    stage = optimizer_state.get("zero_stage").value
     if isinstance(stage, StandIn) and len(stage.arguments) == 1:
         stage = stage.arguments[0]
-    return f"ZeRO stage {stage}" if isinstance(stage, int) else "BF16_Optimizer"
+    return f"ZeRO stage {stage}" if isinstance(stage, int) and 0 <= stage <= 3 else "BF16_Optimizer"
 
 
-def _config_beside(path: Path) -> dict[str, Any] | None:
-    """The model's configuration: next to the files or, as Hugging Face's Trainer saves, one folder up."""
+def _config_folder(path: Path) -> Path | None:
+    """Where the model's configuration lies: next to the files or, as Hugging Face's Trainer saves, one folder up."""
     for folder in (path, path.parent):
-        if (folder / "config.json").is_file():
-            config = read_json_object(folder / "config.json")
-            return config if "model_type" in config else None
+        if (folder / CONFIG_FILE).is_file():
+            return folder if "model_type" in read_json_object(folder / CONFIG_FILE) else None
     return None

@@ -6,13 +6,12 @@ objects of its own; these become inert stand-ins, so that DeepSpeed need not be 
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sidecast.errors import ConfigError
+from sidecast.errors import ConfigError, one_line
 
 # Values that trainers keep next to the weights (arguments, random states): of no use here, harmless as stand-ins.
 _STAND_IN_NAMES = frozenset(
@@ -61,10 +60,10 @@ def load_inert(path: Path) -> Any:
         stand_ins: list[Any] = [(StandIn, name) for name in named]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # bytes that are no pickle can fail anywhere in the unpickler
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def _gets_stand_in(name: str) -> bool:

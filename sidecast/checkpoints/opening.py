@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sidecast.checkpoints import deepspeed_zero, huggingface
 from sidecast.checkpoints.checkpoint import Checkpoint
-from sidecast.checkpoints.safetensors_file import open_safetensors
-from sidecast.errors import ConfigError
+from sidecast.checkpoints.refusals import why_no_file, why_no_folder
+from sidecast.errors import ConfigError, one_line, shown
 
 _LATEST_FILE = "latest"
+_MAX_NAME_BYTES = 255
 
 
 def holds_weights(path: Path) -> bool:
@@ -23,14 +26,15 @@ def holds_weights(path: Path) -> bool:
     return is_deepspeed or huggingface.is_huggingface_directory(path) or any(path.glob("*.safetensors"))
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a safetensors file, a Hugging Face directory or a DeepSpeed checkpoint folder.
+def open_checkpoint(path: Path, config: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Opens a safetensors file, a Hugging Face folder (of a model or an adapter) or a DeepSpeed checkpoint folder.
 
     Of a DeepSpeed save folder, the one that holds a folder per step, the step that its ``latest`` file names is
     opened. A folder with both Hugging Face weights and DeepSpeed steps is a Hugging Face directory.
 
     Args:
         path: The file or folder.
+        config: The model's configuration, in place of the one that lies there.
 
     Returns:
         Names and shapes; tensors are read when asked for.
@@ -38,23 +42,31 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ConfigError: Nothing is there, the format is not one of these, or the checkpoint is damaged.
     """
+    try:
+        return _opened(path, config)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
+
+
+def _opened(path: Path, config: Mapping[str, Any] | None) -> Checkpoint:
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise ConfigError(f"{path} is no checkpoint that can be read; of files only *.safetensors are")
-        return open_safetensors(path)
+            raise ConfigError(why_no_file(path))
+        return huggingface.open_file(path, config)
     if not path.is_dir():
+        if path.is_symlink():
+            raise ConfigError(f"{path} is a link to {path.readlink()}, which does not exist")
         raise ConfigError(f"{path} does not exist; give a safetensors file or a checkpoint folder")
     if huggingface.is_huggingface_directory(path):
-        return huggingface.open_huggingface(path)
+        return huggingface.open_huggingface(path, config)
     if deepspeed_zero.is_deepspeed_folder(path):
-        return deepspeed_zero.open_deepspeed(path)
+        return deepspeed_zero.open_deepspeed(path, config)
     latest = path / _LATEST_FILE
     if latest.is_file():
-        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-        if Path(tag).name == tag and deepspeed_zero.is_deepspeed_folder(path / tag):
-            return deepspeed_zero.open_deepspeed(path / tag)
-        raise ConfigError(f"{latest} names {tag!r}, which is no DeepSpeed checkpoint in that folder")
-    raise ConfigError(
-        huggingface.refusal(path)
-        or f"{path} holds neither model.safetensors (Hugging Face) nor *_model_states.pt (DeepSpeed)"
-    )
+        with latest.open("rb") as file:
+            tag = file.read(_MAX_NAME_BYTES + 2).decode("utf-8", errors="replace").strip()
+        is_name = tag.isprintable() and len(tag.encode()) <= _MAX_NAME_BYTES and Path(tag).name == tag
+        if is_name and deepspeed_zero.is_deepspeed_folder(path / tag):
+            return deepspeed_zero.open_deepspeed(path / tag, config)
+        raise ConfigError(f"{latest} names {shown(tag)}, which is no DeepSpeed checkpoint in that folder")
+    raise ConfigError(why_no_folder(path))

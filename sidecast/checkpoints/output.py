@@ -12,16 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidecast.checkpoints.checkpoint import TRAINABLE_DTYPES, Checkpoint, CheckpointFormat
-from sidecast.checkpoints.huggingface import CONFIG_FILE, WEIGHTS_FILE
+from sidecast.checkpoints.checkpoint import TRAINABLE_DTYPES, Checkpoint, CheckpointFormat, read_json_object, resolved
+from sidecast.checkpoints.huggingface import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    SHARD,
+    WEIGHTS_FILE,
+)
 from sidecast.checkpoints.safetensors_file import write_safetensors
 from sidecast.errors import ConfigError
+
+_LOADED = frozenset(
+    {
+        *(WEIGHTS_FILE, INDEX_FILE, CONFIG_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE),
+        *("pytorch_model.bin", "adapter_model.bin", "tf_model.h5", "flax_model.msgpack", "generation_config.json"),
+    }
+)
 
 
 def check_output(out: Path, inputs: list[Path], force: bool) -> None:
     """Raises ConfigError if writing to ``out`` would overwrite something that was not given up."""
     for path in inputs:
-        if out.resolve() in (path.resolve(), path.parent.resolve()):
+        if resolved(out) in (resolved(path), resolved(path.parent)):
             raise ConfigError(f"--out {out} is where checkpoint {path} lies; choose a new folder")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; a folder is needed")
@@ -40,7 +54,8 @@ def write_nowcast(
 ) -> Path:
     """Writes newest + weight * change, with everything else as it is in the newest checkpoint.
 
-    The files appear in ``out`` only when all are complete.
+    The files appear in ``out`` only when all are complete, and what loaders would take for another part of this
+    checkpoint, or read in its place, is removed: the weights, shards, index and configurations of an earlier one.
 
     Args:
         newest: The base.
@@ -48,7 +63,7 @@ def write_nowcast(
         out: The folder; created if it does not exist.
         weight: Fraction of the change that is applied.
         dtype: Of all floating tensors; None keeps the base's (for DeepSpeed checkpoints: fp32).
-        config: Written as ``config.json`` in place of the base's.
+        config: Written as ``config.json`` in place of the base's; not for adapters, which have none.
 
     Returns:
         The file with the weights.
@@ -81,27 +96,53 @@ def write_nowcast(
         partial = Path(partial_name)
         for companion in newest.companions:
             shutil.copyfile(companion, partial / companion.name)
-        config = config if config is not None else _adapted_config(newest, dtype)
-        if config is not None:
-            named = _with_dtype(config, dtype) if dtype is not None else dict(config)
+        known = newest.config if config is None and dtype is not None else config
+        if known is not None and newest.format is not CheckpointFormat.ADAPTER:
+            named = _with_dtype(known, dtype) if dtype is not None else dict(known)
             (partial / CONFIG_FILE).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
-        write_safetensors(partial / WEIGHTS_FILE, layout, tensor_of, newest.metadata)
+        write_safetensors(partial / newest.weights_file, layout, tensor_of, newest.metadata)
         out.mkdir(exist_ok=True)
+        for stale in _of_loaders(out):
+            stale.unlink()
         for file in partial.iterdir():
             file.replace(out / file.name)
-    return out / WEIGHTS_FILE
+    return out / newest.weights_file
+
+
+def missing_config(newest: Checkpoint, config: Mapping[str, Any] | None) -> str | None:
+    """The configuration that a nowcast lacks because none lay with the base; None if it is complete."""
+    if newest.format is CheckpointFormat.ADAPTER:
+        return ADAPTER_CONFIG_FILE if newest.adapter_config is None else None
+    return CONFIG_FILE if newest.config is None and config is None else None
+
+
+def _of_loaders(folder: Path) -> list[Path]:
+    """The files of a folder that loaders look for by their names: weights, shards, their indexes, configurations."""
+    named: set[str] = set()
+    for index in folder.glob("*.index.json"):
+        try:
+            weight_map = read_json_object(index).get("weight_map")
+        except ConfigError:
+            # It goes too.
+            weight_map = None
+        names = weight_map.values() if isinstance(weight_map, dict) else ()
+        named.update(name for name in names if isinstance(name, str) and name.endswith((".safetensors", ".bin")))
+    return [
+        file
+        for file in folder.iterdir()
+        if (file.is_file() or file.is_symlink())
+        and (file.name in named or file.name in _LOADED or file.match("*.index.json") or _is_shard(file.name))
+    ]
+
+
+def _is_shard(name: str) -> bool:
+    match = SHARD.match(name)
+    return match is not None and match["stem"] in ("model", "pytorch_model")
 
 
 def _dtype(newest: Checkpoint, name: str, dtype: torch.dtype | None) -> torch.dtype:
     stored = newest.tensors[name].dtype
     return dtype if dtype is not None and stored in TRAINABLE_DTYPES else stored
-
-
-def _adapted_config(newest: Checkpoint, dtype: torch.dtype | None) -> Mapping[str, Any] | None:
-    """A model directory's own configuration, if the new dtype has to be written into it."""
-    if newest.format is CheckpointFormat.HUGGING_FACE and dtype is not None:
-        return newest.config
-    return None
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

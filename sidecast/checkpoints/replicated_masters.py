@@ -9,37 +9,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sidecast.checkpoints.checkpoint import StoredTensor, looks_trainable
+from sidecast.checkpoints.checkpoint import StoredTensor
+from sidecast.checkpoints.fields import Field
+from sidecast.checkpoints.trainable import looks_trainable
 from sidecast.errors import ConfigError
 
 # Enough to tell parameters apart without reading a large model twice.
 _NUM_COMPARED_ELEMENTS = 4096
+_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
-def replicated_tensors(file: Path, state: Mapping[str, Any]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of a stage-0 checkpoint in fp32, and its aliases (tied tensors share their storage).
+def replicated_tensors(state: Field) -> tuple[dict[str, StoredTensor], dict[str, str], str]:
+    """The tensors of a stage-0 checkpoint in fp32, its aliases (tied tensors share their storage), and what it is.
 
     Args:
-        file: The model file, for messages.
-        state: What it holds.
+        state: What the model file holds.
 
     Raises:
-        ConfigError: Masters and parameters do not fit together.
+        ConfigError: The file is malformed, or masters and parameters do not fit together.
     """
-    buffers = frozenset(state.get("buffer_names") or ())
-    module, aliases = _without_aliases(state["module"])
+    buffers = frozenset(() if state.get("buffer_names").is_absent else state.get("buffer_names").names())
+    module, aliases = _without_aliases({name: entry.tensor() for name, entry in state.get("module").entries().items()})
     candidates = {
         name: tensor
         for name, tensor in module.items()
         if name not in buffers and looks_trainable(name, tuple(tensor.shape), tensor.dtype)
     }
     groups = _master_groups(state.get("optimizer"))
-    masters = candidates if groups is None else _match(file, candidates, groups)
+    masters = candidates if groups is None else _match(state.file, candidates, groups)
     tensors = {}
     for name, tensor in module.items():
         found = masters.get(name, tensor)
@@ -48,28 +49,35 @@ def replicated_tensors(file: Path, state: Mapping[str, Any]) -> tuple[dict[str, 
             dtype=found.dtype,
             trainable=name in masters,
             read=lambda found=found: found,  # type: ignore[misc]
+            frozen=name in buffers,
         )
-    return tensors, aliases
+    is_rounded = groups is None and any(tensor.dtype in _SIXTEEN_BIT for tensor in candidates.values())
+    return tensors, aliases, "stage 0, 16-bit weights without fp32 masters" if is_rounded else "stage 0"
 
 
 def _without_aliases(module: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    names: dict[tuple[int, torch.Size], str] = {}
+    names: dict[tuple[int, torch.Size, torch.dtype, tuple[int, ...]], str] = {}
     aliases = {}
     for name, tensor in module.items():
         if tensor.numel():
-            first = names.setdefault((tensor.data_ptr(), tensor.shape), name)
+            # A transposed view has the same address and, if it is square, the same shape.
+            key = (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride())
+            first = names.setdefault(key, name)
             if first != name:
                 aliases[name] = first
     return {name: tensor for name, tensor in module.items() if name not in aliases}, aliases
 
 
-def _master_groups(optimizer: Any) -> list[Tensor] | None:
+def _master_groups(optimizer: Field) -> list[Tensor] | None:
     """One flat vector per parameter group; None if the module's weights are the masters."""
-    state = optimizer if isinstance(optimizer, dict) else {}
-    if "fp32_groups_flat" in state:
-        return [flat.detach().reshape(-1) for flat in state["fp32_groups_flat"]]
-    if "fp32_groups" in state:
-        return [torch.cat([master.detach().reshape(-1) for master in group]) for group in state["fp32_groups"]]
+    if optimizer.is_absent:
+        return None
+    flat, separate = optimizer.get("fp32_groups_flat"), optimizer.get("fp32_groups")
+    if not flat.is_absent:
+        return [group.floating().reshape(-1) for group in flat.items()]
+    if not separate.is_absent:
+        groups = [[master.floating().reshape(-1) for master in group.items()] for group in separate.items()]
+        return [torch.cat(group) for group in groups if group]
     return None
 
 

@@ -14,15 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sidecast.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointFormat,
-    StoredTensor,
-    looks_trainable,
-    read_json_object,
-    step_of_name,
-)
-from sidecast.errors import ConfigError
+from sidecast.checkpoints.checkpoint import StoredTensor
+from sidecast.checkpoints.trainable import looks_trainable
+from sidecast.errors import ConfigError, shown
 
 _DTYPE_NAMES = {
     torch.bool: "BOOL",
@@ -43,24 +37,7 @@ _DTYPE_NAMES = {
 }
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 _HEADER_ALIGNMENT_BYTES = 8
-
-
-def open_safetensors(path: Path) -> Checkpoint:
-    """Opens a single safetensors file; a ``config.json`` next to it is the model's configuration.
-
-    Raises:
-        ConfigError: It is not a safetensors file.
-    """
-    config = path.parent / "config.json"
-    return Checkpoint(
-        path=path,
-        format=CheckpointFormat.SAFETENSORS,
-        description=CheckpointFormat.SAFETENSORS.value,
-        tensors=stored_tensors(path),
-        step=step_of_name(path),
-        config=read_json_object(config) if config.is_file() else None,
-        metadata=read_metadata(path),
-    )
+_MAX_REASON_CHARACTERS = 200
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -73,7 +50,8 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
                 dtype_name, shape = header.get_dtype(), tuple(header.get_shape())
                 if dtype_name not in _DTYPES:
                     raise ConfigError(
-                        f"{path}: tensor {name!r} has dtype {dtype_name}; supported are {', '.join(sorted(_DTYPES))}"
+                        f"{path}: tensor {shown(name)} has dtype {shown(dtype_name)[1:-1]}; "
+                        f"supported are {', '.join(sorted(_DTYPES))}"
                     )
                 dtype = _DTYPES[dtype_name]
                 tensors[name] = StoredTensor(
@@ -83,7 +61,9 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
                     read=_reader(path, name),
                 )
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ConfigError(
+            f"{path} is not a readable safetensors file: {str(error)[:_MAX_REASON_CHARACTERS]}"
+        ) from error
     return tensors
 
 

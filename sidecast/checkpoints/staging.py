@@ -9,13 +9,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sidecast.checkpoints.checkpoint import Checkpoint
+from sidecast.checkpoints.chain_order import in_chain_order
+from sidecast.checkpoints.checkpoint import Checkpoint, CheckpointFormat
+from sidecast.checkpoints.trainable import check_trainable
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest, ParameterSpec
 from sidecast.mapped_memory import map_new_file
@@ -48,14 +51,21 @@ class StagedHistory:
 
 
 def manifest_of(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> ModelManifest:
-    """The trainable tensors of a checkpoint, in its order.
+    """The trainable tensors of a checkpoint, in its order; those of a plain chain in the order of its layers.
 
     Args:
         checkpoint: The newest one.
         config: The model's configuration, in place of the one stored with the checkpoint.
+
+    Raises:
+        ConfigError: Its parameters are quantised or empty, or the names of a chain do not tell their order.
     """
+    check_trainable(checkpoint)
     parameters = tuple(ParameterSpec(name, t.shape) for name, t in checkpoint.tensors.items() if t.trainable)
     known = config if config is not None else checkpoint.config
+    if (known or {}).get("model_type") == "sequential" and checkpoint.format is not CheckpointFormat.DEEPSPEED:
+        # Files list their tensors by the alphabet.
+        parameters = in_chain_order(parameters)
     return ModelManifest(parameters, dict(known or {}), dict(checkpoint.aliases))
 
 
@@ -68,7 +78,8 @@ def stage_history(checkpoints: Sequence[Checkpoint], manifest: ModelManifest, sc
         scratch: An existing folder for the files; the caller removes it.
 
     Raises:
-        ConfigError: The folder has not enough room, or a tensor holds a value that is not finite.
+        ConfigError: The folder has not enough room, a tensor holds a value that is not finite, or two checkpoints hold
+            the same weights.
         NoRoomError: The folder lost its room to others meanwhile.
     """
     dtypes = [_widest_dtype(checkpoint, manifest) for checkpoint in checkpoints]
@@ -77,6 +88,7 @@ def stage_history(checkpoints: Sequence[Checkpoint], manifest: ModelManifest, sc
         _mapped(scratch / f"state_{index}.bin", manifest.num_elements, dtype) for index, dtype in enumerate(dtypes)
     ]
     unchanged = set()
+    alike = list(combinations(range(len(states)), 2))
     for spec in manifest.parameters:
         start = manifest.offsets[spec.fqn]
         newest = checkpoints[-1].tensors[spec.fqn].read()
@@ -89,6 +101,18 @@ def stage_history(checkpoints: Sequence[Checkpoint], manifest: ModelManifest, sc
             same = same and torch.equal(tensor, newest)
         if same:
             unchanged.add(spec.fqn)
+            continue
+        stop = start + spec.numel
+        alike = [
+            (one, other)
+            for one, other in alike
+            if torch.equal(states[one][start:stop].float(), states[other][start:stop].float())
+        ]
+    if alike:
+        one, other = (checkpoints[index] for index in alike[0])
+        raise ConfigError(
+            f"{one.path} and {other.path} hold the same weights; a nowcast needs states of different steps, each once"
+        )
     return StagedHistory(
         history=History(manifest, states),
         delta=_mapped(scratch / "delta.bin", manifest.num_elements, torch.float32),

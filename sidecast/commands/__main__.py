@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 
-from sidecast.errors import SidecastError
+from sidecast.errors import SidecastError, printable
 
 # By name: the two that belong to the service are loaded only where they are asked for.
 COMMANDS = {
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except SidecastError as error:
-        sys.stderr.write(f"sidecast: {error}\n")
+        sys.stderr.write(f"sidecast: {printable(str(error))}\n")
         return 2
 
 

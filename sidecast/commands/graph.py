@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         return 0
     if args.snapshot is not None:
-        checkpoint = open_checkpoint(args.snapshot)
+        checkpoint = open_checkpoint(args.snapshot, config)
     manifest = _manifest_of_config(config) if checkpoint is None else manifest_of(checkpoint, config)
     topology = build_topology(manifest, args.layout, unknown_parameters=args.unknown_parameters)
     _draw(topology, checkpoint, args.out)
@@ -125,7 +125,11 @@ def _summary(topology: Topology, out: Path) -> str:
 
 def _open_model(path: Path) -> tuple[Mapping[str, Any], Checkpoint | None]:
     """A model's configuration, and its weights if there are any."""
-    if holds_weights(path):
+    try:
+        has_weights = holds_weights(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    if has_weights:
         checkpoint = open_checkpoint(path)
         if checkpoint.config is None:
             raise ConfigError(f"{path} has no {CONFIG_FILE} with it; give one as the model, and this as --snapshot")

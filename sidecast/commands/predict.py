@@ -16,11 +16,12 @@ import torch
 
 from sidecast.checkpoints.checkpoint import Checkpoint, read_json_object
 from sidecast.checkpoints.opening import open_checkpoint
-from sidecast.checkpoints.output import check_output, write_nowcast
-from sidecast.checkpoints.series import check_series
+from sidecast.checkpoints.output import check_output, missing_config, write_nowcast
+from sidecast.checkpoints.series import check_series, with_shared_aliases
 from sidecast.checkpoints.staging import StagedHistory, manifest_of, stage_history
-from sidecast.errors import ConfigError
-from sidecast.predictors.base import check_context_len
+from sidecast.checkpoints.steps import Step
+from sidecast.errors import ConfigError, one_line, printable
+from sidecast.predictors.base import check_context_len, check_horizon
 from sidecast.predictors.file_workspace import predict_with_files
 from sidecast.predictors.registry import create_predictor
 
@@ -30,8 +31,10 @@ _DESCRIPTION = """\
 Predicts where the weights will be some checkpoints from now, from at least two checkpoints that you saved at equal
 distances, and writes the prediction as a checkpoint of its own. The optimizer state is not predicted.
 
-A checkpoint is a Hugging Face model directory, a .safetensors file, or a DeepSpeed checkpoint folder (global_step200)
-of any ZeRO stage; DeepSpeed itself need not be installed.
+A checkpoint is a Hugging Face model directory, a PEFT adapter's, a .safetensors file, or a DeepSpeed checkpoint folder
+(global_step200, or universal) of any ZeRO stage; DeepSpeed itself need not be installed.
+
+Steps are read from trainer_state.json and from the names of files and folders; their order and spacing is checked.
 """
 _EPILOG = """\
 example, 5 intervals of 200 steps ahead:
@@ -50,6 +53,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="saved checkpoints, oldest first"
+    )
+    parser.add_argument(
+        "--steps",
+        metavar="A,B,C",
+        help="the steps that the checkpoints are of, where neither their files nor their names tell, or tell wrongly",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the predicted checkpoint")
     parser.add_argument("--predictor", default="linear", metavar="NAME", help="how to predict (default: linear)")
@@ -83,7 +91,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--config",
         type=Path,
         metavar="FILE",
-        help="the model's config.json, where the checkpoints have none; copied to the output",
+        help="the model's config.json, where the checkpoints have none; copied to the output, but not beside adapters",
     )
     parser.add_argument(
         "--scratch", type=Path, metavar="DIR", help="folder for temporary files as large as the checkpoints' weights"
@@ -104,37 +112,53 @@ def run(args: argparse.Namespace) -> int:
     """
     if not 0.0 < args.weight <= 1.0:
         raise ConfigError(f"--weight is {args.weight:g}; it must be above 0 and at most 1")
-    if args.horizon is not None and args.horizon < 1:
-        raise ConfigError(f"--horizon is {args.horizon}; it must be at least 1 interval between checkpoints")
+    if args.horizon is not None:
+        check_horizon("--horizon", args.horizon, "interval between checkpoints")
+    try:
+        lines = _predict(args)
+    except OSError as error:
+        raise ConfigError(f"cannot read the checkpoints or write the nowcast: {one_line(error)}") from error
+    sys.stdout.write("\n".join(map(printable, lines)) + "\n")
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> list[str]:
+    """Makes the nowcast; the lines of its summary."""
     check_output(args.out, args.checkpoints, args.force)
     predictor = create_predictor(args.predictor, weights=args.weights, options=_options(args.option))
     horizon_intervals = predictor.max_horizon if args.horizon is None else args.horizon
     config = read_json_object(args.config) if args.config is not None else None
-    checkpoints = [open_checkpoint(path) for path in args.checkpoints]
-    check_series(checkpoints)
+    checkpoints = with_shared_aliases([open_checkpoint(path, config) for path in args.checkpoints])
+    steps = check_series(checkpoints, _steps(args.steps))
     # Before anything large is copied; the predictor itself would say so only afterwards.
     check_context_len(predictor, len(checkpoints), f"{len(checkpoints)} checkpoints given")
     newest = checkpoints[-1]
     manifest = manifest_of(newest, config)
-    try:
-        folder = _scratch_folder(args)
-        with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".sidecast-predict-", dir=folder) as scratch:
-            staged = stage_history(checkpoints, manifest, Path(scratch))
-            predict_with_files(predictor, staged.history, horizon_intervals, staged.delta, Path(scratch))
-            path = write_nowcast(
-                newest, staged.change_of, args.out, weight=args.weight, dtype=_DTYPES.get(args.dtype), config=config
-            )
-            lines = [
-                *_inputs_summary(checkpoints),
-                f"predictor  {predictor.name}, horizon {horizon_intervals} intervals"
-                f"{_horizon_steps(checkpoints, horizon_intervals)}, weight {args.weight:g}",
-                *_jump_summary(staged, args.weight),
-                f"written    {path}",
-            ]
-    except OSError as error:
-        raise ConfigError(f"cannot write the nowcast: {error}") from error
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0
+    folder = _scratch_folder(args)
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".sidecast-predict-", dir=folder) as scratch:
+        staged = stage_history(checkpoints, manifest, Path(scratch))
+        predict_with_files(predictor, staged.history, horizon_intervals, staged.delta, Path(scratch))
+        path = write_nowcast(
+            newest, staged.change_of, args.out, weight=args.weight, dtype=_DTYPES.get(args.dtype), config=config
+        )
+        missing = missing_config(newest, config)
+        return [
+            *_inputs_summary(checkpoints, steps),
+            f"predictor  {predictor.name}, horizon {horizon_intervals} intervals"
+            f"{_horizon_steps(steps, horizon_intervals)}, weight {args.weight:g}",
+            *_jump_summary(staged, args.weight),
+            f"written    {path}",
+            *([f"           without {missing}, which no loader does without: copy yours"] if missing else []),
+        ]
+
+
+def _steps(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(re.fullmatch(r"[0-9]{1,18}", part.strip()) for part in parts):
+        raise ConfigError(f"--steps is {text!r}; it must be integers with commas between them, such as 200,400,600")
+    return [int(part) for part in parts]
 
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -145,7 +169,7 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--option is {pair!r}; KEY=VALUE is needed")
         try:
             options[key] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[key] = text
     return options
 
@@ -160,22 +184,24 @@ def _scratch_folder(args: argparse.Namespace) -> Path:
     return Path(args.out.absolute().parent)
 
 
-def _inputs_summary(checkpoints: Sequence[Checkpoint]) -> list[str]:
+def _inputs_summary(checkpoints: Sequence[Checkpoint], steps: Sequence[Step | None]) -> list[str]:
     newest = checkpoints[-1]
     num_trainable = sum(math.prod(tensor.shape) for tensor in newest.tensors.values() if tensor.trainable)
     lines = [
-        f"read       {checkpoint.path} ({checkpoint.description}"
-        + (f", step {checkpoint.step})" if checkpoint.step is not None else ")")
-        for checkpoint in checkpoints
+        f"read       {checkpoint.path} ({checkpoint.description}, "
+        + ("step unknown)" if step is None else f"{step.unit} {step.number} by {step.source})")
+        for checkpoint, step in zip(checkpoints, steps, strict=True)
     ]
+    if None in steps:
+        lines.append("           taken as equally spaced, oldest first, as given: not all steps are known (--steps)")
     return [*lines, f"           {len(newest.tensors)} tensors, {num_trainable:,} trainable elements each"]
 
 
-def _horizon_steps(checkpoints: Sequence[Checkpoint], horizon_intervals: int) -> str:
-    newest, before = checkpoints[-1].step, checkpoints[-2].step
+def _horizon_steps(steps: Sequence[Step | None], horizon_intervals: int) -> str:
+    newest, before = steps[-1], steps[-2]
     if newest is None or before is None:
         return ""
-    return f" = {horizon_intervals * (newest - before)} steps"
+    return f" = {horizon_intervals * (newest.number - before.number)} {newest.unit}s"
 
 
 def _jump_summary(staged: StagedHistory, weight: float) -> list[str]:

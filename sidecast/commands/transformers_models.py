@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sidecast.errors import ConfigError
+from sidecast.errors import ConfigError, one_line, shown
 
 # The same ratios of heads in small; what is absent or null in a configuration stays so.
 _HEAD_DIM = 4
@@ -48,11 +48,14 @@ def model_of_config(config: Mapping[str, Any], *, device: str) -> Any:
         raise ConfigError("a model's shapes are read from its weights, or else need transformers") from error
     architectures = config.get("architectures") or [_causal_lm_of(config.get("model_type"))]
     name = architectures[0] if isinstance(architectures, list) else architectures
-    model_class = getattr(transformers, str(name), None)
+    try:
+        model_class = getattr(transformers, str(name), None)
+    except Exception as error:  # classes are imported when they are asked for, and theirs may be missing
+        raise ConfigError(f"transformers cannot load {shown(name)} of 'architectures': {one_line(error)}") from error
     config_class = getattr(model_class, "config_class", None)
     if model_class is None or config_class is None:
         raise ConfigError(
-            f"the configuration has architectures={name!r} and model_type={config.get('model_type')!r}; "
+            f"the configuration has architectures={shown(name)} and model_type={shown(config.get('model_type'))}; "
             "without weights it must name a class of transformers, or the type of a causal language model"
         )
     try:

@@ -18,7 +18,10 @@ from sidecast.manifest import ModelManifest, ParameterSpec, unwrapped_name
 
 _WRAPPER = "base_model.model."
 _DATA_PARALLEL = "module."
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[^.]+)\.weight$")
+# PEFT leaves the adapter's name out of what it saves.
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
+# Norms of models that were converted from TensorFlow; transformers renames them when it loads one.
+_TENSORFLOW_NORMS = {"gamma": "weight", "beta": "bias"}
 _SAVED = re.compile(r"\.(?:base_layer|modules_to_save\.[^.]+)(?=\.)")
 
 
@@ -62,7 +65,15 @@ def _unwrapped(manifest: ModelManifest) -> dict[str, str]:
     # A module may well be called "module"; a wrapper has all of them.
     while names and all(plain.startswith(_DATA_PARALLEL) for plain in names.values()):
         names = {name: plain.removeprefix(_DATA_PARALLEL) for name, plain in names.items()}
-    return {name: plain.removeprefix(_WRAPPER) for name, plain in names.items()}
+    names = {name: plain.removeprefix(_WRAPPER) for name, plain in names.items()}
+    if manifest.config.get("model_type") == "bert":
+        names = {name: _with_torch_norm(plain) for name, plain in names.items()}
+    return names
+
+
+def _with_torch_norm(name: str) -> str:
+    module, _, last = name.rpartition(".")
+    return f"{module}.{_TENSORFLOW_NORMS[last]}" if module.endswith("LayerNorm") and last in _TENSORFLOW_NORMS else name
 
 
 def take_apart(manifest: ModelManifest) -> AdaptedModel:
@@ -71,7 +82,7 @@ def take_apart(manifest: ModelManifest) -> AdaptedModel:
     Raises:
         ConfigError: A factor's counterpart is missing.
     """
-    factors: dict[tuple[str, str], dict[str, ParameterSpec]] = {}
+    factors: dict[tuple[str, str | None], dict[str, ParameterSpec]] = {}
     names: dict[str, str] = {}
     base = []
     unwrapped = _unwrapped(manifest)

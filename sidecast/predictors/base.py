@@ -12,8 +12,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sidecast.errors import ConfigError
+from sidecast.errors import ConfigError, shown
 from sidecast.manifest import ModelManifest
+
+MAX_HORIZON_INTERVALS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,24 @@ def check_context_len(predictor: Predictor, context_len: int, given: str | None 
         raise ConfigError(f"{given or f'context_len is {context_len}'}; predictor {predictor.name!r} needs {needs}")
 
 
+def check_horizon(name: str, horizon_intervals: int, unit: str) -> None:
+    """Raises ConfigError unless a horizon is one that predictors can count to.
+
+    Args:
+        name: What the message calls it.
+        horizon_intervals: k.
+        unit: What it is counted in, for the message.
+    """
+    if not 1 <= horizon_intervals <= MAX_HORIZON_INTERVALS:
+        raise ConfigError(
+            f"{name} is {shown(horizon_intervals)}; it must be at least 1 {unit} and at most {MAX_HORIZON_INTERVALS:,}"
+        )
+
+
 def check_history(predictor: Predictor, history: History, horizon_intervals: int) -> None:
     """Raises ConfigError unless the predictor can work on this history and horizon."""
     check_context_len(predictor, history.context_len)
-    if horizon_intervals < 1:
-        raise ConfigError(f"horizon is {horizon_intervals}; it must be at least 1 snapshot interval")
+    check_horizon("horizon", horizon_intervals, "snapshot interval")
 
 
 def fp32_states(predictor: Predictor, history: History, fqn: str) -> Tensor:

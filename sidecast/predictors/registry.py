@@ -10,6 +10,7 @@ from typing import Any
 
 from sidecast.errors import ConfigError
 from sidecast.predictors.base import Predictor
+from sidecast.predictors.option_types import check_option_types
 
 ENTRY_POINT_GROUP = "sidecast.predictors"
 """A package of someone else's declares ``name = "module:factory"`` in this group. The factory takes its options as
@@ -47,7 +48,8 @@ def create_predictor(name: str, *, weights: Path | None = None, options: Mapping
         options: Keyword arguments of the predictor's factory.
 
     Raises:
-        ConfigError: Unknown name or option, or weights missing, unusable or not wanted.
+        ConfigError: Unknown name or option, an option of another type than its factory declares, or weights missing,
+            unusable or not wanted.
     """
     factories = _factories()
     if name not in factories:
@@ -60,6 +62,7 @@ def create_predictor(name: str, *, weights: Path | None = None, options: Mapping
     if unknown:
         choices = ", ".join(key for key in allowed if key != "weights") or "none"
         raise ConfigError(f"predictor {name!r} has no option {unknown[0]!r}; allowed: {choices}")
+    check_option_types(name, factory, settings)
     if weights is not None:
         if "weights" not in allowed:
             raise ConfigError(f"predictor {name!r} takes no weights, but the weights file {weights} was given")

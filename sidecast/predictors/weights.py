@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sidecast.errors import ConfigError
+from sidecast.errors import ConfigError, one_line
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -43,8 +43,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # a file that is no pickle can fail anywhere in the unpickler
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"weights file {path} cannot be loaded as plain tensors: {reason}") from error
+        raise ConfigError(f"weights file {path} cannot be loaded as plain tensors: {one_line(error)}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):

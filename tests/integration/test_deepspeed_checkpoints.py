@@ -92,6 +92,31 @@ def test_tells_parameters_from_frozen_ones_and_buffers(saved: Path, case: str) -
     assert untrained == ({"scale", "count"} if case == "stage0_fp32" else FROZEN_AND_BUFFERS)
 
 
+@pytest.mark.parametrize("case", ["stage1_bf16_optimizer", "stage2_round_robin", "stage3_bf16"])
+def test_reads_universal_checkpoints_that_hold_what_they_were_made_from(saved: Path, case: str, tmp_path: Path) -> None:
+    folder = tmp_path / "universal"
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command += ["--input_folder", str(saved / case / "global_step2"), "--output_folder", str(folder)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    if case == "stage2_round_robin":
+        # DeepSpeed's converter exchanges two parameters of one group.
+        with pytest.raises(ConfigError, match=r"the fp32 masters of parameter 'norm.bias' differ from its weights"):
+            open_checkpoint(folder)
+        return
+    checkpoint = open_checkpoint(folder)
+    expected = load_file(saved / case / "expected_2.safetensors")
+    names = {name: name for name in checkpoint.tensors} | dict(checkpoint.aliases)
+    assert names.keys() == expected.keys()
+    for alias, name in names.items():
+        assert torch.equal(checkpoint.tensors[name].read().float(), expected[alias].float()), alias
+    untrained = {name for name, tensor in checkpoint.tensors.items() if not tensor.trainable}
+    assert untrained == FROZEN_AND_BUFFERS
+    assert (checkpoint.step, checkpoint.description) == (2, "DeepSpeed checkpoint, universal")
+
+
 def test_the_save_folder_opens_at_its_latest_step(saved: Path) -> None:
     assert open_checkpoint(saved / "stage3_bf16").step == 3
 

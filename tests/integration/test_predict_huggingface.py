@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from sidecast.commands import predict
 
 
-def save_steps(folder: Path, *, tied: bool, dtype: torch.dtype, max_shard_size: str = "1GB") -> list[Path]:
-    """Saves three steps of a tiny model, with a file of its tokenizer."""
+def save_steps(
+    folder: Path, *, tied: bool, dtype: torch.dtype, max_shard_size: str = "1GB", num_steps: int = 3
+) -> list[Path]:
+    """Saves steps of a tiny model, with a file of its tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,
@@ -30,7 +32,7 @@ def save_steps(folder: Path, *, tied: bool, dtype: torch.dtype, max_shard_size: 
     model = LlamaForCausalLM(config).to(dtype)
     model.generation_config = GenerationConfig(max_new_tokens=7)
     paths = []
-    for step in (100, 200, 300):
+    for step in range(100, 100 * num_steps + 1, 100):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.01 * torch.randn_like(parameter)
@@ -97,13 +99,7 @@ def test_a_stored_tied_head_stays_equal_to_its_embedding(tmp_path: Path) -> None
 
 
 def test_nino_reads_the_models_configuration(tmp_path: Path, nino_data: Path) -> None:
-    paths = save_steps(tmp_path, tied=True, dtype=torch.float32)
-    for step, source in ((400, paths[0]), (500, paths[2])):
-        copy = tmp_path / f"checkpoint-{step}"
-        copy.mkdir()
-        for file in source.iterdir():
-            (copy / file.name).write_bytes(file.read_bytes())
-        paths.append(copy)
+    paths = save_steps(tmp_path, tied=True, dtype=torch.float32, num_steps=5)
     run(paths, tmp_path / "out", "--predictor", "nino_plain", "--weights", str(nino_data / "nino_no_posw.pt"))
     written = load_file(tmp_path / "out" / "model.safetensors")
     newest = load_file(paths[-1] / "model.safetensors")
