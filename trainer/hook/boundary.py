@@ -23,7 +23,7 @@ from sidecast.trainer.hook.messenger import Messenger
 from sidecast.trainer.hook.policies.jump_policy import JumpPolicy
 from sidecast.trainer.hook.policies.policy import Policy
 from sidecast.trainer.hook.policies.push_policy import PushPolicy
-from sidecast.trainer.hook.reporting import HookTotals, NowcastEvent, Reporter
+from sidecast.trainer.hook.reporting import HookTotals, NowcastEvent, Reporter, applied_details
 from sidecast.trainer.hook.schedule import Schedule
 from sidecast.trainer.hook.staging import Stager, side_stream
 from sidecast.trainer.hook.trajectory import Trajectory
@@ -303,18 +303,7 @@ class NowcastHook:
         self._policy.on_applied(held, weight, self.step)
         self._trajectory.begin_epoch()
         self.totals.num_applied += 1
-        details: dict[str, float | int | str] = {
-            "version": held.version,
-            "base_step": held.base_step,
-            "staleness_steps": staleness_steps,
-            "horizon_intervals": held.horizon_intervals,
-            "weight": weight,
-            "merge": self._policy.merge,
-            "moments": self._policy.moments,
-            "digest": f"{held.digest:016x}",
-            "relative_norm": held.relative_norm,
-            "nowcast_s": held.nowcast_s,
-        }
+        details = applied_details(held, self._policy, weight, staleness_steps)
         self._inbox.release({"policy": self.config.policy, **details})
         self._reporter.report("applied", held.version)
         self._reporter.emit("applied", **details)

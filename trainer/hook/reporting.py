@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sidecast.trainer.hook.messenger import Messenger
 from sidecast.trainer.hook.policies.policy import Policy
 from sidecast.trainer.hook.trajectory import Trajectory
-from sidecast.trainer.pipe.messages import Outcome, Report, Stats, Totals
+from sidecast.trainer.pipe.messages import Outcome, Prediction, Report, Stats, Totals
 
 log = logging.getLogger(__name__)
 
@@ -148,3 +148,26 @@ class Reporter:
             "epoch": self._trajectory.epoch,
             "suspended": policy.is_suspended,
         }
+
+
+def applied_details(held: Prediction, policy: Policy, weight: float, staleness_steps: int) -> dict[str, Any]:
+    """What the event of an applied prediction tells, and what its record needs for a replay.
+
+    Args:
+        held: That was applied.
+        policy: Under which.
+        weight: With which factor.
+        staleness_steps: Steps since its base.
+    """
+    return {
+        "version": held.version,
+        "base_step": held.base_step,
+        "staleness_steps": staleness_steps,
+        "horizon_intervals": held.horizon_intervals,
+        "weight": weight,
+        "merge": policy.merge,
+        "moments": policy.moments,
+        "digest": f"{held.digest:016x}",
+        "relative_norm": held.relative_norm,
+        "nowcast_s": held.nowcast_s,
+    }
