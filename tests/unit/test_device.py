@@ -38,10 +38,15 @@ def test_a_missing_gpu_is_refused_where_it_would_be_used(
     assert open_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:x", "", 0])
-def test_unknown_devices(device: object, wnn_path: Path) -> None:
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", ""])
+def test_unknown_devices(device: str, wnn_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"device is .*; allowed: cpu, cuda"):
         create_predictor("wnn", weights=wnn_path, options={"device": device})
+
+
+def test_a_device_is_a_name(wnn_path: Path) -> None:
+    with pytest.raises(ConfigError, match="option 'device' of predictor 'wnn' is 0; a string is needed"):
+        create_predictor("wnn", weights=wnn_path, options={"device": 0})
 
 
 @pytest.mark.parametrize(
