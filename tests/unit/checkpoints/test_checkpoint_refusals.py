@@ -188,7 +188,9 @@ def test_arguments_that_no_file_system_takes(tmp_path: Path, capsys: pytest.Capt
     assert "File name too long" in refusal_of(capsys, *given, "--out", tmp_path / "o", "--scratch", long)
     assert "File name too long" in refusal_of(capsys, "graph", long, "--out", tmp_path / "o.html")
     out = ("--out", tmp_path / "o")
-    assert "at most 1,000,000" in refusal_of(capsys, *given, *out, "--horizon", 10**400)
+    assert "--horizon is an integer of 1329 bits; it must be at least 1" in refusal_of(
+        capsys, *given, *out, "--horizon", 10**400
+    )
     assert "--steps is '1,x'; it must be integers" in refusal_of(capsys, *given, *out, "--steps", "1,x")
     assert "a\\nb does not exist" in refusal_of(capsys, "predict", tmp_path / "a\nb", *out)
 
