@@ -46,8 +46,9 @@ class PushConfig:
     """No push is made from a snapshot before this step: what a run does in its warm-up says little of its way."""
     stop_step: int | None = None
     """No push is made from a snapshot at or after this step; None: pushes go on to the end."""
-    max_relative_norm: float | None = 2.0
-    """Largest ||push|| / ||own motion of the interval||; longer pushes are shortened to it. None: no cap."""
+    max_relative_norm: float | None = 1.0
+    """Largest ||push|| / ||own motion of the interval||; longer pushes are shortened to it. None: no cap. At a gain of 1
+    pushes are about half as long; a gain that is far too large does no harm at 1, and some at 2."""
 
     def __post_init__(self) -> None:
         if self.interval_steps < 1:

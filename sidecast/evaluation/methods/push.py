@@ -46,7 +46,7 @@ class PushMethod:
         gain: float = 1.0,
         start_step: int = 200,
         stop_step: int | None = None,
-        max_relative_norm: float | None = 2.0,
+        max_relative_norm: float | None = 1.0,
         late_steps: int = 10,
         damped: bool = True,
         guard: bool = True,
