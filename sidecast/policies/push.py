@@ -47,8 +47,8 @@ class PushConfig:
     stop_step: int | None = None
     """No push is made from a snapshot at or after this step; None: pushes go on to the end."""
     max_relative_norm: float | None = 1.0
-    """Largest ||push|| / ||own motion of the interval||; longer pushes are shortened to it. None: no cap. At a gain of 1
-    pushes are about half as long; a gain that is far too large does no harm at 1, and some at 2."""
+    """Largest ||push|| / ||own motion of the interval||; longer pushes are shortened to it. None: no cap. With a gain
+    of 1 few are half as long as that; a gain that is far too large does no harm at a cap of 1, and some at 2."""
 
     def __post_init__(self) -> None:
         if self.interval_steps < 1:
