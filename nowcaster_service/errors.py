@@ -26,6 +26,12 @@ class UnauthenticatedError(ServiceError):
     kind = RefusalKind.UNAUTHENTICATED
 
 
+class ForbiddenError(ServiceError):
+    """The run is protected, and the call does not carry its secret."""
+
+    kind = RefusalKind.FORBIDDEN
+
+
 class IncompatibleError(ServiceError):
     """The caller speaks a version of the protocol that the service does not."""
 

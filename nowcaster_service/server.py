@@ -17,11 +17,10 @@ from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, CodecError, decode_chunk, encode_chunk
 from sidecast.protos.refusals import REFUSAL_KEY, RefusalKind
-from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
+from sidecast.protos.transport import AUTHORIZATION_KEY, BULK_OPTIONS, RUN_SECRET_KEY, SERVICE_NAME
 
 log = logging.getLogger(__name__)
 
-AUTHORIZATION = "authorization"
 KEEPALIVE_MS = 60_000
 
 
@@ -104,10 +103,8 @@ class GrpcFace:
         token = self._servicer.config.token
         if token is None:
             return
-        given = dict(context.invocation_metadata() or ()).get(AUTHORIZATION, "")
-        given_bytes = given if isinstance(given, bytes) else given.encode()
         # In constant time: the time of a plain comparison tells how much of a guess is right.
-        if not hmac.compare_digest(given_bytes, f"Bearer {token}".encode()):
+        if not hmac.compare_digest(_metadata(context, AUTHORIZATION_KEY).encode(), f"Bearer {token}".encode()):
             await self._refuse(context, UnauthenticatedError("the call carries no token, or a wrong one"))
 
     async def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
@@ -122,28 +119,33 @@ class GrpcFace:
         await context.abort(grpc.StatusCode[kind.status], message, ((REFUSAL_KEY, kind.name),))
         raise AssertionError("abort raises")
 
-    def _answering(self, method: Callable[[Any], Awaitable[Message]]) -> Callable[..., Awaitable[Message]]:
+    def _answering(self, method: Callable[[Any, str], Awaitable[Message]]) -> Callable[..., Awaitable[Message]]:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Message:
             await self._authorize(context)
             try:
-                return await method(request)
+                return await method(request, _metadata(context, RUN_SECRET_KEY))
             except Exception as error:
                 await self._refuse(context, error)
 
         return call
 
-    def _streaming(self, method: Callable[[Any], AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
+    def _streaming(self, method: Callable[[Any, str], AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             await self._authorize(context)
             try:
                 # Closed at once when the client goes away, so that a fetch does not pin its vector until collected.
-                async with aclosing(method(request)) as messages:
+                async with aclosing(method(request, _metadata(context, RUN_SECRET_KEY))) as messages:
                     async for message in messages:
                         yield message
             except Exception as error:
                 await self._refuse(context, error)
 
         return call
+
+
+def _metadata(context: grpc.aio.ServicerContext, key: str) -> str:
+    value = dict(context.invocation_metadata() or ()).get(key, "")
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _serialize(message: Message) -> bytes:

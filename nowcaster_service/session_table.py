@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 
+from sidecast.nowcaster_service.access.owner import Owner
 from sidecast.nowcaster_service.errors import MalformedError, SaturatedError, UnknownSessionError, WrongStateError
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.session import Session
@@ -44,6 +45,7 @@ class SessionTable:
         self._session_timeout_s = session_timeout_s
         self._sessions: dict[str, Session] = {}
         self._last_seen_s: dict[str, float] = {}
+        self._owners: dict[str, Owner] = {}
         self._watchers: dict[str, list[Watcher]] = {}
         self._superseded: deque[str] = deque(maxlen=MAX_SUPERSEDED)
 
@@ -72,6 +74,34 @@ class SessionTable:
         self._last_seen_s[session_id] = self._clock()
         return session
 
+    def get_for(self, session_id: str, secret: str) -> Session:
+        """An open session, for a call that shows its run's secret.
+
+        Raises:
+            ForbiddenError: The call shows another one, or none.
+            UnknownSessionError: There is no such session.
+        """
+        if (owner := self._owners.get(session_id)) is not None:
+            owner.require(secret)
+        return self.get(session_id)
+
+    def is_shown_to(self, session_id: str, secret: str) -> bool:
+        """Whether a call may learn a session's id: it is of no use to others once the run is protected."""
+        return self._owners[session_id].admits(secret)
+
+    def require_owner(self, request: pb.OpenRequest, secret: str) -> None:
+        """Refuses to open a session of a run that is somebody else's.
+
+        Raises:
+            ForbiddenError: The run, or the session, is open with another secret.
+            MalformedError: The session is open as something else.
+        """
+        for session_id, session in self._sessions.items():
+            if session_id == request.session_id or session.settings.run_id == request.run_id:
+                self._owners[session_id].require(secret)
+        if request.session_id in self._sessions:
+            self._owners[request.session_id].require_same(request)
+
     def items(self) -> Iterator[tuple[Session, float]]:
         """Every session with the seconds since it was used."""
         for session_id, session in self._sessions.items():
@@ -82,14 +112,16 @@ class SessionTable:
 
     # --- from its beginning to its end
 
-    def begin(self, settings: SessionSettings, request: pb.OpenRequest) -> None:
+    def begin(self, settings: SessionSettings, request: pb.OpenRequest, secret: str) -> None:
         """Opens a session; an earlier one of its run ends, and hands over what a resume may keep.
 
         Raises:
             MalformedError: Its history is larger than the whole budget.
             SaturatedError: Its history does not fit beside the others'.
+            ForbiddenError: The run is somebody else's.
         """
         self.expire()
+        self.require_owner(request, secret)
         self._make_room(settings)
         earlier = [session for session in self._sessions.values() if session.settings.run_id == settings.run_id]
         session_id = settings.session_id
@@ -100,6 +132,7 @@ class SessionTable:
             self._end(superseded.settings.session_id)
             self._superseded.append(superseded.settings.session_id)
         self._sessions[session_id] = session
+        self._owners[session_id] = Owner(request, secret)
         self._last_seen_s[session_id] = self._clock()
         self._metrics.sessions.set(len(self._sessions))
         self._metrics.begin_run(settings.run_id)
@@ -161,6 +194,7 @@ class SessionTable:
         # The next model may have another size; an idle service holds nothing.
         self._store.drop_spares()
         self._last_seen_s.pop(session_id, None)
+        del self._owners[session_id]
         for queue in self._watchers.pop(session_id, []):
             queue.put_nowait(None)
         self._metrics.sessions.set(len(self._sessions))

@@ -20,6 +20,7 @@ class RefusalKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CORRUPT: _ClassVar[RefusalKind]
     SATURATED: _ClassVar[RefusalKind]
     FAILED: _ClassVar[RefusalKind]
+    FORBIDDEN: _ClassVar[RefusalKind]
 
 class WireDtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -36,6 +37,7 @@ MISSING_REFERENCE: RefusalKind
 CORRUPT: RefusalKind
 SATURATED: RefusalKind
 FAILED: RefusalKind
+FORBIDDEN: RefusalKind
 FP32: WireDtype
 BF16: WireDtype
 

@@ -64,7 +64,7 @@ def render(reply: object) -> str:
     for item in reply.sessions:
         history = ", ".join(str(step) for step in item.history_steps) or "empty"
         lines += [
-            f"run {item.run_id}  (session {item.session_id})",
+            f"run {item.run_id}" + (f"  (session {item.session_id})" if item.session_id else ""),
             f"  model       {item.num_parameters:,} parameters, {item.num_joined} of {item.world_size} ranks joined",
             f"  predictor   {item.predictor}",
             f"  history     {len(item.history_steps)} of {item.context_len} states (steps {history}), "

@@ -14,7 +14,7 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
 from sidecast.protos.codec import ChunkFrame, decode_chunk, encode_chunk
 from sidecast.protos.shards import ShardSpec
-from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
+from sidecast.protos.transport import AUTHORIZATION_KEY, BULK_OPTIONS, RUN_SECRET_KEY, SERVICE_NAME
 from sidecast.protos.version import PROTOCOL_VERSION, version_fault
 from sidecast.trainer.courier.fetch import Download, FetchPart
 from sidecast.trainer.courier.handover import hand_over
@@ -61,9 +61,10 @@ class NowcastClient:
 
     def __init__(self, config: ClientSettings, shared: Sequence[int] = ()) -> None:
         self._config = config
-        self._metadata: tuple[tuple[str, str | bytes], ...] = ()
+        self._token: tuple[tuple[str, str | bytes], ...] = ()
         if config.token_file is not None:
-            self._metadata = (("authorization", f"Bearer {Path(config.token_file).read_text().strip()}"),)
+            self._token = ((AUTHORIZATION_KEY, f"Bearer {Path(config.token_file).read_text().strip()}"),)
+        self._metadata = self._token
         self._options = [
             *BULK_OPTIONS,
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
@@ -97,6 +98,10 @@ class NowcastClient:
     def close(self) -> None:
         for channel in (self._channel, *self._bulk_channels):
             channel.close()
+
+    def act_for(self, run_secret: str) -> None:
+        """Makes all calls from now on those of a run, whose secret they show."""
+        self._metadata = (*self._token, (RUN_SECRET_KEY, run_secret))
 
     def wait_reachable(self) -> None:
         """Raises UnavailableError unless the service answers within the connect timeout."""

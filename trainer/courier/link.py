@@ -175,6 +175,7 @@ class Link:
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
     def _connect(self, session: Session) -> bool:
+        self._client.act_for(session.run_secret)
         self._client.wait_reachable()
         if self._opening is not None:
             self._client.open(self._opening(session))

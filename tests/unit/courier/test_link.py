@@ -32,7 +32,9 @@ M = TypeVar("M", bound=ToHook)
 
 
 def session(session_id: str) -> Session:
-    return Session(session_id=session_id, run_id="run", resumed=False, resume_step=0, resume_epoch=0)
+    return Session(
+        session_id=session_id, run_id="run", resumed=False, resume_step=0, resume_epoch=0, run_secret="secret"
+    )
 
 
 class Events:
@@ -69,6 +71,9 @@ class FakeClient:
 
     def transfer_s(self, num_bytes: int) -> float:
         return WAIT_S
+
+    def act_for(self, run_secret: str) -> None:
+        assert run_secret == "secret"
 
     def wait_reachable(self) -> None:
         self.is_asked.set()
