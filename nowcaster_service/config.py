@@ -81,6 +81,19 @@ class ServiceConfig:
         default=16 * GIB,
         metadata=option("--history-gib", "history budget of all runs together, in GiB", kind=float, unit=GIB),
     )
+    run_budget_bytes: int | None = field(
+        default=None,
+        metadata=option(
+            "--history-gib-per-run",
+            "most history that one run may ask for, in GiB",
+            kind=float,
+            unit=GIB,
+            default="all of it",
+        ),
+    )
+    max_sessions: int = field(
+        default=1000, metadata=option("--max-sessions", "runs that may be open at once", kind=int)
+    )
     chunk_bytes: int = field(
         default=1024 * KIB,
         metadata=option("--chunk-kib", "message size in KiB, both ways", kind=int, unit=KIB),
@@ -139,6 +152,13 @@ class ServiceConfig:
             )
         if self.history_budget_bytes <= 0:
             raise ConfigError(f"the history budget is {self.history_budget_bytes} bytes; it must be positive")
+        if self.run_budget_bytes is not None and not 0 < self.run_budget_bytes <= self.history_budget_bytes:
+            raise ConfigError(
+                f"the history budget of one run is {self.run_budget_bytes} bytes; allowed: 1 to that of all runs "
+                f"({self.history_budget_bytes})"
+            )
+        if self.max_sessions < 1:
+            raise ConfigError(f"--max-sessions is {self.max_sessions}; it must be at least 1")
         if self.num_engines < 1:
             raise ConfigError(f"--engines is {self.num_engines}; it must be at least 1")
         if self.engine_threads < 1:

@@ -65,7 +65,14 @@ class Servicer:
     ) -> None:
         self.config = config
         self.metrics = metrics
-        self.sessions = SessionTable(store, metrics, clock, config.session_timeout_s)
+        self.sessions = SessionTable(
+            store,
+            metrics,
+            clock,
+            config.session_timeout_s,
+            max_sessions=config.max_sessions,
+            run_budget_bytes=config.run_budget_bytes or store.budget_bytes,
+        )
         self.handover = Handover(store.folder, self.sessions)
         self._store = store
         self._engines = engines
@@ -97,10 +104,8 @@ class Servicer:
         path, ticket = self.handover.issue(request.session_id, request.rank)
         return pb.JoinReply(chunk_bytes=self.config.chunk_bytes, local_socket=path, local_ticket=ticket)
 
-    async def upload(self, frames: AsyncIterator[ChunkFrame | None], secret: str = "") -> pb.UploadReply:
+    async def upload(self, frames: AsyncIterator[ChunkFrame], secret: str = "") -> pb.UploadReply:
         async for frame in frames:
-            if frame is None:
-                raise MalformedError("an upload holds a message that is not a Chunk")
             session = self.sessions.get_for(frame.key.session_id, secret)
             session.receive(frame)
             num_bytes = frame.shared_bytes or len(frame.data)
@@ -178,7 +183,9 @@ class Servicer:
             uptime_seconds=self._clock() - self._started_s,
             history_bytes=self._store.used_bytes,
             history_budget_bytes=self._store.budget_bytes,
-            sessions=[
+            sessions=[]
+            if request.without_sessions
+            else [
                 pb.SessionStatus(
                     session_id=self._shown_id(session, secret),
                     run_id=session.settings.run_id,

@@ -34,15 +34,26 @@ class SessionTable:
         metrics: What Prometheus sees.
         clock: Monotonic seconds.
         session_timeout_s: A session that nobody has used or watched for so long is ended.
+        max_sessions: How many may be open at once.
+        run_budget_bytes: Most history that one of them may need.
     """
 
     def __init__(
-        self, store: HistoryStore, metrics: ServiceMetrics, clock: Callable[[], float], session_timeout_s: float
+        self,
+        store: HistoryStore,
+        metrics: ServiceMetrics,
+        clock: Callable[[], float],
+        session_timeout_s: float,
+        *,
+        max_sessions: int,
+        run_budget_bytes: int,
     ) -> None:
         self._store = store
         self._metrics = metrics
         self._clock = clock
         self._session_timeout_s = session_timeout_s
+        self._max_sessions = max_sessions
+        self._run_budget_bytes = run_budget_bytes
         self._sessions: dict[str, Session] = {}
         self._last_seen_s: dict[str, float] = {}
         self._owners: dict[str, Owner] = {}
@@ -155,21 +166,31 @@ class SessionTable:
         budget_bytes = self._store.budget_bytes
         if settings.needed_bytes > budget_bytes:
             raise MalformedError(f"{needs}; the service has {budget_bytes} (sidecast serve --history-gib)")
+        if settings.needed_bytes > self._run_budget_bytes:
+            raise MalformedError(
+                f"{needs}; one run may have {self._run_budget_bytes} (sidecast serve --history-gib-per-run)"
+            )
         others = {
             session_id: session.settings
             for session_id, session in self._sessions.items()
             if session.settings.run_id != settings.run_id
         }
-        promised = sum(other.needed_bytes for other in others.values())
+        promised, num_others = sum(other.needed_bytes for other in others.values()), len(others)
         for session_id in sorted(others, key=self._last_seen_s.__getitem__):
             is_orphan = not self._watchers.get(session_id) and self._idle_s(session_id) > ORPHAN_GRACE_S
-            if promised + settings.needed_bytes > budget_bytes and is_orphan:
+            lacks_room = promised + settings.needed_bytes > budget_bytes or num_others >= self._max_sessions
+            if lacks_room and is_orphan:
                 log.info("session %s, which nobody watches, makes room for %s", session_id, settings.session_id)
                 promised -= others[session_id].needed_bytes
+                num_others -= 1
                 self._expire(session_id)
         if promised + settings.needed_bytes > budget_bytes:
             raise SaturatedError(
                 f"{needs}; {promised} of {budget_bytes} bytes are promised to others (sidecast serve --history-gib)"
+            )
+        if num_others >= self._max_sessions:
+            raise SaturatedError(
+                f"{num_others} sessions are open, as many as are allowed (sidecast serve --max-sessions)"
             )
 
     def _idle_s(self, session_id: str) -> float:

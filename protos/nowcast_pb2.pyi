@@ -371,8 +371,10 @@ class ReportReply(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("without_sessions",)
+    WITHOUT_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    without_sessions: bool
+    def __init__(self, without_sessions: _Optional[bool] = ...) -> None: ...
 
 class SessionStatus(_message.Message):
     __slots__ = ("session_id", "run_id", "predictor", "world_size", "num_joined", "num_parameters", "epoch", "history_steps", "num_committed", "num_aborted", "num_published", "num_failed", "num_applied", "num_rolled_back", "idle_seconds", "context_len")

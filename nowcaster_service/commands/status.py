@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from sidecast.protos import nowcast_pb2 as pb
     from sidecast.protos import nowcast_pb2_grpc
 
-    # Hosts often have proxies for the web, which cannot carry this.
-    options = [("grpc.enable_http_proxy", 0)]
+    # Hosts often have proxies for the web, which cannot carry this. And a list of many sessions is long.
+    options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
     if args.tls_ca is None:
         channel = grpc.insecure_channel(args.endpoint, options)
     else:

@@ -64,7 +64,7 @@ class NowcastClient:
         self._token: tuple[tuple[str, str | bytes], ...] = ()
         if config.token_file is not None:
             self._token = ((AUTHORIZATION_KEY, f"Bearer {Path(config.token_file).read_text().strip()}"),)
-        self._metadata = self._token
+        self._metadata: tuple[tuple[str, str | bytes], ...] = self._token
         self._options = [
             *BULK_OPTIONS,
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
@@ -107,7 +107,9 @@ class NowcastClient:
         """Raises UnavailableError unless the service answers within the connect timeout."""
         # A call and not a subscription to the channel's state: subscriptions that time out stay with the channel.
         try:
-            self._call(self._stub.Status, pb.StatusRequest(), self._config.connect_s, wait_for_ready=True)
+            self._call(
+                self._stub.Status, pb.StatusRequest(without_sessions=True), self._config.connect_s, wait_for_ready=True
+            )
         except UnavailableError as error:
             raise UnavailableError(
                 f"no nowcaster service at {self._config.endpoint} within {self._config.connect_s:g} s"
