@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,9 +62,7 @@ class NowcastClient:
 
     def __init__(self, config: ClientSettings, shared: Sequence[int] = ()) -> None:
         self._config = config
-        self._token: tuple[tuple[str, str | bytes], ...] = ()
-        if config.token_file is not None:
-            self._token = ((AUTHORIZATION_KEY, f"Bearer {Path(config.token_file).read_text().strip()}"),)
+        self._token = () if config.token_file is None else _token(config.token_file)
         self._metadata: tuple[tuple[str, str | bytes], ...] = self._token
         self._options = [
             *BULK_OPTIONS,
@@ -100,7 +99,11 @@ class NowcastClient:
             channel.close()
 
     def act_for(self, run_secret: str) -> None:
-        """Makes all calls from now on those of a run, whose secret they show."""
+        """Makes all calls from now on those of a run, whose secret they show, with the token as it is now."""
+        if self._config.token_file is not None:
+            # It may be on its way to being another one, and not be there for a moment.
+            with contextlib.suppress(OSError, UnicodeError):
+                self._token = _token(self._config.token_file)
         self._metadata = (*self._token, (RUN_SECRET_KEY, run_secret))
 
     def wait_reachable(self) -> None:
@@ -306,6 +309,10 @@ def open_request(
             aliases=fields["aliases"],
         ),
     )
+
+
+def _token(path: str) -> tuple[tuple[str, str], ...]:
+    return ((AUTHORIZATION_KEY, f"Bearer {Path(path).read_text().strip()}"),)
 
 
 def _shard(shard: ShardSpec) -> pb.Shard:

@@ -272,7 +272,7 @@ class Disconnected:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """The service refuses the session; the courier tries again only with another one."""
+    """The service refuses the session, which ends a run that begins; a courier that goes on asks again, slowly."""
 
     reason: str
 
