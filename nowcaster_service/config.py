@@ -118,6 +118,15 @@ class ServiceConfig:
         default=300.0,
         metadata=option("--nowcast-timeout-s", "a nowcast that takes longer is given up", kind=float),
     )
+    engines_timeout_s: float = field(
+        default=120.0,
+        metadata=option(
+            "--engines-timeout-s",
+            "a service whose engines, or whose own process, cannot be reached for so long ends, unless it is on a "
+            "Ray cluster that was there before",
+            kind=float,
+        ),
+    )
     session_timeout_s: float = field(
         default=3600.0,
         metadata=option(
@@ -174,6 +183,8 @@ class ServiceConfig:
             raise ConfigError(
                 f"timeouts must rise: nowcast ({self.nowcast_timeout_s:g} s) < session ({self.session_timeout_s:g} s)"
             )
+        if not self.engines_timeout_s > 0:
+            raise ConfigError(f"--engines-timeout-s is {self.engines_timeout_s:g}; it must be above 0")
         if self.weights is not None and not self.weights.is_file():
             raise ConfigError(f"--weights {self.weights} is not a file")
         if self.tls is not None:
@@ -193,6 +204,11 @@ def require_ray_token() -> None:
     """
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def host_and_port(host: str, port: int) -> str:
+    """An address as clients write it: those of version 6 of the protocol have colons of their own."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:

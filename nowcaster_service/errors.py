@@ -74,5 +74,13 @@ class SaturatedError(ServiceError):
     kind = RefusalKind.SATURATED
 
 
+class EngineGoneError(SidecastError):
+    """An engine died, or was ended, with a call unanswered."""
+
+
+class ServiceLostError(SidecastError):
+    """The service cannot go on, and does not come back by itself."""
+
+
 class AddressError(SidecastError):
     """The service cannot listen where it was told to."""

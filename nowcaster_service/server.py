@@ -13,8 +13,10 @@ import grpc
 from google.protobuf.message import Message
 
 from sidecast.errors import SidecastError
+from sidecast.nowcaster_service.access.health import HEALTH_CHECK, NOT_SERVING, SERVING, asks_for
 from sidecast.nowcaster_service.access.rarely import Rarely
 from sidecast.nowcaster_service.access.reading import MAX_MESSAGE_BYTES, reader_of
+from sidecast.nowcaster_service.config import host_and_port
 from sidecast.nowcaster_service.errors import AddressError, MalformedError, ServiceError, UnauthenticatedError
 from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.protos import nowcast_pb2 as pb
@@ -63,7 +65,7 @@ def create_server(
         ],
     )
     server.add_generic_rpc_handlers((GrpcFace(servicer),))
-    address = f"{config.host}:{port}"
+    address = host_and_port(config.host, port)
     try:
         if config.tls is None:
             return server, server.add_insecure_port(address)
@@ -102,11 +104,14 @@ class GrpcFace(grpc.GenericRpcHandler):
             "Status": unary(self._answering(servicer.status), reader_of(pb.StatusRequest), _serialize),
         }
         self._methods = {f"/{SERVICE_NAME}/{name}": handler for name, handler in methods.items()}
+        self._health = unary(self._check_health)
         # Reads nothing: whoever has no token has no say in how much is received, or parsed.
         self._refusing = grpc.stream_stream_rpc_method_handler(self._refuse_unauthenticated)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         """Who answers a call; decided by its metadata alone, before any of its messages is read."""
+        if handler_call_details.method == HEALTH_CHECK:
+            return self._health
         method = self._methods.get(handler_call_details.method)
         return method if method is None or self._is_authorized(handler_call_details) else self._refusing
 
@@ -116,6 +121,11 @@ class GrpcFace(grpc.GenericRpcHandler):
         return token is None or hmac.compare_digest(
             _metadata(call, AUTHORIZATION_KEY).encode(), f"Bearer {token}".encode()
         )
+
+    async def _check_health(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        if not asks_for(request, SERVICE_NAME):
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no such service; there is {SERVICE_NAME}")
+        return NOT_SERVING if self._servicer.engines_fault else SERVING
 
     async def _refuse_unauthenticated(self, _: Any, context: grpc.aio.ServicerContext) -> None:
         await self._refuse(context, UnauthenticatedError("the call carries no token, or a wrong one"))

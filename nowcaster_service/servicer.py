@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -10,12 +11,13 @@ from zlib import crc32
 
 from sidecast.nowcaster_service.access.owner import check_secret
 from sidecast.nowcaster_service.admission import PredictorChecks, admit
-from sidecast.nowcaster_service.config import ServiceConfig
+from sidecast.nowcaster_service.config import MAX_CHUNK_BYTES, ServiceConfig
 from sidecast.nowcaster_service.dispatch import Dispatcher, Predictions
-from sidecast.nowcaster_service.errors import IncompatibleError, MalformedError
+from sidecast.nowcaster_service.errors import IncompatibleError, MalformedError, SaturatedError
 from sidecast.nowcaster_service.handover import Handover
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.session import Session
+from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.session_table import SessionTable
 from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
@@ -35,6 +37,10 @@ _OUTCOMES = {
 
 class Engines(PredictorChecks, Predictions, Protocol):
     """Whoever knows predictors and runs them."""
+
+    def fault(self) -> str:
+        """Why no nowcast can be made now; empty if they can be."""
+        ...
 
 
 class Servicer:
@@ -73,14 +79,19 @@ class Servicer:
             max_sessions=config.max_sessions,
             run_budget_bytes=config.run_budget_bytes or store.budget_bytes,
         )
-        self.handover = Handover(store.folder, self.sessions)
+        self.handover = Handover(store.folder, self.sessions, clock=clock)
         self._store = store
         self._engines = engines
-        self._dispatcher = Dispatcher(engines, config.nowcast_timeout_s)
+        self._dispatcher = Dispatcher(engines, config.nowcast_timeout_s, clock=clock)
         self._version = version
         self._clock = clock
         self._started_s = clock()
         metrics.history_budget_bytes.set(store.budget_bytes)
+
+    @property
+    def engines_fault(self) -> str:
+        """Why no nowcast can be made now; empty if they can be."""
+        return self._engines.fault()
 
     # In the order of nowcast.proto. Each call comes with the secret of the run that it is about; empty for none.
 
@@ -91,11 +102,20 @@ class Servicer:
         check_secret(secret, request.protocol_version)
         self.sessions.require_owner(request, secret)
         if self.sessions.find(request.session_id) is None:
-            settings = await admit(request, self._engines)
+            settings = await self._admitted(request)
             # A client that gave up waiting and asked again may have been faster.
             if self.sessions.find(request.session_id) is None:
                 self.sessions.begin(settings, request, secret)
         return pb.OpenReply(chunk_bytes=self.config.chunk_bytes, protocol_version=request.protocol_version)
+
+    async def _admitted(self, request: pb.OpenRequest) -> SessionSettings:
+        limit_s = self.config.nowcast_timeout_s
+        try:
+            return await asyncio.wait_for(admit(request, self._engines), limit_s)
+        except TimeoutError:
+            # It would keep its thread, and at last there would be none for the checks of other runs.
+            await self._engines.replace()
+            raise SaturatedError(f"predictor {request.predictor} took longer than {limit_s:g} s to set up") from None
 
     async def join(self, request: pb.JoinRequest, secret: str = "") -> pb.JoinReply:
         session = self.sessions.get_for(request.session_id, secret)
@@ -106,6 +126,11 @@ class Servicer:
 
     async def upload(self, frames: AsyncIterator[ChunkFrame], secret: str = "") -> pb.UploadReply:
         async for frame in frames:
+            if frame.shared_bytes > MAX_CHUNK_BYTES:
+                # Its checksum is computed on the event loop.
+                raise MalformedError(
+                    f"a chunk refers to {frame.shared_bytes} bytes of shared memory; allowed: {MAX_CHUNK_BYTES}"
+                )
             session = self.sessions.get_for(frame.key.session_id, secret)
             session.receive(frame)
             num_bytes = frame.shared_bytes or len(frame.data)
@@ -146,12 +171,13 @@ class Servicer:
             dtype=request.dtype,
         )
         sent = self.metrics.sent_bytes.labels(session.settings.run_id)
-        task.delta.pin()
-        try:
+        with self.sessions.fetches.begin(request.session_id, prediction) as fetch:
             stop = request.offset_bytes + request.num_bytes
             if request.num_bytes == 0:
                 stop = plan.travelling_bytes(request.dtype)
             for start in range(request.offset_bytes, stop, self.config.chunk_bytes):
+                # The client may have let it wait for as long as it liked.
+                fetch.require()
                 length = min(self.config.chunk_bytes, stop - start)
                 gather = plan.gather_halves if is_bf16 else plan.gather
                 data = gather(task.delta.view, start, length)
@@ -161,8 +187,6 @@ class Servicer:
                 else:
                     yield ChunkFrame(key, start, crc32(data), data)
                 sent.inc(length)
-        finally:
-            task.delta.unpin()
 
     async def report(self, request: pb.ReportRequest, secret: str = "") -> pb.ReportReply:
         session = self.sessions.get_for(request.session_id, secret)
@@ -183,6 +207,7 @@ class Servicer:
             uptime_seconds=self._clock() - self._started_s,
             history_bytes=self._store.used_bytes,
             history_budget_bytes=self._store.budget_bytes,
+            engines_fault=self.engines_fault,
             sessions=[]
             if request.without_sessions
             else [

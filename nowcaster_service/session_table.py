@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 
+from sidecast.nowcaster_service.access.fetches import Fetches
 from sidecast.nowcaster_service.access.owner import Owner
 from sidecast.nowcaster_service.errors import MalformedError, SaturatedError, UnknownSessionError, WrongStateError
 from sidecast.nowcaster_service.metrics import ServiceMetrics
@@ -36,6 +37,9 @@ class SessionTable:
         session_timeout_s: A session that nobody has used or watched for so long is ended.
         max_sessions: How many may be open at once.
         run_budget_bytes: Most history that one of them may need.
+
+    Attributes:
+        fetches: Under way.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class SessionTable:
         self._sessions: dict[str, Session] = {}
         self._last_seen_s: dict[str, float] = {}
         self._owners: dict[str, Owner] = {}
+        self.fetches = Fetches()
         self._watchers: dict[str, list[Watcher]] = {}
         self._superseded: deque[str] = deque(maxlen=MAX_SUPERSEDED)
 
@@ -212,6 +217,7 @@ class SessionTable:
 
     def _end(self, session_id: str) -> None:
         self._sessions.pop(session_id).close()
+        self.fetches.end(session_id)
         # The next model may have another size; an idle service holds nothing.
         self._store.drop_spares()
         self._last_seen_s.pop(session_id, None)
@@ -250,6 +256,7 @@ class SessionTable:
                 self._metrics.snapshots.labels(run, "aborted").inc()
                 log.warning("snapshot of step %d aborted: %s", event.step, event.reason)
             case Prediction():
+                self.fetches.replace(session_id, event.task.version)
                 self._metrics.predictions.labels(run, "published").inc()
                 self._metrics.nowcast_seconds.labels(run, session.settings.predictor).observe(event.nowcast_s)
                 self._metrics.relative_norm.labels(run).set(event.relative_norm)

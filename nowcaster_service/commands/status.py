@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
         except grpc.RpcError as error:
             raise SidecastError(f"no answer from {args.endpoint}: {error.code().name}: {error.details()}") from error
     sys.stdout.write(render(reply))
-    return 0
+    # So that a health check sees it: sessions are kept, and nothing comes of them.
+    return 1 if reply.engines_fault else 0
 
 
 def render(reply: object) -> str:
@@ -61,6 +62,8 @@ def render(reply: object) -> str:
         f"history {reply.history_bytes / 2**20:.1f} of {reply.history_budget_bytes / 2**20:.0f} MiB, "
         f"{len(reply.sessions)} session(s)"
     ]
+    if reply.engines_fault:
+        lines.append(f"no nowcasts: {reply.engines_fault}")
     for item in reply.sessions:
         history = ", ".join(str(step) for step in item.history_steps) or "empty"
         lines += [

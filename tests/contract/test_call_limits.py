@@ -175,3 +175,40 @@ def test_rarely_counts_what_it_leaves_out() -> None:
     assert [rarely.num_unsaid("a"), rarely.num_unsaid("a")] == [2, None]
     said = [rarely.num_unsaid(number) for number in range(2 * MAX_KINDS)]
     assert said.count(0) <= MAX_KINDS
+
+
+def test_a_courier_reads_its_token_anew_whenever_it_connects(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("yesterday's\n")
+    with RunningService(tmp_path, token=TOKEN) as service:
+        waits = {"connect_s": WAIT_S, "chunk_s": WAIT_S, "stream_s": WAIT_S}
+        settings = ClientSettings(endpoint=service.endpoint, token_file=str(path), tls_ca=None, **waits)
+        client = NowcastClient(settings)
+        with pytest.raises(RefusedError, match="carries no token, or a wrong one"):
+            client.wait_reachable()
+        path.write_text(f"{TOKEN}\n")
+        client.act_for("a run's own secret")
+        client.wait_reachable()
+        # It is being replaced just now.
+        path.unlink()
+        client.act_for("a run's own secret")
+        client.wait_reachable()
+        client.close()
+
+
+def test_an_orchestrator_learns_whether_the_service_is_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(service: RunningService, name: str) -> bytes:
+        check = service.channel.unary_unary("/grpc.health.v1.Health/Check")
+        reply: bytes = check(b"\x0a" + bytes((len(name),)) + name.encode(), timeout=WAIT_S)
+        return reply
+
+    with RunningService(tmp_path, token=TOKEN) as service:
+        for name in ("", SERVICE_NAME):
+            assert asked(service, name) == b"\x08\x01"
+        with pytest.raises(grpc.RpcError) as refused:
+            asked(service, "another")
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+        monkeypatch.setattr(service.engines, "fault", lambda: "no engine has answered for 20 s")
+        assert asked(service, "") == b"\x08\x02"
+        reply = service.stub.Status(pb.StatusRequest(), metadata=((AUTHORIZATION_KEY, f"Bearer {TOKEN}"),))
+        assert reply.engines_fault == "no engine has answered for 20 s"
