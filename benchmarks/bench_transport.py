@@ -87,6 +87,15 @@ class CopyEngines:
     async def check(self, request: PredictorRequest) -> PredictorAnswer:
         return PredictorAnswer(max_horizon=1)
 
+    async def ready(self) -> None:
+        """They always are."""
+
+    async def replace(self) -> None:
+        raise AssertionError("nothing takes long here")
+
+    def fault(self) -> str:
+        return ""
+
     async def predict(self, request: NowcastRequest) -> NowcastAnswer:
         newest = np.memmap(request.state_paths[-1], np.uint8, "r")
         np.memmap(request.delta_path, np.uint8, "r+")[:] = newest

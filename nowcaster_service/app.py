@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
-from concurrent.futures import Future
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 import ray
 from prometheus_client import CollectorRegistry, start_http_server
 
-from sidecast.errors import ConfigError
-from sidecast.nowcaster_service.config import ServiceConfig
+from sidecast.errors import ConfigError, SidecastError
+from sidecast.nowcaster_service.config import ServiceConfig, host_and_port
 from sidecast.nowcaster_service.engine_pool import DividedRunner
-from sidecast.nowcaster_service.errors import AddressError
+from sidecast.nowcaster_service.errors import AddressError, EngineGoneError, ServiceLostError
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import (
     NowcastAnswer,
@@ -33,8 +39,20 @@ from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos.transport import BULK_ENVIRONMENT
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 EXPIRY_INTERVAL_S = 30.0
+# How often somebody asks whether the engines, and the ingress, are there; and after which silence they count as gone.
+WATCH_INTERVAL_S = 2.0
+SILENCE_S = 15.0
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
+# At a first start: Ray opens ports of its own just before, of which one may be ours.
+FIRST_BIND_S = 10.0
+START_TIMEOUT_S = 600.0
+SAY_INTERVAL_S = 30.0
+POLL_S = 0.5
+# Runs whose predictors are set up at once; a slow one must not be in the others' way.
+CHECK_THREADS = 8
 STOP_GRACE_S = 2.0
 # Ray may start the next ingress a little before the system has cleared the last one away.
 LOCK_TIMEOUT_S = 10.0
@@ -58,8 +76,14 @@ class EngineActor:
             else DividedRunner(config.num_engines, config.engine_threads, config.engine_gpus)
         )
         self._nowcasting = Nowcasting(config.weights, device=config.device, runner=runner)
+        self._life = uuid.uuid4().hex
 
-    # In a thread of its own: a run that opens must not wait for the nowcast of another.
+    @ray.method(concurrency_group="life")
+    def life(self) -> str:
+        """Names this actor's process; another one has another name."""
+        return self._life
+
+    # In threads of their own: a run that opens must not wait for the nowcast of another, nor for another's check.
     @ray.method(concurrency_group="checks")
     def check(self, request: PredictorRequest) -> PredictorAnswer:
         return self._nowcasting.check(request)
@@ -74,19 +98,63 @@ class EngineActor:
 
 
 class RayEngines:
-    """The engine actor as the servicer sees it."""
+    """The engine actor as the servicer sees it. Ray starts it again whenever it dies."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+        self._life = ""
+        self._answered_s = time.monotonic()
 
     async def check(self, request: PredictorRequest) -> PredictorAnswer:
-        return await self._actor.check.remote(request)
+        await self.ready()
+        return await self._call(self._actor.check, request)
 
     async def predict(self, request: NowcastRequest) -> NowcastAnswer:
-        return await self._actor.predict.remote(request)
+        return await self._call(self._actor.predict, request)
 
     async def push(self, request: PushRequest) -> NowcastAnswer:
-        return await self._actor.push.remote(request)
+        return await self._call(self._actor.push, request)
+
+    async def ready(self) -> None:
+        await self._await_life(lambda life: True)
+
+    async def replace(self) -> None:
+        ended = self._life
+        # Ray starts another one.
+        ray.kill(self._actor, no_restart=False)
+        await self._await_life(lambda life: life != ended)
+
+    def fault(self) -> str:
+        silent_s = time.monotonic() - self._answered_s
+        return f"no engine has answered for {silent_s:.0f} s" if silent_s > SILENCE_S else ""
+
+    async def watch(self) -> NoReturn:
+        """Asks the engine for a sign of life for ever."""
+        while True:
+            await self.ready()
+            await asyncio.sleep(WATCH_INTERVAL_S)
+
+    async def _await_life(self, is_wanted: Callable[[str], bool]) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            try:
+                life = await self._call(self._actor.life)
+            except EngineGoneError:
+                life = ""
+            if life and is_wanted(life):
+                self._life, self._answered_s = life, time.monotonic()
+                return
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+    async def _call(self, method: Any, *args: Any) -> Any:
+        try:
+            return await method.remote(*args)
+        except ray.exceptions.RayTaskError:
+            # Of the call itself, not of the engine.
+            raise
+        except ray.exceptions.RayError as error:
+            raise EngineGoneError(f"the engine is gone: {str(error).splitlines()[0]}") from error
 
 
 class IngressActor:
@@ -101,50 +169,93 @@ class IngressActor:
         self._started: Future[int] = Future()
         self._loop = asyncio.new_event_loop()
         self._server: grpc.aio.Server | None = None
+        self._store: HistoryStore | None = None
         # Looked up by name: a handle among the constructor's arguments would not survive a restart of this actor.
-        engines = RayEngines(ray.get_actor(ENGINE_NAME))
-        threading.Thread(target=self._run, args=(engines,), name="grpc", daemon=True).start()
+        self._engines = RayEngines(ray.get_actor(ENGINE_NAME))
+        threading.Thread(target=self._run, name="grpc", daemon=True).start()
 
     def address(self) -> str:
         """Where the gRPC server listens; waits until it does."""
-        return f"{self._config.host}:{self._started.result()}"
+        return host_and_port(self._config.host, self._started.result())
+
+    def health(self) -> str:
+        """Why the service is of no use now; empty if it is. Waits until it has started."""
+        self._started.result()
+        return self._engines.fault()
 
     def stop(self) -> None:
-        """Ends the gRPC server, letting calls in flight finish."""
+        """Ends the gRPC server, letting calls in flight finish, and removes the histories."""
         server = self._server
         if server is not None:
             asyncio.run_coroutine_threadsafe(server.stop(STOP_GRACE_S), self._loop).result()
+        if self._store is not None:
+            self._store.close()
 
-    def _run(self, engines: RayEngines) -> None:
+    def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            servicer = self._loop.run_until_complete(self._start(engines))
+            servicer = self._loop.run_until_complete(self._start())
         except BaseException as error:
             # Nobody asks for the address of one that Ray has started again.
             log.error("the gRPC server cannot start: %s", error)
             self._started.set_exception(error)
             return
-        self._loop.create_task(_expire_for_ever(servicer))
+        tasks = [self._loop.create_task(work) for work in (_expire_for_ever(servicer), self._engines.watch())]
         self._loop.run_forever()
+        del tasks
 
-    async def _start(self, engines: RayEngines) -> Servicer:
+    async def _start(self) -> Servicer:
         config = self._config
+        # Others may have taken the port of one that died, if only as the near end of a connection: it is waited for.
+        # A first start says at once that it cannot be.
+        with warnings.catch_warnings():
+            # Ray's own code uses what Ray deprecates.
+            warnings.simplefilter("ignore")
+            is_restart = ray.get_runtime_context().was_current_actor_reconstructed
+        bind = partial(_until_free, deadline_s=math.inf if is_restart else time.monotonic() + FIRST_BIND_S)
         metrics = ServiceMetrics(CollectorRegistry())
         if config.metrics_port is not None:
-            try:
-                start_http_server(config.metrics_port, addr=config.host, registry=metrics.registry)
-            except OSError as error:
-                raise AddressError(
-                    f"cannot serve metrics at {config.host}:{config.metrics_port}: {error.strerror} (--metrics-port)"
-                ) from error
-        store = HistoryStore(config.history_dir, config.history_budget_bytes, LOCK_TIMEOUT_S)
-        servicer = Servicer(config, store, engines, metrics, version=version("sidecast"))
-        server, port = create_server(servicer, config.port)
+            await bind(lambda: _serve_metrics(config, metrics.registry))
+        # One thread: what is removed is removed in order, and all runs go on meanwhile.
+        remover = ThreadPoolExecutor(1, thread_name_prefix="remover")
+        self._store = store = HistoryStore(
+            config.history_dir, config.history_budget_bytes, LOCK_TIMEOUT_S, remove=remover.submit
+        )
+        servicer = Servicer(config, store, self._engines, metrics, version=version("sidecast"))
+        server, port = await bind(lambda: create_server(servicer, config.port))
         servicer.handover.start()
         await server.start()
         self._server = server
         self._started.set_result(port)
         return servicer
+
+
+def _serve_metrics(config: ServiceConfig, registry: CollectorRegistry) -> None:
+    assert config.metrics_port is not None
+    try:
+        start_http_server(config.metrics_port, addr=config.host, registry=registry)
+    except OSError as error:
+        raise AddressError(
+            f"cannot serve metrics at {config.host}:{config.metrics_port}: {error.strerror} (--metrics-port)"
+        ) from error
+
+
+async def _until_free(listen: Callable[[], T], deadline_s: float) -> T:
+    """Tries to listen at a port until it is free.
+
+    Raises:
+        AddressError: It was not by the deadline, on the monotonic clock.
+    """
+    backoff_s = FIRST_BACKOFF_S
+    while True:
+        try:
+            return listen()
+        except AddressError as error:
+            if time.monotonic() >= deadline_s:
+                raise
+            log.warning("%s; trying again", error)
+        await asyncio.sleep(backoff_s)
+        backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
 
 async def _expire_for_ever(servicer: Servicer) -> None:
@@ -162,6 +273,8 @@ class Application:
     """
 
     def __init__(self, config: ServiceConfig, ray_address: str | None = None) -> None:
+        self._is_own_ray = ray_address is None
+        self._engines_timeout_s = config.engines_timeout_s
         if ray_address is None:
             os.environ.update(LOCAL_RAY_ENVIRONMENT)
             ray.init(
@@ -183,29 +296,75 @@ class Application:
             num_cpus=int(works),
             num_gpus=config.engine_gpus if works else 0,
             max_restarts=-1,
-            concurrency_groups={"checks": 1, "pushes": 1},
+            concurrency_groups={"checks": CHECK_THREADS, "pushes": 1, "life": 1},
         )(EngineActor)
         ingress = actor(num_cpus=0, max_restarts=-1, runtime_env={"env_vars": BULK_ENVIRONMENT})(IngressActor)
         self._engine = engine.options(name=ENGINE_NAME).remote(config)
         # Ray's types do not follow an actor class made by a call.
         self._ingress: Any = ingress.options(max_concurrency=INGRESS_CALLS).remote(config)
 
-    def address(self) -> str:
+    def address(self, stop: threading.Event) -> str | None:
         """Where the gRPC server listens; waits until it does.
+
+        Args:
+            stop: Ends the waiting.
+
+        Returns:
+            HOST:PORT; None once ``stop`` is set.
 
         Raises:
             SidecastError: It cannot listen there.
+            ServiceLostError: It has not begun to in ``START_TIMEOUT_S``.
         """
-        try:
-            return str(ray.get(self._ingress.address.remote()))
-        except ray.exceptions.RayTaskError as error:
-            # Its own text is the actor's traceback; what the actor refused is one line.
-            raise error.cause from error
+        began_s = time.monotonic()
+        said_s = began_s
+        address = self._ingress.address.remote()
+        while not stop.is_set():
+            # In short waits: a signal's handler runs between them.
+            if ray.wait([address], timeout=POLL_S)[0]:
+                try:
+                    return str(ray.get(address))
+                except ray.exceptions.RayTaskError as error:
+                    # Its own text is the actor's traceback; what the actor refused is one line.
+                    raise error.cause from error
+                except ray.exceptions.RayError:
+                    # It died meanwhile, and Ray starts it again.
+                    stop.wait(POLL_S)
+                    address = self._ingress.address.remote()
+            now_s = time.monotonic()
+            if now_s - began_s > START_TIMEOUT_S:
+                raise ServiceLostError(f"the service's process has not started within {START_TIMEOUT_S:g} s")
+            if now_s - said_s > SAY_INTERVAL_S:
+                said_s = now_s
+                log.warning("still waiting for Ray to start the service's process, for %.0f s", now_s - began_s)
+        return None
+
+    def watch(self, stop: threading.Event) -> None:
+        """Returns once ``stop`` is set.
+
+        Raises:
+            ServiceLostError: The service cannot be reached, or has no engines, and has not come back.
+        """
+        well_s = time.monotonic()
+        while not stop.wait(WATCH_INTERVAL_S):
+            try:
+                fault = str(ray.get(self._ingress.health.remote(), timeout=SILENCE_S))
+                # The nodes of somebody else's cluster come and go; sessions are kept for them.
+                is_lost = bool(fault) and self._is_own_ray
+            except (ray.exceptions.RayError, SidecastError) as error:
+                fault, is_lost = f"the service's process is gone: {str(error).splitlines()[0]}", True
+            if not is_lost:
+                well_s = time.monotonic()
+            elif time.monotonic() - well_s > self._engines_timeout_s:
+                raise ServiceLostError(f"{fault}, and it has not come back within {self._engines_timeout_s:g} s")
 
     def stop(self) -> None:
         """Ends the service and, if it was started here, Ray."""
         try:
             ray.get(self._ingress.stop.remote(), timeout=2 * STOP_GRACE_S)
+        except ray.exceptions.RayError as error:
+            # It is ending anyhow.
+            log.warning("the service's process did not end in order: %s", str(error).splitlines()[0])
         finally:
             ray.shutdown()
 

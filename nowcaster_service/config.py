@@ -81,6 +81,19 @@ class ServiceConfig:
         default=16 * GIB,
         metadata=option("--history-gib", "history budget of all runs together, in GiB", kind=float, unit=GIB),
     )
+    run_budget_bytes: int | None = field(
+        default=None,
+        metadata=option(
+            "--history-gib-per-run",
+            "most history that one run may ask for, in GiB",
+            kind=float,
+            unit=GIB,
+            default="all of it",
+        ),
+    )
+    max_sessions: int = field(
+        default=1000, metadata=option("--max-sessions", "runs that may be open at once", kind=int)
+    )
     chunk_bytes: int = field(
         default=1024 * KIB,
         metadata=option("--chunk-kib", "message size in KiB, both ways", kind=int, unit=KIB),
@@ -104,6 +117,15 @@ class ServiceConfig:
     nowcast_timeout_s: float = field(
         default=300.0,
         metadata=option("--nowcast-timeout-s", "a nowcast that takes longer is given up", kind=float),
+    )
+    engines_timeout_s: float = field(
+        default=120.0,
+        metadata=option(
+            "--engines-timeout-s",
+            "a service whose engines, or whose own process, cannot be reached for so long ends, unless it is on a "
+            "Ray cluster that was there before",
+            kind=float,
+        ),
     )
     session_timeout_s: float = field(
         default=3600.0,
@@ -139,6 +161,13 @@ class ServiceConfig:
             )
         if self.history_budget_bytes <= 0:
             raise ConfigError(f"the history budget is {self.history_budget_bytes} bytes; it must be positive")
+        if self.run_budget_bytes is not None and not 0 < self.run_budget_bytes <= self.history_budget_bytes:
+            raise ConfigError(
+                f"the history budget of one run is {self.run_budget_bytes} bytes; allowed: 1 to that of all runs "
+                f"({self.history_budget_bytes})"
+            )
+        if self.max_sessions < 1:
+            raise ConfigError(f"--max-sessions is {self.max_sessions}; it must be at least 1")
         if self.num_engines < 1:
             raise ConfigError(f"--engines is {self.num_engines}; it must be at least 1")
         if self.engine_threads < 1:
@@ -154,6 +183,8 @@ class ServiceConfig:
             raise ConfigError(
                 f"timeouts must rise: nowcast ({self.nowcast_timeout_s:g} s) < session ({self.session_timeout_s:g} s)"
             )
+        if not self.engines_timeout_s > 0:
+            raise ConfigError(f"--engines-timeout-s is {self.engines_timeout_s:g}; it must be above 0")
         if self.weights is not None and not self.weights.is_file():
             raise ConfigError(f"--weights {self.weights} is not a file")
         if self.tls is not None:
@@ -173,6 +204,11 @@ def require_ray_token() -> None:
     """
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def host_and_port(host: str, port: int) -> str:
+    """An address as clients write it: those of version 6 of the protocol have colons of their own."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
+from sidecast.nowcaster_service.engines.turns import Turns
+from sidecast.nowcaster_service.errors import EngineGoneError
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorRequest
 from sidecast.nowcaster_service.pushing import PushRequest
 from sidecast.nowcaster_service.session import Session
@@ -23,19 +26,30 @@ class Predictions(Protocol):
 
     async def push(self, request: PushRequest) -> NowcastAnswer: ...
 
+    async def ready(self) -> None:
+        """Returns once an engine can begin."""
+        ...
+
+    async def replace(self) -> None:
+        """Ends an engine that may never answer; what it was doing raises EngineGoneError. Returns once it is gone."""
+        ...
+
 
 class Dispatcher:
     """Runs nowcasts as tasks of the event loop.
 
     Args:
         engines: Who makes them.
-        timeout_s: One that takes longer is given up.
+        timeout_s: One that an engine takes longer for is given up, and so is the engine.
+        clock: Monotonic seconds.
     """
 
-    def __init__(self, engines: Predictions, timeout_s: float) -> None:
+    def __init__(self, engines: Predictions, timeout_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._engines = engines
         self._timeout_s = timeout_s
         self._tasks: set[asyncio.Task[None]] = set()
+        # A push is worth little after a few steps: it waits for other pushes only.
+        self._nowcasts, self._pushes = Turns(clock=clock), Turns(clock=clock)
 
     def start(self, session: Session, task: NowcastTask) -> None:
         """Begins a nowcast, whose end the session will be told."""
@@ -43,9 +57,9 @@ class Dispatcher:
 
     async def _nowcast(self, session: Session, task: NowcastTask) -> None:
         try:
-            answer = await asyncio.wait_for(self._ask(session.settings, task), self._timeout_s)
-        except TimeoutError:
-            answer = NowcastAnswer(refusal=f"the nowcast took longer than {self._timeout_s:g} s")
+            turns = self._pushes if isinstance(task, PushTask) else self._nowcasts
+            async with turns.turn(session.settings.run_id):
+                answer = await self._made(session.settings, task)
         except Exception:
             log.exception("the nowcast of step %d failed", task.base_step)
             answer = NowcastAnswer(refusal="the predictor failed; the service's log says how")
@@ -53,6 +67,22 @@ class Dispatcher:
         if not answer.refusal and not answer.is_empty:
             prediction = Prediction(task, answer.digest, answer.relative_norm, answer.nowcast_s)
         session.finish(task, prediction, answer.refusal)
+
+    async def _made(self, settings: SessionSettings, task: NowcastTask) -> NowcastAnswer:
+        # A nowcast can be made again from the same states if its engine dies, a push not: it goes into the average.
+        for _ in range(1 if isinstance(task, PushTask) else 2):
+            await self._engines.ready()
+            try:
+                # From when the engine has nothing else to do: waiting is nobody's fault.
+                return await asyncio.wait_for(self._ask(settings, task), self._timeout_s)
+            except TimeoutError:
+                log.warning("the nowcast of step %d takes too long: its engine is replaced", task.base_step)
+                # Before anybody else's turn, and before files are let go that it may still write to.
+                await self._engines.replace()
+                return NowcastAnswer(refusal=f"the nowcast took longer than {self._timeout_s:g} s")
+            except EngineGoneError as error:
+                log.warning("the nowcast of step %d was not made: %s", task.base_step, error)
+        return NowcastAnswer(refusal="the engine ended in the middle of it")
 
     async def _ask(self, settings: SessionSettings, task: NowcastTask) -> NowcastAnswer:
         if isinstance(task, PushTask):

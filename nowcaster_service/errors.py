@@ -26,6 +26,12 @@ class UnauthenticatedError(ServiceError):
     kind = RefusalKind.UNAUTHENTICATED
 
 
+class ForbiddenError(ServiceError):
+    """The run is protected, and the call does not carry its secret."""
+
+    kind = RefusalKind.FORBIDDEN
+
+
 class IncompatibleError(ServiceError):
     """The caller speaks a version of the protocol that the service does not."""
 
@@ -66,6 +72,14 @@ class SaturatedError(ServiceError):
     """Not enough room for it."""
 
     kind = RefusalKind.SATURATED
+
+
+class EngineGoneError(SidecastError):
+    """An engine died, or was ended, with a call unanswered."""
+
+
+class ServiceLostError(SidecastError):
+    """The service cannot go on, and does not come back by itself."""
 
 
 class AddressError(SidecastError):

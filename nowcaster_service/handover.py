@@ -15,6 +15,8 @@ import os
 import secrets
 import socket
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sidecast.nowcaster_service.errors import ServiceError, UnknownSessionError
@@ -28,6 +30,8 @@ MAX_PATH_BYTES = 107
 TICKET_BYTES = 16
 MAX_BUFFERS = 8
 HANDOVER_S = 5.0
+# A courier shows its ticket as soon as it has it.
+TICKET_S = 60.0
 ACCEPTED = b"k"
 _CREDENTIALS = struct.Struct("3i")
 
@@ -42,12 +46,16 @@ class Handover:
     Args:
         folder: Only this user's.
         sessions: Who uses the buffers.
+        clock: Monotonic seconds.
     """
 
-    def __init__(self, folder: Path, sessions: SessionTable) -> None:
+    def __init__(self, folder: Path, sessions: SessionTable, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.path = folder / SOCKET_NAME
         self._sessions = sessions
-        self._tickets: dict[bytes, tuple[str, int]] = {}
+        self._clock = clock
+        # In the order in which they were issued; a rank has one at most.
+        self._tickets: dict[bytes, tuple[tuple[str, int], float]] = {}
+        self._ticket_of: dict[tuple[str, int], bytes] = {}
         self._listener: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -76,11 +84,32 @@ class Handover:
         """Where a rank can hand over its buffers, and the ticket for it; empty if nowhere."""
         if self._listener is None:
             return "", b""
+        self.forget_old()
         # A rank that joins again has lost its former ticket.
-        self._tickets = {key: owner for key, owner in self._tickets.items() if owner != (session_id, rank)}
+        self._take_ticket(self._ticket_of.get((session_id, rank), b""))
         ticket = secrets.token_bytes(TICKET_BYTES)
-        self._tickets[ticket] = (session_id, rank)
+        self._tickets[ticket] = (session_id, rank), self._clock()
+        self._ticket_of[session_id, rank] = ticket
         return str(self.path), ticket
+
+    @property
+    def num_tickets(self) -> int:
+        """How many are good."""
+        return len(self._tickets)
+
+    def forget_old(self) -> None:
+        """Drops the tickets that a courier would have shown by now."""
+        while self._tickets:
+            ticket, (_, issued_s) = next(iter(self._tickets.items()))
+            if self._clock() - issued_s <= TICKET_S:
+                return
+            self._take_ticket(ticket)
+
+    def _take_ticket(self, ticket: bytes) -> tuple[str, int] | None:
+        owner, _ = self._tickets.pop(ticket, (None, 0.0))
+        if owner is not None:
+            del self._ticket_of[owner]
+        return owner
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -90,9 +119,10 @@ class Handover:
             with connection:
                 try:
                     await asyncio.wait_for(self._take(connection), HANDOVER_S)
-                except (OSError, TimeoutError, ServiceError) as error:
-                    # The courier notices the missing answer and uses the network.
-                    log.warning("a courier's buffers were not taken: %s", error)
+                except Exception as error:
+                    # Whatever it is: the next courier is not to suffer for it. This one notices the missing answer and
+                    # uses the network.
+                    log.warning("a courier's buffers were not taken: %s", error or type(error).__name__)
 
     async def _take(self, connection: socket.socket) -> None:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
@@ -103,7 +133,8 @@ class Handover:
         await _readable(connection)
         ticket, descriptors, _, _ = socket.recv_fds(connection, TICKET_BYTES, MAX_BUFFERS)
         try:
-            owner = self._tickets.pop(ticket, None)
+            self.forget_old()
+            owner = self._take_ticket(ticket)
             if owner is None:
                 raise HandoverError("the ticket is not one of ours, or was used before")
             session_id, rank = owner
@@ -133,4 +164,7 @@ def _mapped(descriptor: int) -> memoryview:
     if not seals & fcntl.F_SEAL_SHRINK:
         # Reading memory that its owner has cut off would kill the service.
         raise HandoverError("a buffer is not sealed against shrinking")
-    return memoryview(mmap.mmap(descriptor, os.fstat(descriptor).st_size))
+    num_bytes = os.fstat(descriptor).st_size
+    if num_bytes == 0:
+        raise HandoverError("a buffer is empty")
+    return memoryview(mmap.mmap(descriptor, num_bytes))

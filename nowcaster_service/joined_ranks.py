@@ -23,7 +23,10 @@ class JoinedRanks:
         self._session_id = session_id
         self._manifest = manifest
         self._world_size = world_size
+        self._numels = [spec.numel for spec in manifest.parameters]
         self._upload_shards: dict[int, tuple[ShardSpec, ...]] = {}
+        self._fetch_shards: dict[int, tuple[ShardSpec, ...]] = {}
+        self._is_checked = False
         self._upload_plans: dict[int, RankPlan] = {}
         self._fetch_plans: dict[int, RankPlan] = {}
         self._shared: dict[int, tuple[memoryview, ...]] = {}
@@ -39,17 +42,27 @@ class JoinedRanks:
             MalformedError: A rank or range that the model does not have, or ranges that overlap or leave gaps.
         """
         self.require(rank, must_have_joined=False)
-        numels = [spec.numel for spec in self._manifest.parameters]
+        upload_shards, fetch_shards = tuple(upload_shards), tuple(fetch_shards)
+        if (upload_shards, fetch_shards) == (self._upload_shards.get(rank), self._fetch_shards.get(rank)):
+            # As after a break of the connection: all ranks come again at once, and nothing is to be checked anew.
+            self._shared.pop(rank, None)
+            return
+        numels = self._numels
         for shard in (*upload_shards, *fetch_shards):
             if not (0 <= shard.parameter < len(numels) and 0 <= shard.start < shard.stop <= numels[shard.parameter]):
                 raise MalformedError(f"rank {rank} names {shard}, which the model does not have")
-        candidate = {**self._upload_shards, rank: tuple(upload_shards)}
-        if len(candidate) == self._world_size:
+        if self._is_checked:
+            # The others' cover all but what this one's did.
+            if _covered(upload_shards) != _covered(self._upload_shards[rank]):
+                raise MalformedError(f"rank {rank} names other elements than it did when all ranks had joined")
+        elif len({*self._upload_shards, rank}) == self._world_size:
+            candidate = {**self._upload_shards, rank: upload_shards}
             fault = coverage_error(numels, [candidate[index] for index in range(self._world_size)])
             if fault is not None:
                 raise MalformedError(f"the ranks' ranges do not cover the model exactly once: {fault}")
+            self._is_checked = True
         self._shared.pop(rank, None)
-        self._upload_shards = candidate
+        self._upload_shards[rank], self._fetch_shards[rank] = upload_shards, fetch_shards
         self._upload_plans[rank] = RankPlan(self._manifest, upload_shards)
         self._fetch_plans[rank] = RankPlan(self._manifest, fetch_shards)
 
@@ -95,3 +108,14 @@ class JoinedRanks:
     def forget_shared(self) -> None:
         """Lets go of all memory of ranks."""
         self._shared.clear()
+
+
+def _covered(shards: Sequence[ShardSpec]) -> list[tuple[int, int, int]]:
+    """``(parameter, start, stop)`` of what shards hold, in order, neighbours put together; overlaps stay apart."""
+    covered: list[tuple[int, int, int]] = []
+    for shard in sorted(shards):
+        if covered and covered[-1][0] == shard.parameter and covered[-1][2] == shard.start:
+            covered[-1] = (shard.parameter, covered[-1][1], shard.stop)
+        else:
+            covered.append((shard.parameter, shard.start, shard.stop))
+    return covered

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from sidecast.protos.bf16 import round_in_place
 from sidecast.protos.codec import buffer_digest
 
 DIGEST_BLOCK_BYTES = 1 << 24
+# Those used last; another one is made anew when a run asks for it.
+MAX_PREDICTORS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +139,8 @@ class Nowcasting:
         self._runner = LocalRunner() if runner is None else runner
         # Checks and predictions run in threads of their own.
         self._lock = threading.Lock()
-        self._predictors: dict[tuple[str, str], Predictor] = {}
+        self._predictors: OrderedDict[tuple[str, str], Predictor] = OrderedDict()
+        self._being_made: dict[tuple[str, str], threading.Lock] = {}
 
     def check(self, request: PredictorRequest) -> PredictorAnswer:
         """Builds the predictor and everything that it derives from the model, or says why it cannot."""
@@ -179,12 +183,32 @@ class Nowcasting:
     def _predictor(self, request: PredictorRequest) -> Predictor:
         key = (request.predictor, repr(sorted(request.options.items())))
         with self._lock:
+            being_made = self._being_made.setdefault(key, threading.Lock())
+        # Those who need the same wait for one another, and nobody for the making of something else.
+        with being_made:
+            if (predictor := self._kept(key)) is not None:
+                return predictor
+            weights = self._weights if takes_option(request.predictor, "weights") else None
+            options = dict(request.options)
+            if self._device is not None and takes_option(request.predictor, "device"):
+                options.setdefault("device", self._device)
+            try:
+                predictor = create_predictor(request.predictor, weights=weights, options=options)
+                with self._lock:
+                    self._predictors[key] = predictor
+                    if len(self._predictors) > MAX_PREDICTORS:
+                        self._predictors.popitem(last=False)
+            finally:
+                with self._lock:
+                    self._being_made.pop(key, None)
+            return predictor
+
+    def _kept(self, key: tuple[str, str]) -> Predictor | None:
+        with self._lock:
             if key not in self._predictors:
-                weights = self._weights if takes_option(request.predictor, "weights") else None
-                options = dict(request.options)
-                if self._device is not None and takes_option(request.predictor, "device"):
-                    options.setdefault("device", self._device)
-                self._predictors[key] = create_predictor(request.predictor, weights=weights, options=options)
+                return None
+            self._being_made.pop(key, None)
+            self._predictors.move_to_end(key)
             return self._predictors[key]
 
 

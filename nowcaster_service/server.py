@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, NoReturn
@@ -12,17 +13,24 @@ import grpc
 from google.protobuf.message import Message
 
 from sidecast.errors import SidecastError
-from sidecast.nowcaster_service.errors import AddressError, ServiceError, UnauthenticatedError
+from sidecast.nowcaster_service.access.health import HEALTH_CHECK, NOT_SERVING, SERVING, asks_for
+from sidecast.nowcaster_service.access.rarely import Rarely
+from sidecast.nowcaster_service.access.reading import MAX_MESSAGE_BYTES, reader_of
+from sidecast.nowcaster_service.config import host_and_port
+from sidecast.nowcaster_service.errors import AddressError, MalformedError, ServiceError, UnauthenticatedError
 from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.protos import nowcast_pb2 as pb
-from sidecast.protos.codec import ChunkFrame, CodecError, decode_chunk, encode_chunk
+from sidecast.protos.codec import encode_chunk
 from sidecast.protos.refusals import REFUSAL_KEY, RefusalKind
-from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
+from sidecast.protos.transport import AUTHORIZATION_KEY, BULK_OPTIONS, RUN_SECRET_KEY, SERVICE_NAME
 
 log = logging.getLogger(__name__)
 
-AUTHORIZATION = "authorization"
 KEEPALIVE_MS = 60_000
+# Calls at once. A rank watches, and uploads or fetches over a few connections: thousands of ranks fit.
+MAX_CALLS = 1 << 15
+MAX_REFUSAL_CHARACTERS = 2_000
+FAILURE_LOG_INTERVAL_S = 60.0
 
 
 def create_server(
@@ -44,8 +52,10 @@ def create_server(
     config = servicer.config
     server = grpc.aio.server(
         interceptors=interceptors,
+        maximum_concurrent_rpcs=MAX_CALLS,
         options=[
             *BULK_OPTIONS,
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             # Two services on one port would each see half of a session.
             ("grpc.so_reuseport", 0),
             # A host that vanished would by default look as if it watched its session for two hours more.
@@ -54,8 +64,8 @@ def create_server(
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ],
     )
-    server.add_generic_rpc_handlers((GrpcFace(servicer).handler(),))
-    address = f"{config.host}:{port}"
+    server.add_generic_rpc_handlers((GrpcFace(servicer),))
+    address = host_and_port(config.host, port)
     try:
         if config.tls is None:
             return server, server.add_insecure_port(address)
@@ -67,7 +77,7 @@ def create_server(
         ) from error
 
 
-class GrpcFace:
+class GrpcFace(grpc.GenericRpcHandler):
     """The servicer as gRPC calls it.
 
     Args:
@@ -76,39 +86,49 @@ class GrpcFace:
 
     def __init__(self, servicer: Servicer) -> None:
         self._servicer = servicer
-
-    def handler(self) -> grpc.GenericRpcHandler:
-        """The method table; chunks bypass the protobuf runtime (see the codec)."""
+        self._failures = Rarely(FAILURE_LOG_INTERVAL_S)
         unary, feed, stream = (
             grpc.unary_unary_rpc_method_handler,
             grpc.stream_unary_rpc_method_handler,
             grpc.unary_stream_rpc_method_handler,
         )
-        calls = self._servicer
-        return grpc.method_handlers_generic_handler(
-            SERVICE_NAME,
-            {
-                "Open": unary(self._answering(calls.open), pb.OpenRequest.FromString, _serialize),
-                "Join": unary(self._answering(calls.join), pb.JoinRequest.FromString, _serialize),
-                "Upload": feed(self._answering(calls.upload), _decode_or_none, _serialize),
-                "Progress": unary(self._answering(calls.progress), pb.ProgressRequest.FromString, _serialize),
-                "Commit": unary(self._answering(calls.commit), pb.CommitRequest.FromString, _serialize),
-                "Watch": stream(self._streaming(calls.watch), pb.WatchRequest.FromString, _serialize),
-                "Fetch": stream(self._streaming(calls.fetch), pb.FetchRequest.FromString, encode_chunk),
-                "Report": unary(self._answering(calls.report), pb.ReportRequest.FromString, _serialize),
-                "Status": unary(self._answering(calls.status), pb.StatusRequest.FromString, _serialize),
-            },
+        methods = {
+            "Open": unary(self._answering(servicer.open), reader_of(pb.OpenRequest), _serialize),
+            "Join": unary(self._answering(servicer.join), reader_of(pb.JoinRequest), _serialize),
+            "Upload": feed(self._feeding(servicer.upload), reader_of(pb.Chunk), _serialize),
+            "Progress": unary(self._answering(servicer.progress), reader_of(pb.ProgressRequest), _serialize),
+            "Commit": unary(self._answering(servicer.commit), reader_of(pb.CommitRequest), _serialize),
+            "Watch": stream(self._streaming(servicer.watch), reader_of(pb.WatchRequest), _serialize),
+            "Fetch": stream(self._streaming(servicer.fetch), reader_of(pb.FetchRequest), encode_chunk),
+            "Report": unary(self._answering(servicer.report), reader_of(pb.ReportRequest), _serialize),
+            "Status": unary(self._answering(servicer.status), reader_of(pb.StatusRequest), _serialize),
+        }
+        self._methods = {f"/{SERVICE_NAME}/{name}": handler for name, handler in methods.items()}
+        self._health = unary(self._check_health)
+        # Reads nothing: whoever has no token has no say in how much is received, or parsed.
+        self._refusing = grpc.stream_stream_rpc_method_handler(self._refuse_unauthenticated)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        """Who answers a call; decided by its metadata alone, before any of its messages is read."""
+        if handler_call_details.method == HEALTH_CHECK:
+            return self._health
+        method = self._methods.get(handler_call_details.method)
+        return method if method is None or self._is_authorized(handler_call_details) else self._refusing
+
+    def _is_authorized(self, call: grpc.HandlerCallDetails) -> bool:
+        token = self._servicer.config.token
+        # In constant time: the time of a plain comparison tells how much of a guess is right.
+        return token is None or hmac.compare_digest(
+            _metadata(call, AUTHORIZATION_KEY).encode(), f"Bearer {token}".encode()
         )
 
-    async def _authorize(self, context: grpc.aio.ServicerContext) -> None:
-        token = self._servicer.config.token
-        if token is None:
-            return
-        given = dict(context.invocation_metadata() or ()).get(AUTHORIZATION, "")
-        given_bytes = given if isinstance(given, bytes) else given.encode()
-        # In constant time: the time of a plain comparison tells how much of a guess is right.
-        if not hmac.compare_digest(given_bytes, f"Bearer {token}".encode()):
-            await self._refuse(context, UnauthenticatedError("the call carries no token, or a wrong one"))
+    async def _check_health(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        if not asks_for(request, SERVICE_NAME):
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no such service; there is {SERVICE_NAME}")
+        return NOT_SERVING if self._servicer.engines_fault else SERVING
+
+    async def _refuse_unauthenticated(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+        await self._refuse(context, UnauthenticatedError("the call carries no token, or a wrong one"))
 
     async def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
         kind, message = RefusalKind.FAILED, "the call failed; the service's log says how"
@@ -116,28 +136,46 @@ class GrpcFace:
             # What the core refuses (a manifest, a horizon), the request was wrong in.
             kind = error.kind if isinstance(error, ServiceError) else RefusalKind.MALFORMED
             message = str(error)
+            if len(message) > MAX_REFUSAL_CHARACTERS:
+                # It travels where gRPC allows 8 KiB in all.
+                message = f"{message[:MAX_REFUSAL_CHARACTERS]}..."
         else:
-            log.error("a call failed", exc_info=error)
+            self._log_failure(error)
         self._servicer.metrics.refused.labels(kind.status).inc()
         await context.abort(grpc.StatusCode[kind.status], message, ((REFUSAL_KEY, kind.name),))
         raise AssertionError("abort raises")
 
-    def _answering(self, method: Callable[[Any], Awaitable[Message]]) -> Callable[..., Awaitable[Message]]:
+    def _log_failure(self, error: Exception) -> None:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        num_unsaid = self._failures.num_unsaid((type(error), where.filename, where.lineno))
+        if num_unsaid is not None:
+            log.error("a call failed, and %d like it since this was last said", num_unsaid, exc_info=error)
+
+    def _answering(self, method: Callable[[Any, str], Awaitable[Message]]) -> Callable[..., Awaitable[Message]]:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Message:
-            await self._authorize(context)
             try:
-                return await method(request)
+                return await method(_read(request), _secret(context))
             except Exception as error:
                 await self._refuse(context, error)
 
         return call
 
-    def _streaming(self, method: Callable[[Any], AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
+    def _feeding(
+        self, method: Callable[[AsyncIterator[Any], str], Awaitable[Message]]
+    ) -> Callable[..., Awaitable[Message]]:
+        async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Message:
+            try:
+                return await method((_read(request) async for request in requests), _secret(context))
+            except Exception as error:
+                await self._refuse(context, error)
+
+        return call
+
+    def _streaming(self, method: Callable[[Any, str], AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            await self._authorize(context)
             try:
                 # Closed at once when the client goes away, so that a fetch does not pin its vector until collected.
-                async with aclosing(method(request)) as messages:
+                async with aclosing(method(_read(request), _secret(context))) as messages:
                     async for message in messages:
                         yield message
             except Exception as error:
@@ -146,13 +184,23 @@ class GrpcFace:
         return call
 
 
+def _read(request: Any) -> Any:
+    """A message that was read within its limits; what was not is a refusal."""
+    if isinstance(request, MalformedError):
+        raise request
+    return request
+
+
+def _secret(context: grpc.aio.ServicerContext) -> str:
+    return _metadata(context, RUN_SECRET_KEY)
+
+
+def _metadata(call: Any, key: str) -> str:
+    metadata = call.invocation_metadata
+    pairs = metadata() if callable(metadata) else metadata
+    value = dict(pairs or ()).get(key, "")
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
 def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
-
-
-def _decode_or_none(message: bytes) -> ChunkFrame | None:
-    # A deserialiser that raises ends the call without a word; None becomes a refusal with one.
-    try:
-        return decode_chunk(message)
-    except CodecError:
-        return None

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, Protocol
 from zlib import crc32
 
+from sidecast.nowcaster_service.access.owner import check_secret
 from sidecast.nowcaster_service.admission import PredictorChecks, admit
-from sidecast.nowcaster_service.config import ServiceConfig
+from sidecast.nowcaster_service.config import MAX_CHUNK_BYTES, ServiceConfig
 from sidecast.nowcaster_service.dispatch import Dispatcher, Predictions
-from sidecast.nowcaster_service.errors import IncompatibleError, MalformedError
+from sidecast.nowcaster_service.errors import IncompatibleError, MalformedError, SaturatedError
 from sidecast.nowcaster_service.handover import Handover
 from sidecast.nowcaster_service.metrics import ServiceMetrics
+from sidecast.nowcaster_service.session import Session
+from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.session_table import SessionTable
 from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
@@ -33,6 +37,10 @@ _OUTCOMES = {
 
 class Engines(PredictorChecks, Predictions, Protocol):
     """Whoever knows predictors and runs them."""
+
+    def fault(self) -> str:
+        """Why no nowcast can be made now; empty if they can be."""
+        ...
 
 
 class Servicer:
@@ -63,69 +71,93 @@ class Servicer:
     ) -> None:
         self.config = config
         self.metrics = metrics
-        self.sessions = SessionTable(store, metrics, clock, config.session_timeout_s)
-        self.handover = Handover(store.folder, self.sessions)
+        self.sessions = SessionTable(
+            store,
+            metrics,
+            clock,
+            config.session_timeout_s,
+            max_sessions=config.max_sessions,
+            run_budget_bytes=config.run_budget_bytes or store.budget_bytes,
+        )
+        self.handover = Handover(store.folder, self.sessions, clock=clock)
         self._store = store
         self._engines = engines
-        self._dispatcher = Dispatcher(engines, config.nowcast_timeout_s)
+        self._dispatcher = Dispatcher(engines, config.nowcast_timeout_s, clock=clock)
         self._version = version
         self._clock = clock
         self._started_s = clock()
         metrics.history_budget_bytes.set(store.budget_bytes)
 
-    # In the order of nowcast.proto.
+    @property
+    def engines_fault(self) -> str:
+        """Why no nowcast can be made now; empty if they can be."""
+        return self._engines.fault()
 
-    async def open(self, request: pb.OpenRequest) -> pb.OpenReply:
+    # In the order of nowcast.proto. Each call comes with the secret of the run that it is about; empty for none.
+
+    async def open(self, request: pb.OpenRequest, secret: str = "") -> pb.OpenReply:
         fault = version_fault("trainer", request.protocol_version)
         if fault:
             raise IncompatibleError(fault)
-        known = self.sessions.find(request.session_id)
-        if known is None:
-            settings = await admit(request, self._engines)
+        check_secret(secret, request.protocol_version)
+        self.sessions.require_owner(request, secret)
+        if self.sessions.find(request.session_id) is None:
+            settings = await self._admitted(request)
             # A client that gave up waiting and asked again may have been faster.
             if self.sessions.find(request.session_id) is None:
-                self.sessions.begin(settings, request)
-        elif known.settings.manifest.schema_hash != request.schema_hash:
-            raise MalformedError(f"session {request.session_id} is already open for another model")
+                self.sessions.begin(settings, request, secret)
         return pb.OpenReply(chunk_bytes=self.config.chunk_bytes, protocol_version=request.protocol_version)
 
-    async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
-        session = self.sessions.get(request.session_id)
+    async def _admitted(self, request: pb.OpenRequest) -> SessionSettings:
+        limit_s = self.config.nowcast_timeout_s
+        try:
+            return await asyncio.wait_for(admit(request, self._engines), limit_s)
+        except TimeoutError:
+            # It would keep its thread, and at last there would be none for the checks of other runs.
+            await self._engines.replace()
+            raise SaturatedError(f"predictor {request.predictor} took longer than {limit_s:g} s to set up") from None
+
+    async def join(self, request: pb.JoinRequest, secret: str = "") -> pb.JoinReply:
+        session = self.sessions.get_for(request.session_id, secret)
         session.join(request.rank, _shards(request.upload_shards), _shards(request.fetch_shards))
         self.metrics.ranks.labels(session.settings.run_id).set(session.num_joined)
         path, ticket = self.handover.issue(request.session_id, request.rank)
         return pb.JoinReply(chunk_bytes=self.config.chunk_bytes, local_socket=path, local_ticket=ticket)
 
-    async def upload(self, frames: AsyncIterator[ChunkFrame | None]) -> pb.UploadReply:
+    async def upload(self, frames: AsyncIterator[ChunkFrame], secret: str = "") -> pb.UploadReply:
         async for frame in frames:
-            if frame is None:
-                raise MalformedError("an upload holds a message that is not a Chunk")
-            session = self.sessions.get(frame.key.session_id)
+            if frame.shared_bytes > MAX_CHUNK_BYTES:
+                # Its checksum is computed on the event loop.
+                raise MalformedError(
+                    f"a chunk refers to {frame.shared_bytes} bytes of shared memory; allowed: {MAX_CHUNK_BYTES}"
+                )
+            session = self.sessions.get_for(frame.key.session_id, secret)
             session.receive(frame)
             num_bytes = frame.shared_bytes or len(frame.data)
             self.metrics.received_bytes.labels(session.settings.run_id).inc(num_bytes)
             self.metrics.history_bytes.set(self._store.used_bytes)
         return pb.UploadReply()
 
-    async def progress(self, request: pb.ProgressRequest) -> pb.ProgressReply:
-        session = self.sessions.get(request.key.session_id)
+    async def progress(self, request: pb.ProgressRequest, secret: str = "") -> pb.ProgressReply:
+        session = self.sessions.get_for(request.key.session_id, secret)
         ranges = session.progress(request.key)
         return pb.ProgressReply(received=[pb.ByteRange(start=start, stop=stop) for start, stop in ranges])
 
-    async def commit(self, request: pb.CommitRequest) -> pb.CommitReply:
-        session = self.sessions.get(request.session_id)
+    async def commit(self, request: pb.CommitRequest, secret: str = "") -> pb.CommitReply:
+        session = self.sessions.get_for(request.session_id, secret)
         task = session.commit(request)
         if task is not None:
             self._dispatcher.start(session, task)
         return pb.CommitReply()
 
-    async def watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.SessionEvent, None]:
+    async def watch(self, request: pb.WatchRequest, secret: str = "") -> AsyncGenerator[pb.SessionEvent, None]:
+        self.sessions.get_for(request.session_id, secret)
         async with aclosing(self.sessions.watch(request.session_id)) as events:
             async for event in events:
                 yield event
 
-    async def fetch(self, request: pb.FetchRequest) -> AsyncGenerator[ChunkFrame, None]:
-        session = self.sessions.get(request.session_id)
+    async def fetch(self, request: pb.FetchRequest, secret: str = "") -> AsyncGenerator[ChunkFrame, None]:
+        session = self.sessions.get_for(request.session_id, secret)
         plan, prediction = session.fetch_plan(request.rank, request.version)
         task = prediction.task
         is_bf16 = request.dtype == pb.BF16
@@ -139,12 +171,13 @@ class Servicer:
             dtype=request.dtype,
         )
         sent = self.metrics.sent_bytes.labels(session.settings.run_id)
-        task.delta.pin()
-        try:
+        with self.sessions.fetches.begin(request.session_id, prediction) as fetch:
             stop = request.offset_bytes + request.num_bytes
             if request.num_bytes == 0:
                 stop = plan.travelling_bytes(request.dtype)
             for start in range(request.offset_bytes, stop, self.config.chunk_bytes):
+                # The client may have let it wait for as long as it liked.
+                fetch.require()
                 length = min(self.config.chunk_bytes, stop - start)
                 gather = plan.gather_halves if is_bf16 else plan.gather
                 data = gather(task.delta.view, start, length)
@@ -154,11 +187,9 @@ class Servicer:
                 else:
                     yield ChunkFrame(key, start, crc32(data), data)
                 sent.inc(length)
-        finally:
-            task.delta.unpin()
 
-    async def report(self, request: pb.ReportRequest) -> pb.ReportReply:
-        session = self.sessions.get(request.session_id)
+    async def report(self, request: pb.ReportRequest, secret: str = "") -> pb.ReportReply:
+        session = self.sessions.get_for(request.session_id, secret)
         outcome = _OUTCOMES.get(request.outcome)
         if outcome is None:
             raise MalformedError(f"outcome is {request.outcome}; allowed: {', '.join(_OUTCOMES.values())}")
@@ -170,15 +201,18 @@ class Servicer:
         session.begin_epoch(request.epoch)
         return pb.ReportReply()
 
-    async def status(self, request: pb.StatusRequest) -> pb.StatusReply:
+    async def status(self, request: pb.StatusRequest, secret: str = "") -> pb.StatusReply:
         return pb.StatusReply(
             service_version=self._version,
             uptime_seconds=self._clock() - self._started_s,
             history_bytes=self._store.used_bytes,
             history_budget_bytes=self._store.budget_bytes,
-            sessions=[
+            engines_fault=self.engines_fault,
+            sessions=[]
+            if request.without_sessions
+            else [
                 pb.SessionStatus(
-                    session_id=session.settings.session_id,
+                    session_id=self._shown_id(session, secret),
                     run_id=session.settings.run_id,
                     predictor=session.settings.predictor,
                     world_size=session.settings.world_size,
@@ -198,6 +232,10 @@ class Servicer:
                 for session, idle_s in self.sessions.items()
             ],
         )
+
+    def _shown_id(self, session: Session, secret: str) -> str:
+        session_id = session.settings.session_id
+        return session_id if self.sessions.is_shown_to(session_id, secret) else ""
 
 
 def _shards(messages: Any) -> tuple[ShardSpec, ...]:

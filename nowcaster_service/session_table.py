@@ -7,6 +7,8 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 
+from sidecast.nowcaster_service.access.fetches import Fetches
+from sidecast.nowcaster_service.access.owner import Owner
 from sidecast.nowcaster_service.errors import MalformedError, SaturatedError, UnknownSessionError, WrongStateError
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.session import Session
@@ -33,17 +35,33 @@ class SessionTable:
         metrics: What Prometheus sees.
         clock: Monotonic seconds.
         session_timeout_s: A session that nobody has used or watched for so long is ended.
+        max_sessions: How many may be open at once.
+        run_budget_bytes: Most history that one of them may need.
+
+    Attributes:
+        fetches: Under way.
     """
 
     def __init__(
-        self, store: HistoryStore, metrics: ServiceMetrics, clock: Callable[[], float], session_timeout_s: float
+        self,
+        store: HistoryStore,
+        metrics: ServiceMetrics,
+        clock: Callable[[], float],
+        session_timeout_s: float,
+        *,
+        max_sessions: int,
+        run_budget_bytes: int,
     ) -> None:
         self._store = store
         self._metrics = metrics
         self._clock = clock
         self._session_timeout_s = session_timeout_s
+        self._max_sessions = max_sessions
+        self._run_budget_bytes = run_budget_bytes
         self._sessions: dict[str, Session] = {}
         self._last_seen_s: dict[str, float] = {}
+        self._owners: dict[str, Owner] = {}
+        self.fetches = Fetches()
         self._watchers: dict[str, list[Watcher]] = {}
         self._superseded: deque[str] = deque(maxlen=MAX_SUPERSEDED)
 
@@ -72,6 +90,34 @@ class SessionTable:
         self._last_seen_s[session_id] = self._clock()
         return session
 
+    def get_for(self, session_id: str, secret: str) -> Session:
+        """An open session, for a call that shows its run's secret.
+
+        Raises:
+            ForbiddenError: The call shows another one, or none.
+            UnknownSessionError: There is no such session.
+        """
+        if (owner := self._owners.get(session_id)) is not None:
+            owner.require(secret)
+        return self.get(session_id)
+
+    def is_shown_to(self, session_id: str, secret: str) -> bool:
+        """Whether a call may learn a session's id: it is of no use to others once the run is protected."""
+        return self._owners[session_id].admits(secret)
+
+    def require_owner(self, request: pb.OpenRequest, secret: str) -> None:
+        """Refuses to open a session of a run that is somebody else's.
+
+        Raises:
+            ForbiddenError: The run, or the session, is open with another secret.
+            MalformedError: The session is open as something else.
+        """
+        for session_id, session in self._sessions.items():
+            if session_id == request.session_id or session.settings.run_id == request.run_id:
+                self._owners[session_id].require(secret)
+        if request.session_id in self._sessions:
+            self._owners[request.session_id].require_same(request)
+
     def items(self) -> Iterator[tuple[Session, float]]:
         """Every session with the seconds since it was used."""
         for session_id, session in self._sessions.items():
@@ -82,14 +128,16 @@ class SessionTable:
 
     # --- from its beginning to its end
 
-    def begin(self, settings: SessionSettings, request: pb.OpenRequest) -> None:
+    def begin(self, settings: SessionSettings, request: pb.OpenRequest, secret: str) -> None:
         """Opens a session; an earlier one of its run ends, and hands over what a resume may keep.
 
         Raises:
             MalformedError: Its history is larger than the whole budget.
             SaturatedError: Its history does not fit beside the others'.
+            ForbiddenError: The run is somebody else's.
         """
         self.expire()
+        self.require_owner(request, secret)
         self._make_room(settings)
         earlier = [session for session in self._sessions.values() if session.settings.run_id == settings.run_id]
         session_id = settings.session_id
@@ -100,6 +148,7 @@ class SessionTable:
             self._end(superseded.settings.session_id)
             self._superseded.append(superseded.settings.session_id)
         self._sessions[session_id] = session
+        self._owners[session_id] = Owner(request, secret)
         self._last_seen_s[session_id] = self._clock()
         self._metrics.sessions.set(len(self._sessions))
         self._metrics.begin_run(settings.run_id)
@@ -122,21 +171,31 @@ class SessionTable:
         budget_bytes = self._store.budget_bytes
         if settings.needed_bytes > budget_bytes:
             raise MalformedError(f"{needs}; the service has {budget_bytes} (sidecast serve --history-gib)")
+        if settings.needed_bytes > self._run_budget_bytes:
+            raise MalformedError(
+                f"{needs}; one run may have {self._run_budget_bytes} (sidecast serve --history-gib-per-run)"
+            )
         others = {
             session_id: session.settings
             for session_id, session in self._sessions.items()
             if session.settings.run_id != settings.run_id
         }
-        promised = sum(other.needed_bytes for other in others.values())
+        promised, num_others = sum(other.needed_bytes for other in others.values()), len(others)
         for session_id in sorted(others, key=self._last_seen_s.__getitem__):
             is_orphan = not self._watchers.get(session_id) and self._idle_s(session_id) > ORPHAN_GRACE_S
-            if promised + settings.needed_bytes > budget_bytes and is_orphan:
+            lacks_room = promised + settings.needed_bytes > budget_bytes or num_others >= self._max_sessions
+            if lacks_room and is_orphan:
                 log.info("session %s, which nobody watches, makes room for %s", session_id, settings.session_id)
                 promised -= others[session_id].needed_bytes
+                num_others -= 1
                 self._expire(session_id)
         if promised + settings.needed_bytes > budget_bytes:
             raise SaturatedError(
                 f"{needs}; {promised} of {budget_bytes} bytes are promised to others (sidecast serve --history-gib)"
+            )
+        if num_others >= self._max_sessions:
+            raise SaturatedError(
+                f"{num_others} sessions are open, as many as are allowed (sidecast serve --max-sessions)"
             )
 
     def _idle_s(self, session_id: str) -> float:
@@ -158,9 +217,11 @@ class SessionTable:
 
     def _end(self, session_id: str) -> None:
         self._sessions.pop(session_id).close()
+        self.fetches.end(session_id)
         # The next model may have another size; an idle service holds nothing.
         self._store.drop_spares()
         self._last_seen_s.pop(session_id, None)
+        del self._owners[session_id]
         for queue in self._watchers.pop(session_id, []):
             queue.put_nowait(None)
         self._metrics.sessions.set(len(self._sessions))
@@ -195,6 +256,7 @@ class SessionTable:
                 self._metrics.snapshots.labels(run, "aborted").inc()
                 log.warning("snapshot of step %d aborted: %s", event.step, event.reason)
             case Prediction():
+                self.fetches.replace(session_id, event.task.version)
                 self._metrics.predictions.labels(run, "published").inc()
                 self._metrics.nowcast_seconds.labels(run, session.settings.predictor).observe(event.nowcast_s)
                 self._metrics.relative_norm.labels(run).set(event.relative_norm)

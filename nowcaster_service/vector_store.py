@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sidecast.errors import ConfigError, NoRoomError
@@ -72,7 +73,7 @@ class VectorFile:
             self._store.take_back(self, may_be_reused=self._may_be_reused)
 
     def discard(self) -> None:
-        """Removes the file (the store only)."""
+        """Removes the file (the store only); a second for every four GB that were written to it."""
         self.path.unlink(missing_ok=True)
         self.view.release()
         # A fetch that is being ended may still refer to a slice; the mapping then goes with that.
@@ -125,6 +126,7 @@ class HistoryStore:
         root: Where it is made. What earlier services left there belongs to no session, and is removed.
         budget_bytes: Most bytes that all files together may take.
         lock_timeout_s: How long to wait for a service that is just ending.
+        remove: Runs what removes a file, in a thread where others must not wait for it; at once by default.
 
     Attributes:
         folder: Of the files.
@@ -134,7 +136,15 @@ class HistoryStore:
         ConfigError: Another process's store is at ``root``, or none can be there.
     """
 
-    def __init__(self, root: Path, budget_bytes: int, lock_timeout_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        budget_bytes: int,
+        lock_timeout_s: float = 0.0,
+        *,
+        remove: Callable[[Callable[[], None]], object] = lambda work: work(),
+    ) -> None:
+        self._remove = remove
         self._lock = FolderLock(root, lock_timeout_s)
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
@@ -180,11 +190,11 @@ class HistoryStore:
         """Takes a vector that nobody uses any more."""
         self.used_bytes -= vector.num_bytes
         if not may_be_reused:
-            vector.discard()
+            self._remove(vector.discard)
             return
         self._spares.append(vector)
         if len(self._spares) > MAX_SPARES:
-            self._spares.pop(0).discard()
+            self._remove(self._spares.pop(0).discard)
 
     def drop_spares(self) -> None:
         """Gives all space back that no vector uses."""
@@ -192,4 +202,4 @@ class HistoryStore:
 
     def _drop_spares(self, kept_bytes: int) -> None:
         while sum(spare.num_bytes for spare in self._spares) > kept_bytes:
-            self._spares.pop(0).discard()
+            self._remove(self._spares.pop(0).discard)

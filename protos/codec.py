@@ -106,6 +106,26 @@ def _read_tag(message: memoryview, position: int) -> tuple[int, int]:
     return tag, end
 
 
+def records(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The strings and messages within a message, read no further than their lengths.
+
+    Args:
+        message: The bytes of any message.
+
+    Yields:
+        ``(field number, content)``, in their order; fields of other wire types are skipped.
+
+    Raises:
+        CodecError: The bytes are no message, or end too early.
+    """
+    position = 0
+    while position < len(message):
+        tag, after_tag = _read_tag(message, position)
+        position = _skip_field(message, tag, after_tag)
+        if tag & 7 == _LENGTH_DELIMITED:
+            yield tag >> 3, message[_read_varint(message, after_tag)[1] : position]
+
+
 def encode_chunk(frame: ChunkFrame) -> bytes:
     """Serialises a chunk as a ``Chunk`` message, copying its data once."""
     key = frame.key.SerializeToString()

@@ -20,6 +20,7 @@ class RefusalKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CORRUPT: _ClassVar[RefusalKind]
     SATURATED: _ClassVar[RefusalKind]
     FAILED: _ClassVar[RefusalKind]
+    FORBIDDEN: _ClassVar[RefusalKind]
 
 class WireDtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -36,6 +37,7 @@ MISSING_REFERENCE: RefusalKind
 CORRUPT: RefusalKind
 SATURATED: RefusalKind
 FAILED: RefusalKind
+FORBIDDEN: RefusalKind
 FP32: WireDtype
 BF16: WireDtype
 
@@ -369,8 +371,10 @@ class ReportReply(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("without_sessions",)
+    WITHOUT_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    without_sessions: bool
+    def __init__(self, without_sessions: _Optional[bool] = ...) -> None: ...
 
 class SessionStatus(_message.Message):
     __slots__ = ("session_id", "run_id", "predictor", "world_size", "num_joined", "num_parameters", "epoch", "history_steps", "num_committed", "num_aborted", "num_published", "num_failed", "num_applied", "num_rolled_back", "idle_seconds", "context_len")
@@ -409,15 +413,17 @@ class SessionStatus(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., predictor: _Optional[str] = ..., world_size: _Optional[int] = ..., num_joined: _Optional[int] = ..., num_parameters: _Optional[int] = ..., epoch: _Optional[int] = ..., history_steps: _Optional[_Iterable[int]] = ..., num_committed: _Optional[int] = ..., num_aborted: _Optional[int] = ..., num_published: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_applied: _Optional[int] = ..., num_rolled_back: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., context_len: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("service_version", "uptime_seconds", "history_bytes", "history_budget_bytes", "sessions")
+    __slots__ = ("service_version", "uptime_seconds", "history_bytes", "history_budget_bytes", "sessions", "engines_fault")
     SERVICE_VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     HISTORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     HISTORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FAULT_FIELD_NUMBER: _ClassVar[int]
     service_version: str
     uptime_seconds: float
     history_bytes: int
     history_budget_bytes: int
     sessions: _containers.RepeatedCompositeFieldContainer[SessionStatus]
-    def __init__(self, service_version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., history_bytes: _Optional[int] = ..., history_budget_bytes: _Optional[int] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ...) -> None: ...
+    engines_fault: str
+    def __init__(self, service_version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., history_bytes: _Optional[int] = ..., history_budget_bytes: _Optional[int] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., engines_fault: _Optional[str] = ...) -> None: ...

@@ -57,6 +57,7 @@ class RefusalKind(enum.Enum):
     CORRUPT = ("DATA_LOSS", Remedy.RESEND, "Bytes do not agree with their checksum.")
     SATURATED = ("RESOURCE_EXHAUSTED", Remedy.RETRY, "There is not enough room for it now.")
     FAILED = ("INTERNAL", Remedy.RETRY, "The service failed; its log says how.")
+    FORBIDDEN = ("PERMISSION_DENIED", Remedy.STOP, "The run is protected, and the call does not carry its secret.")
 
     def __init__(self, status: str, remedy: Remedy, meaning: str) -> None:
         self.status = status

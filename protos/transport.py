@@ -6,6 +6,12 @@ from sidecast.protos import nowcast_pb2 as pb
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Nowcaster"].full_name
 
+# Keys of the metadata of calls: the token that all clients share, and the secret of the run that a call is about.
+AUTHORIZATION_KEY = "authorization"
+RUN_SECRET_KEY = "sidecast-run-secret"
+# As many characters as nobody guesses, and as metadata hold with ease.
+MIN_RUN_SECRET_CHARACTERS, MAX_RUN_SECRET_CHARACTERS = 16, 128
+
 # gRPC's defaults suit small messages (figures: docs/adr/0012-transport.md).
 BULK_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.lookahead_bytes", 8 << 20),

@@ -6,20 +6,25 @@ import argparse
 import contextlib
 import ctypes
 import os
+import random
+import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
 from sidecast.atomic_files import replacing
 from sidecast.errors import ConfigError, SidecastError
-from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, default_engine_gpus, require_ray_token
+from sidecast.nowcaster_service.config import MAX_PORT, ServiceConfig, TlsFiles, default_engine_gpus, require_ray_token
 from sidecast.nowcaster_service.errors import AddressError
 from sidecast.nowcaster_service.options import Option, add_options, given_settings, options_of
 from sidecast.nowcaster_service.vector_store import FolderLock
@@ -27,6 +32,14 @@ from sidecast.nowcaster_service.vector_store import FolderLock
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 REAP_TIMEOUT_S = 5.0
+# Where the system takes ports from for those who do not care, unless its settings say otherwise.
+EPHEMERAL_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_EPHEMERAL_PORTS = (32_768, 60_999)
+MIN_PORT = 10_000
+HISTORY_PREFIX = "sidecast-history-"
+MIN_LEFT_S = 60.0
+VECTORS = "vectors"
+NUM_PORT_TRIES = 100
 OPTIONS = (
     *options_of(ServiceConfig).values(),
     *options_of(TlsFiles).values(),
@@ -51,14 +64,31 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         history_dir = args.history_dir
         if history_dir is None:
+            _remove_left_histories()
             history_dir = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="sidecast-history-", ignore_cleanup_errors=True))
+                stack.enter_context(tempfile.TemporaryDirectory(prefix=HISTORY_PREFIX, ignore_cleanup_errors=True))
             )
-        config = service_config(args, history_dir / "vectors")
+            # Held until both processes have ended, however they do: only then may another service clear the folder.
+            FolderLock(history_dir)
+        config = service_config(args, history_dir / VECTORS)
         _check_ports(config)
         # Another running service's folder is told of before Ray takes seconds to start; the ingress keeps the lock.
         FolderLock(config.history_dir).release()
         return _supervise(lambda: _serve(config, args.ray_address, args.port_file), stack.close)
+
+
+def _remove_left_histories() -> None:
+    """Removes the temporary histories of services that were killed together with their supervisors."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{HISTORY_PREFIX}*"):
+        with contextlib.suppress(ConfigError, OSError):
+            found = folder.lstat()
+            # One that is just being made is not locked yet.
+            is_old = time.time() - found.st_mtime > MIN_LEFT_S
+            if found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode) and is_old:
+                locks = [FolderLock(folder), FolderLock(folder / VECTORS)]
+                shutil.rmtree(folder, ignore_errors=True)
+                for lock in locks:
+                    lock.release()
 
 
 def _serve(config: ServiceConfig, ray_address: str | None, port_file: Path | None) -> int:
@@ -73,14 +103,16 @@ def _serve(config: ServiceConfig, ray_address: str | None, port_file: Path | Non
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        address = application.address()
+        address = application.address(stop)
+        if address is None:
+            return 0
         sys.stdout.write(f"sidecast serves at {address}\n")
         sys.stdout.flush()
         if port_file is not None:
             # Readers poll for the file: it must never be there half-written.
             with replacing(port_file) as partial:
                 partial.write_text(address)
-        stop.wait()
+        application.watch(stop)
     finally:
         application.stop()
     return 0
@@ -101,8 +133,13 @@ def _supervise(work: Callable[[], int], clean_up: Callable[[], None]) -> int:
         prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         status = 1
         try:
+            # Until there is something to stop in order; Ray's own handlers do the same.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, _exit)
             if os.getppid() == supervisor:
                 status = work()
+        except (SystemExit, KeyboardInterrupt):
+            status = 0
         except SidecastError as error:
             sys.stderr.write(f"sidecast: {error}\n")
             status = 2
@@ -121,6 +158,10 @@ def _supervise(work: Callable[[], int], clean_up: Callable[[], None]) -> int:
     finally:
         _reap_children()
     return abs(os.waitstatus_to_exitcode(wait_status))
+
+
+def _exit(*_: object) -> NoReturn:
+    raise SystemExit(0)
 
 
 def service_config(args: argparse.Namespace, history_dir: Path) -> ServiceConfig:
@@ -142,7 +183,7 @@ def _check_ports(config: ServiceConfig) -> None:
     for option, port in (("--port", config.port), ("--metrics-port", config.metrics_port)):
         if port is not None:
             try:
-                socket.create_server((config.host, port)).close()
+                _listener(config.host, port).close()
             except OSError as error:
                 # Python's own text for this error says the address twice.
                 reason = os.strerror(error.errno) if error.errno else str(error)
@@ -150,8 +191,21 @@ def _check_ports(config: ServiceConfig) -> None:
 
 
 def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as probe:
+    """A port that nobody listens on, and that the system gives to nobody: Ray opens dozens before ours is bound."""
+    first, last = _EPHEMERAL_PORTS
+    with contextlib.suppress(OSError, ValueError):
+        first, last = map(int, EPHEMERAL_PORT_RANGE.read_text().split())
+    outside = [*range(MIN_PORT, first), *range(last + 1, MAX_PORT + 1)]
+    for port in random.SystemRandom().sample(outside, min(NUM_PORT_TRIES, len(outside))):
+        with contextlib.suppress(OSError), _listener(host, port):
+            return port
+    with _listener(host, 0) as probe:
         return int(probe.getsockname()[1])
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family)
 
 
 def _reap_children() -> None:

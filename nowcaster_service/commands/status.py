@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from sidecast.protos import nowcast_pb2 as pb
     from sidecast.protos import nowcast_pb2_grpc
 
-    # Hosts often have proxies for the web, which cannot carry this.
-    options = [("grpc.enable_http_proxy", 0)]
+    # Hosts often have proxies for the web, which cannot carry this. And a list of many sessions is long.
+    options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
     if args.tls_ca is None:
         channel = grpc.insecure_channel(args.endpoint, options)
     else:
@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
         except grpc.RpcError as error:
             raise SidecastError(f"no answer from {args.endpoint}: {error.code().name}: {error.details()}") from error
     sys.stdout.write(render(reply))
-    return 0
+    # So that a health check sees it: sessions are kept, and nothing comes of them.
+    return 1 if reply.engines_fault else 0
 
 
 def render(reply: object) -> str:
@@ -61,10 +62,12 @@ def render(reply: object) -> str:
         f"history {reply.history_bytes / 2**20:.1f} of {reply.history_budget_bytes / 2**20:.0f} MiB, "
         f"{len(reply.sessions)} session(s)"
     ]
+    if reply.engines_fault:
+        lines.append(f"no nowcasts: {reply.engines_fault}")
     for item in reply.sessions:
         history = ", ".join(str(step) for step in item.history_steps) or "empty"
         lines += [
-            f"run {item.run_id}  (session {item.session_id})",
+            f"run {item.run_id}" + (f"  (session {item.session_id})" if item.session_id else ""),
             f"  model       {item.num_parameters:,} parameters, {item.num_joined} of {item.world_size} ranks joined",
             f"  predictor   {item.predictor}",
             f"  history     {len(item.history_steps)} of {item.context_len} states (steps {history}), "

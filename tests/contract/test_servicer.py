@@ -248,8 +248,9 @@ def test_every_call_needs_the_token(tmp_path: Path, metadata: tuple[tuple[str, s
 
 
 def test_names_from_the_wire_never_become_file_names(service: RunningService, tmp_path: Path) -> None:
-    join(service, "../../escaped")
-    send(service, 1, 10, session_id="../../escaped")
+    assert refusal(service.stub.Open, open_request(session_id="../../escaped"))[0] is INVALID
+    join(service, "..")
+    send(service, 1, 10, session_id="..")
     assert [path for path in tmp_path.rglob("*.f32") if path.parent != service.store.folder] == []
     assert not list(tmp_path.parent.glob("escaped*"))
 

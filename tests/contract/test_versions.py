@@ -12,12 +12,16 @@ import pytest
 from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import version
+from sidecast.protos.transport import RUN_SECRET_KEY
 from sidecast.trainer.courier.client import NowcastClient, open_request
 from sidecast.trainer.courier.refusals import RefusedError
 from sidecast.trainer.pipe.messages import ClientSettings
 from tests.support import service_harness
+from tests.support.courier_harness import SECRET
 from tests.support.service_calls import refusal, refusal_name
 from tests.support.service_harness import MANIFEST, WAIT_S, RunningService
+
+SHOWN = ((RUN_SECRET_KEY, SECRET),)
 
 
 @pytest.fixture
@@ -28,7 +32,9 @@ def client(service: RunningService) -> Iterator[NowcastClient]:
 
 def client_of(service: RunningService) -> NowcastClient:
     waits = {"connect_s": WAIT_S, "chunk_s": WAIT_S, "stream_s": WAIT_S}
-    return NowcastClient(ClientSettings(endpoint=service.endpoint, token_file=None, tls_ca=None, **waits))
+    client = NowcastClient(ClientSettings(endpoint=service.endpoint, token_file=None, tls_ca=None, **waits))
+    client.act_for(SECRET)
+    return client
 
 
 def announcement() -> pb.OpenRequest:
@@ -56,7 +62,7 @@ def open_at(folder: Path, spoken: int) -> int:
         The chunk size that the courier learned.
     """
 
-    async def answer(servicer: Servicer, request: pb.OpenRequest) -> pb.OpenReply:
+    async def answer(servicer: Servicer, request: pb.OpenRequest, secret: str) -> pb.OpenReply:
         return pb.OpenReply(chunk_bytes=12345, protocol_version=spoken)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -70,7 +76,7 @@ def test_both_sides_of_this_version_speak_it(service: RunningService, client: No
     request = announcement()
     assert request.protocol_version == version.PROTOCOL_VERSION
     client.open(request)
-    assert service.stub.Open(request).protocol_version == version.PROTOCOL_VERSION
+    assert service.stub.Open(request, metadata=SHOWN).protocol_version == version.PROTOCOL_VERSION
 
 
 def test_a_trainer_from_before_the_number_is_served(service: RunningService) -> None:
@@ -95,7 +101,7 @@ def test_a_trainer_that_the_service_no_longer_speaks_with_is_refused(
 ) -> None:
     monkeypatch.setattr(version, "OLDEST_VERSION", 1)
     assert refusal_name(service.stub.Open, service_harness.open_request()) == "INCOMPATIBLE"
-    service.stub.Open(announcement())
+    service.stub.Open(announcement(), metadata=SHOWN)
     # Also one whose session is open already.
     assert refusal_name(service.stub.Open, service_harness.open_request()) == "INCOMPATIBLE"
 

@@ -21,6 +21,7 @@ from sidecast.trainer.pipe.messages import (
 )
 
 WAIT_S = 30.0
+SECRET = "0123456789abcdef"
 M = TypeVar("M", bound=ForHook)
 
 
@@ -32,6 +33,7 @@ def session(session_id: str, run_id: str = "run", resume_step: int | None = None
         resumed=resume_step is not None,
         resume_step=resume_step or 0,
         resume_epoch=resume_epoch,
+        run_secret=SECRET,
     )
 
 

@@ -40,7 +40,26 @@ class FakeClock:
         return self.now_s
 
 
-class FakeEngines:
+class SteadyEngines:
+    """Engines that are always there, and what a service asks of them besides their work.
+
+    Attributes:
+        num_replaced: How often one was ended because it took too long.
+    """
+
+    num_replaced = 0
+
+    async def ready(self) -> None:
+        """They are."""
+
+    async def replace(self) -> None:
+        self.num_replaced += 1
+
+    def fault(self) -> str:
+        return ""
+
+
+class FakeEngines(SteadyEngines):
     """Predicts newest - oldest state, in float32, or what a test told it to do instead."""
 
     def __init__(self) -> None:

@@ -43,6 +43,12 @@ class ServiceProcess:
         raise AssertionError((self._folder / "service.log").read_text()[-4000:])
 
     @property
+    def process(self) -> subprocess.Popen[str]:
+        """The command itself."""
+        assert self._process is not None
+        return self._process
+
+    @property
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
 

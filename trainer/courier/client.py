@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
 from sidecast.protos.codec import ChunkFrame, decode_chunk, encode_chunk
 from sidecast.protos.shards import ShardSpec
-from sidecast.protos.transport import BULK_OPTIONS, SERVICE_NAME
+from sidecast.protos.transport import AUTHORIZATION_KEY, BULK_OPTIONS, RUN_SECRET_KEY, SERVICE_NAME
 from sidecast.protos.version import PROTOCOL_VERSION, version_fault
 from sidecast.trainer.courier.fetch import Download, FetchPart
 from sidecast.trainer.courier.handover import hand_over
@@ -61,9 +62,8 @@ class NowcastClient:
 
     def __init__(self, config: ClientSettings, shared: Sequence[int] = ()) -> None:
         self._config = config
-        self._metadata: tuple[tuple[str, str | bytes], ...] = ()
-        if config.token_file is not None:
-            self._metadata = (("authorization", f"Bearer {Path(config.token_file).read_text().strip()}"),)
+        self._token = () if config.token_file is None else _token(config.token_file)
+        self._metadata: tuple[tuple[str, str | bytes], ...] = self._token
         self._options = [
             *BULK_OPTIONS,
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
@@ -98,11 +98,21 @@ class NowcastClient:
         for channel in (self._channel, *self._bulk_channels):
             channel.close()
 
+    def act_for(self, run_secret: str) -> None:
+        """Makes all calls from now on those of a run, whose secret they show, with the token as it is now."""
+        if self._config.token_file is not None:
+            # It may be on its way to being another one, and not be there for a moment.
+            with contextlib.suppress(OSError, UnicodeError):
+                self._token = _token(self._config.token_file)
+        self._metadata = (*self._token, (RUN_SECRET_KEY, run_secret))
+
     def wait_reachable(self) -> None:
         """Raises UnavailableError unless the service answers within the connect timeout."""
         # A call and not a subscription to the channel's state: subscriptions that time out stay with the channel.
         try:
-            self._call(self._stub.Status, pb.StatusRequest(), self._config.connect_s, wait_for_ready=True)
+            self._call(
+                self._stub.Status, pb.StatusRequest(without_sessions=True), self._config.connect_s, wait_for_ready=True
+            )
         except UnavailableError as error:
             raise UnavailableError(
                 f"no nowcaster service at {self._config.endpoint} within {self._config.connect_s:g} s"
@@ -299,6 +309,10 @@ def open_request(
             aliases=fields["aliases"],
         ),
     )
+
+
+def _token(path: str) -> tuple[tuple[str, str], ...]:
+    return ((AUTHORIZATION_KEY, f"Bearer {Path(path).read_text().strip()}"),)
 
 
 def _shard(shard: ShardSpec) -> pb.Shard:

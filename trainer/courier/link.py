@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 1.0
+# After a refusal.
+FIRST_REFUSED_BACKOFF_S, MAX_REFUSED_BACKOFF_S = 5.0, 60.0
 
 
 class LinkState(enum.Enum):
@@ -134,23 +136,29 @@ class Link:
 
     def run(self) -> None:
         """Opens, joins and watches, until the courier ends."""
-        backoff_s = FIRST_BACKOFF_S
+        backoff_s, refused_s = FIRST_BACKOFF_S, FIRST_REFUSED_BACKOFF_S
         reported = ""
         unopened: tuple[Session, float] | None = None
         while not self._is_ending:
             session = self._session
-            wait_s: float | None = backoff_s
+            wait_s = backoff_s
             state, reason = LinkState.AWAY, ""
             try:
                 if self._connect(session):
                     # Should this break, the attempt that follows will show what it means.
                     state = LinkState.CONNECTING
                     backoff_s = wait_s = FIRST_BACKOFF_S
-                    reported, unopened = "", None
+                    reported, unopened, refused_s = "", None, FIRST_REFUSED_BACKOFF_S
                     self._watch(session.session_id)
             except RefusedError as error:
-                self._tell(Refused(reason=str(error)))
-                state, wait_s = LinkState.AWAY, None
+                # Final for a run that begins, whose hook then ends its courier. Later it may be the service that is
+                # wrong: one with another token, or another server at its port. It is asked again, slowly.
+                wait_s = refused_s
+                refused_s = min(2 * refused_s, MAX_REFUSED_BACKOFF_S)
+                unopened = None
+                if reported != str(error) and self._session is session:
+                    reported = str(error)
+                    self._tell(Refused(reason=reported))
             except ReopenError as error:
                 # Rank 0 has not opened the session yet, or the service was restarted: soon it will be there.
                 log.debug("rank %d: %s", self._rank, error)
@@ -170,11 +178,12 @@ class Link:
                 if self._session is session:
                     self._state = state
                     self._changed.notify_all()
-                # Until another session is wanted; without a refusal no longer than it takes to try again.
+                # Until another session is wanted, or it is time to try again.
                 self._changed.wait_for(lambda: self._is_ending or self._session is not session, wait_s)  # noqa: B023
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
     def _connect(self, session: Session) -> bool:
+        self._client.act_for(session.run_secret)
         self._client.wait_reachable()
         if self._opening is not None:
             self._client.open(self._opening(session))

@@ -241,9 +241,12 @@ def _metrics(settings: CourierSettings) -> Metrics:
 
 
 def announcement(settings: CourierSettings, session: Session) -> pb.OpenRequest:
-    """What rank 0 asks the service to open: every field of its ``Opening`` and of the session, by its name."""
+    """What rank 0 asks the service to open: every field of its ``Opening`` and of the session but the
+    secret, by its name."""
     assert settings.opening is not None
     fields = asdict(settings.opening) | asdict(session)
+    # Of every call's metadata, not of the announcement.
+    del fields["run_secret"]
     fields["wire_dtype"] = "BF16" if settings.wire_dtype == "bf16_delta" else "FP32"
     parameters, config_json = fields.pop("parameters"), fields.pop("config_json")
     return open_request(fields, parameters, config_json)

@@ -10,6 +10,9 @@ import grpc
 from sidecast.errors import SidecastError
 from sidecast.protos.refusals import REFUSAL_KEY, Remedy, refusal_kind
 
+# What gRPC says of a message beyond a limit on either side.
+MESSAGE_TOO_LARGE = "larger than max"
+
 
 class RefusedError(SidecastError):
     """The service understood and will not; asking again is of no use."""
@@ -49,6 +52,10 @@ def translated(error: grpc.RpcError) -> SidecastError:
     """The error to raise instead of gRPC's."""
     code = error.code()
     metadata: Iterable[Any] = error.trailing_metadata() or ()
-    kind = refusal_kind(code.name, dict(metadata).get(REFUSAL_KEY))
+    name = dict(metadata).get(REFUSAL_KEY)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and name is None and MESSAGE_TOO_LARGE in (error.details() or ""):
+        # gRPC's own, which has no other mark: as large again, it would be refused again.
+        return RefusedError(f"{error.details()}: a model of so many tensors does not fit into one message")
+    kind = refusal_kind(code.name, name)
     remedy = Remedy.RETRY if kind is None else kind.remedy
     return ERRORS[remedy](f"{error.details()} ({code.name})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -121,7 +122,11 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Any] | None:
         """What a checkpoint keeps: plain values, the same on all ranks; None for nothing."""
-        return self.hook.state_dict()
+        state = self.hook.state_dict()
+        if state is None or self._courier is None:
+            return state
+        # Without it no resume would be let into the run.
+        return {**state, "run_secret": self._courier.session.run_secret}
 
     def rollback_state(self) -> dict[str, Any] | None:
         """This rank's rollback copy, if a jump is on probation; for checkpoints that are no folders."""
@@ -207,13 +212,17 @@ def rollback_path(checkpoint: Path, rank: int) -> Path:
 
 def new_session(ranks: Ranks, step: int, state: Mapping[str, Any] | None = None) -> Session:
     """A session of a new run, or of the run that a loaded checkpoint belongs to; the same on all ranks."""
-    session_id, run_id = ranks.from_first([uuid.uuid4().hex[:16], uuid.uuid4().hex[:16]])
+    session_id, run_id, run_secret = ranks.from_first(
+        [uuid.uuid4().hex[:16], uuid.uuid4().hex[:16], secrets.token_hex(16)]
+    )
     return Session(
         session_id=session_id,
         run_id=run_id if state is None else state["run_id"],
         resumed=state is not None,
         resume_step=step,
         resume_epoch=0 if state is None else state["epoch"],
+        # Checkpoints from before there were secrets have none.
+        run_secret=run_secret if state is None else state.get("run_secret", run_secret),
     )
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Shard = tuple[int, int, int]
@@ -25,6 +25,7 @@ class Session:
         resumed: Whether the run goes on from a checkpoint that knows it.
         resume_step: Optimizer steps applied when the session begins.
         resume_epoch: The run's epoch when the session begins.
+        run_secret: What the service knows the run by; kept over resumes, and shown to nobody else.
     """
 
     session_id: str
@@ -32,6 +33,7 @@ class Session:
     resumed: bool
     resume_step: int
     resume_epoch: int
+    run_secret: str = field(repr=False)
 
 
 # --- what the courier is told
@@ -273,7 +275,7 @@ class Disconnected:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """The service refuses the session; the courier tries again only with another one."""
+    """The service refuses the session, which ends a run that begins; a courier that goes on asks again, slowly."""
 
     reason: str
 

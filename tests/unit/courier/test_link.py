@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import pytest
 
 from sidecast.protos import nowcast_pb2 as pb
+from sidecast.trainer.courier import link
 from sidecast.trainer.courier.link import Link
 from sidecast.trainer.courier.metrics import CourierMetrics
 from sidecast.trainer.courier.refusals import RefusedError, ReopenError, UnavailableError
@@ -32,7 +33,9 @@ M = TypeVar("M", bound=ToHook)
 
 
 def session(session_id: str) -> Session:
-    return Session(session_id=session_id, run_id="run", resumed=False, resume_step=0, resume_epoch=0)
+    return Session(
+        session_id=session_id, run_id="run", resumed=False, resume_step=0, resume_epoch=0, run_secret="secret"
+    )
 
 
 class Events:
@@ -69,6 +72,9 @@ class FakeClient:
 
     def transfer_s(self, num_bytes: int) -> float:
         return WAIT_S
+
+    def act_for(self, run_secret: str) -> None:
+        assert run_secret == "secret"
 
     def wait_reachable(self) -> None:
         self.is_asked.set()
@@ -275,6 +281,21 @@ def test_while_the_service_is_away_a_slot_is_free_at_once(
     assert outgoing.told(Sent).reason == "not connected"
     assert "outgoing" not in outgoing.changed.waits
     assert outgoing.client.sent == []
+
+
+@pytest.mark.parametrize("refusal", ["another token (UNAUTHENTICATED)", "Method not found! (UNIMPLEMENTED)"])
+def test_a_service_that_refuses_a_run_under_way_is_asked_again(
+    outgoing: Outgoing, monkeypatch: pytest.MonkeyPatch, refusal: str
+) -> None:
+    monkeypatch.setattr(link, "FIRST_REFUSED_BACKOFF_S", 0.01)
+    connect(outgoing)
+    outgoing.client.watched[0].cancel()
+    for _ in range(3):
+        outgoing.answer(RefusedError(refusal))
+    outgoing.answer()
+    before, _ = outgoing.told_until(Connected)
+    # It is told once.
+    assert before == [Disconnected(reason="broken"), Refused(reason=refusal)]
 
 
 def test_a_session_that_rank_0_never_opens_is_not_waited_for_without_end(outgoing: Outgoing) -> None:

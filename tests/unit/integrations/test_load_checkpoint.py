@@ -11,12 +11,14 @@ import torch
 
 from sidecast.errors import ConfigError
 from sidecast.protos.shards import ShardSpec
+from sidecast.protos.transport import MIN_RUN_SECRET_CHARACTERS
 from sidecast.trainer.hook.attachment import Attachment, load_rollback_copy, rollback_path
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.integrations.deepspeed import wrap
 from sidecast.trainer.partitions import RollbackCopy, StalePartitionError
 from sidecast.trainer.pipe.apply_log import Recorder
+from sidecast.trainer.pipe.messages import Session
 from tests.support.courier_harness import session
 
 
@@ -66,6 +68,29 @@ def test_a_run_is_continued_only_at_the_step_of_its_checkpoint(
     continues, run_id = resumed
     assert (continues, run_id == "pretraining") == (is_continued, is_continued)
     assert client_state == {"theirs": 1}
+
+
+def test_a_run_keeps_its_secret_over_resumes(tmp_path: Path) -> None:
+    attachment = attachment_at(500, [])
+    sessions: list[Session] = []
+
+    def begin(session: Session) -> None:
+        courier.session = session
+        sessions.append(session)
+
+    courier: Any = attachment._courier
+    courier.new_session = begin
+    attachment.resume(None, tmp_path)
+    attachment.hook.state_dict = lambda: {"run_id": sessions[0].run_id, "step": 500, "epoch": 2}
+    saved = attachment.state_dict()
+    assert saved is not None
+    attachment.resume(saved, tmp_path)
+    # A checkpoint from before there were secrets.
+    attachment.resume({name: value for name, value in saved.items() if name != "run_secret"}, tmp_path)
+    first, resumed, unknown = (session.run_secret for session in sessions)
+    assert first == resumed != unknown
+    assert min(len(first), len(unknown)) >= MIN_RUN_SECRET_CHARACTERS
+    assert first not in repr(sessions)
 
 
 def test_a_checkpoint_that_changes_what_a_rank_holds_is_refused(tmp_path: Path) -> None:

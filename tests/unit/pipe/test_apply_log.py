@@ -20,7 +20,14 @@ DELTA = memoryview(torch.tensor([1.0, 2.0]).numpy().tobytes())
 
 
 def session(name: str, resume_step: int = 0) -> Session:
-    return Session(session_id=name, run_id="run", resumed=resume_step > 0, resume_step=resume_step, resume_epoch=0)
+    return Session(
+        session_id=name,
+        run_id="run",
+        resumed=resume_step > 0,
+        resume_step=resume_step,
+        resume_epoch=0,
+        run_secret="secret",
+    )
 
 
 def applied(step: int, weight: float = 1.0) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from sidecast.trainer.pipe.messages import (
 )
 
 KINDS: Mapping[str, Any] = {**TO_COURIER, **TO_HOOK}
-SESSION = Session(session_id="s1", run_id="r1", resumed=True, resume_step=7, resume_epoch=2)
+SESSION = Session(session_id="s1", run_id="r1", resumed=True, resume_step=7, resume_epoch=2, run_secret="secret")
 
 
 def example(hint: Any, *, is_full: bool) -> Any:

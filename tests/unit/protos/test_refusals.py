@@ -85,6 +85,7 @@ def test_the_courier_has_one_error_for_each_remedy() -> None:
         (RefusalKind.CORRUPT, CorruptError),
         (RefusalKind.SATURATED, UnavailableError),
         (RefusalKind.FAILED, UnavailableError),
+        (RefusalKind.FORBIDDEN, RefusedError),
     ],
 )
 def test_the_courier_does_what_the_table_says(kind: RefusalKind, error: type[Exception]) -> None:

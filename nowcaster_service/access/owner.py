@@ -1,0 +1,92 @@
+"""Whose session it is: the secret of its run, and what it was opened with."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from sidecast.nowcaster_service.errors import ForbiddenError, MalformedError
+from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos.transport import MAX_RUN_SECRET_CHARACTERS, MIN_RUN_SECRET_CHARACTERS
+from sidecast.protos.version import SECRET_VERSION
+
+
+def check_secret(secret: str, protocol_version: int) -> None:
+    """Refuses a secret that anybody could guess, and none from a trainer that knows of secrets.
+
+    Raises:
+        MalformedError: It is missing, or of another length than is allowed; the message does not hold it.
+    """
+    if not secret and protocol_version < SECRET_VERSION:
+        return
+    if not MIN_RUN_SECRET_CHARACTERS <= len(secret) <= MAX_RUN_SECRET_CHARACTERS:
+        raise MalformedError(
+            f"the run's secret has {len(secret)} characters; allowed: {MIN_RUN_SECRET_CHARACTERS} to "
+            f"{MAX_RUN_SECRET_CHARACTERS}"
+        )
+
+
+class Owner:
+    """Who opened a session.
+
+    Args:
+        request: The announcement.
+        secret: That came with it; empty for a run that is not protected, as of older trainers.
+    """
+
+    def __init__(self, request: pb.OpenRequest, secret: str) -> None:
+        self._opened = _without_model(request)
+        self._digest = _digest(secret) if secret else b""
+
+    @property
+    def is_protected(self) -> bool:
+        """Whether others are refused."""
+        return bool(self._digest)
+
+    def admits(self, secret: str) -> bool:
+        """Whether a call with this secret may act for the run."""
+        # In constant time: the time of a plain comparison tells how much of a guess is right.
+        return not self._digest or hmac.compare_digest(_digest(secret), self._digest)
+
+    def require(self, secret: str) -> None:
+        """Refuses a call that may not act for the run.
+
+        Raises:
+            ForbiddenError: It carries another secret, or none.
+        """
+        if not self.admits(secret):
+            given = "another secret" if secret else "no secret"
+            raise ForbiddenError(f"run {self._opened.run_id} is protected; the call carries {given}")
+
+    def require_same(self, request: pb.OpenRequest) -> None:
+        """Refuses to open the session once more as something else.
+
+        Raises:
+            MalformedError: A field differs, named with both values.
+        """
+        again = _without_model(request)
+        if again.schema_hash != self._opened.schema_hash:
+            raise MalformedError(f"session {request.session_id} is already open for another model")
+        for item in pb.OpenRequest.DESCRIPTOR.fields:
+            was, now = getattr(self._opened, item.name), getattr(again, item.name)
+            if was != now:
+                raise MalformedError(
+                    f"session {request.session_id} is already open with another {item.name}: {_shown(was)}, not "
+                    f"{_shown(now)}"
+                )
+
+
+def _without_model(request: pb.OpenRequest) -> pb.OpenRequest:
+    # The schema's hash says the same in a few bytes.
+    kept = pb.OpenRequest()
+    kept.CopyFrom(request)
+    kept.ClearField("manifest")
+    return kept
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def _shown(value: object) -> str:
+    return " ".join(f"{value}".split())[:100] or "nothing"

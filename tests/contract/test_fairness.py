@@ -1,0 +1,200 @@
+"""What one client does slowly, again or too much of is not at the cost of the others."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service import joined_ranks
+from sidecast.nowcaster_service.config import MAX_CHUNK_BYTES
+from sidecast.nowcaster_service.errors import MalformedError, WrongStateError
+from sidecast.nowcaster_service.handover import TICKET_S
+from sidecast.nowcaster_service.joined_ranks import JoinedRanks
+from sidecast.nowcaster_service.vector_store import MAX_SPARES, HistoryStore
+from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos.shards import ShardSpec
+from tests.support.service_calls import INVALID, next_event, refusal, send, watching
+from tests.support.service_harness import (
+    MANIFEST,
+    WAIT_S,
+    RunningService,
+    join_request,
+    open_request,
+    rank_bytes,
+    state,
+)
+
+VECTOR_BYTES = 4 * MANIFEST.num_elements
+
+
+def fetch(service: RunningService, version: int) -> Any:
+    return service.servicer.fetch(pb.FetchRequest(session_id="s1", rank=0, version=version))
+
+
+def test_a_client_that_does_not_read_keeps_no_more_than_was_promised(joined: RunningService) -> None:
+    watch, fetches = watching(joined), []
+    for version in (1, 2, 3, 4):
+        for step in (20 * version - 10, 20 * version):
+            assert send(joined, step, step) == [False, True]
+        assert next_event(watch, "published").version == version
+        fetches.append(fetch(joined, version))
+        # Begun, and then left alone.
+        joined.call(anext(fetches[-1]))
+    # The window, the newest prediction, and one before it.
+    assert joined.store.used_bytes == 4 * VECTOR_BYTES
+
+    async def rest(frames: Any) -> bytes:
+        return b"".join([bytes(frame.data) async for frame in frames])
+
+    for version in (1, 2):
+        with pytest.raises(WrongStateError, match=f"version {version} is not published any more"):
+            joined.call(rest(fetches[version - 1]))
+    for version in (3, 4):
+        data = rank_bytes(state(20 * version) - state(20 * version - 10), 0)
+        assert data.endswith(joined.call(rest(fetches[version - 1])))
+    assert joined.store.used_bytes == 3 * VECTOR_BYTES
+
+
+def test_a_session_that_ends_keeps_nothing(joined: RunningService) -> None:
+    for step in (10, 20):
+        send(joined, step, step)
+    next_event(watching(joined), "published")
+    left = fetch(joined, 1)
+    joined.call(anext(left))
+    joined.stub.Open(open_request(session_id="s2", run_id="run"))
+    assert joined.store.used_bytes == 0
+    with pytest.raises(WrongStateError):
+        joined.call(anext(left))
+
+
+def test_a_chunk_refers_to_so_much_memory_at_most(joined: RunningService) -> None:
+    key = pb.ChunkKey(session_id="s1", rank=0, id=10)
+    code, text = refusal(joined.stub.Upload, iter([pb.Chunk(key=key, shared_bytes=MAX_CHUNK_BYTES + 1)]))
+    assert (code, text) == (
+        INVALID,
+        f"a chunk refers to {MAX_CHUNK_BYTES + 1} bytes of shared memory; allowed: {MAX_CHUNK_BYTES}",
+    )
+
+
+# --- joining
+
+
+def split(world_size: int, num_parameters: int) -> tuple[ModelManifest, list[tuple[ShardSpec, ...]]]:
+    numel = 8 * world_size
+    manifest = ModelManifest.from_shapes(((f"w{index}", (numel,)) for index in range(num_parameters)), {})
+    shards = [
+        tuple(ShardSpec(parameter, 8 * rank, 8 * rank + 8) for parameter in range(num_parameters))
+        for rank in range(world_size)
+    ]
+    return manifest, shards
+
+
+@pytest.fixture
+def num_checks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How often all ranks' shards were looked at."""
+    calls: list[None] = []
+    check = joined_ranks.coverage_error
+
+    def counting(*args: Any) -> str | None:
+        calls.append(None)
+        return check(*args)
+
+    monkeypatch.setattr(joined_ranks, "coverage_error", counting)
+    return lambda: len(calls)
+
+
+def test_ranks_that_join_again_cost_nothing(num_checks: Callable[[], int]) -> None:
+    manifest, shards = split(64, 20)
+    ranks = JoinedRanks("s", manifest, 64)
+    for _ in range(2):
+        for rank, held in enumerate(shards):
+            ranks.join(rank, held, held)
+    assert (len(ranks), num_checks()) == (64, 1)
+    plan = ranks.upload_plan(7)
+    ranks.join(7, list(shards[7]), list(shards[7]))
+    assert ranks.upload_plan(7) is plan
+    # The same elements in another order are another plan, and no matter of the other ranks'.
+    ranks.join(7, shards[7][::-1], shards[7])
+    assert ranks.upload_plan(7) is not plan
+    pieces = [ShardSpec(0, 56, 60), ShardSpec(0, 60, 64), *shards[7][1:]]
+    ranks.join(7, pieces, shards[7])
+    assert num_checks() == 1
+    twice = [*shards[7], shards[7][0]]
+    for wrong in (shards[8], shards[7][1:], twice):
+        with pytest.raises(MalformedError, match="rank 7 names other elements than it did when all ranks had joined"):
+            ranks.join(7, wrong, shards[7])
+
+
+def test_ranks_that_join_again_have_lost_their_memory() -> None:
+    manifest, shards = split(2, 3)
+    ranks = JoinedRanks("s", manifest, 2)
+    for rank, held in enumerate(shards):
+        ranks.join(rank, held, held)
+    ranks.share(0, [memoryview(bytearray(96))])
+    ranks.join(0, shards[0], shards[0])
+    assert ranks._shared == {}
+
+
+# --- memory that is handed over
+
+
+def hand_over(service: RunningService, rank: int, num_bytes: int) -> bytes:
+    """Joins, and shows the ticket with sealed memory; what the service says to it."""
+    reply = service.stub.Join(join_request(rank))
+    descriptor = os.memfd_create("test", os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, num_bytes)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(WAIT_S)
+            connection.connect(reply.local_socket)
+            socket.send_fds(connection, [reply.local_ticket], [descriptor])
+            return connection.recv(1)
+    finally:
+        os.close(descriptor)
+
+
+def test_no_buffer_ends_the_handover_of_others(joined: RunningService, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hand_over(joined, 0, 0) == b""
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", lambda *_: 1 / 0)
+        assert hand_over(joined, 0, mmap.PAGESIZE) == b""
+    assert hand_over(joined, 1, mmap.PAGESIZE) == b"k"
+
+
+def test_tickets_are_good_for_a_minute_and_one_for_each_rank(joined: RunningService) -> None:
+    handover = joined.servicer.handover
+    joined.stub.Join(join_request(0))
+    assert handover.num_tickets == 2
+    joined.clock.now_s += TICKET_S + 1
+    joined.stub.Join(join_request(1))
+    assert handover.num_tickets == 1
+
+
+# --- files
+
+
+def test_files_are_removed_where_nobody_waits_for_it(tmp_path: Path) -> None:
+    left: list[Callable[[], None]] = []
+    store = HistoryStore(tmp_path, 1 << 20, remove=left.append)
+    vectors = [store.create(1000) for _ in range(MAX_SPARES + 1)]
+    for vector in vectors:
+        vector.delete()
+    store.drop_spares()
+    assert store.used_bytes == 0
+    # Their space is free for others from now on, and on the disk once this work is done.
+    assert all(vector.path.exists() for vector in vectors)
+    assert len(left) == len(vectors)
+    thread = threading.Thread(target=lambda: [work() for work in left])
+    thread.start()
+    thread.join(WAIT_S)
+    assert not any(vector.path.exists() for vector in vectors)
