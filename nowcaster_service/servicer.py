@@ -110,6 +110,11 @@ class Servicer:
 
     async def _admitted(self, request: pb.OpenRequest) -> SessionSettings:
         limit_s = self.config.nowcast_timeout_s
+        if not request.HasField("push"):
+            if self.engines_fault:
+                raise SaturatedError(self.engines_fault)
+            # Before the time begins: one that was replaced, or died, takes a while to be back.
+            await self._engines.ready()
         try:
             return await asyncio.wait_for(admit(request, self._engines), limit_s)
         except TimeoutError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import mmap
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from sidecast.manifest import ModelManifest
@@ -198,3 +200,45 @@ def test_files_are_removed_where_nobody_waits_for_it(tmp_path: Path) -> None:
     thread.start()
     thread.join(WAIT_S)
     assert not any(vector.path.exists() for vector in vectors)
+
+
+# --- engines
+
+
+def test_an_open_waits_for_an_engine_that_is_coming_back_and_not_for_one_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunningService(tmp_path, nowcast_timeout_s=0.05) as service:
+        is_asked, is_back = threading.Event(), threading.Event()
+
+        async def ready() -> None:
+            is_asked.set()
+            while not is_back.is_set():
+                await asyncio.sleep(0.001)
+
+        monkeypatch.setattr(service.engines, "ready", ready)
+        opening = service.stub.Open.future(open_request(), timeout=WAIT_S)
+        assert is_asked.wait(WAIT_S)
+        # Longer than a check may take.
+        service.call(asyncio.sleep(0.1))
+        assert not opening.done()
+        is_back.set()
+        opening.result()
+        monkeypatch.setattr(service.engines, "fault", lambda: "no engine has answered for 20 s")
+        code, text = refusal(service.stub.Open, open_request(session_id="s2", run_id="other"))
+        assert (code, text) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "no engine has answered for 20 s")
+
+
+def test_a_check_that_hangs_costs_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunningService(tmp_path, nowcast_timeout_s=0.05) as service:
+
+        async def check(request: object) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(service.engines, "check", check)
+        code, text = refusal(service.stub.Open, open_request())
+        assert (code, text) == (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "predictor fake took longer than 0.05 s to set up",
+        )
+        assert service.engines.num_replaced == 1

@@ -20,7 +20,7 @@ from sidecast.protos import nowcast_pb2_grpc
 from tests.support.service_harness import WAIT_S, chunks, commit_request, join_request, open_request, rank_bytes, state
 from tests.support.service_process import END_TIMEOUT_S, ServiceProcess
 
-LIMIT_S = 5.0
+LIMIT_S = 10.0
 
 
 @pytest.fixture
