@@ -179,9 +179,9 @@ class IngressActor:
         return host_and_port(self._config.host, self._started.result())
 
     def health(self) -> str:
-        """Why the service is of no use now; empty if it is. Waits until it has started."""
-        self._started.result()
-        return self._engines.fault()
+        """Why the service is of no use now; empty if it is."""
+        # Without waiting: calls that wait would leave no thread for the one that stops it.
+        return self._engines.fault() if self._server is not None else f"it does not listen at port {self._config.port}"
 
     def stop(self) -> None:
         """Ends the gRPC server, letting calls in flight finish, and removes the histories."""
@@ -277,7 +277,7 @@ class Application:
         self._engines_timeout_s = config.engines_timeout_s
         if ray_address is None:
             os.environ.update(LOCAL_RAY_ENVIRONMENT)
-            ray.init(
+            _start_ray(
                 address="local",
                 num_cpus=config.num_engines,
                 include_dashboard=False,
@@ -287,7 +287,7 @@ class Application:
             )
             _require_gpus(config, ray.cluster_resources().get("GPU", 0))
         else:
-            ray.init(address=ray_address, logging_level=logging.WARNING)
+            _start_ray(address=ray_address, logging_level=logging.WARNING)
         # The engine itself only leads where workers share each nowcast.
         works = config.num_engines == 1
         # Ray's types know no options of actor classes.
@@ -367,6 +367,14 @@ class Application:
             log.warning("the service's process did not end in order: %s", str(error).splitlines()[0])
         finally:
             ray.shutdown()
+
+
+def _start_ray(**settings: Any) -> None:
+    try:
+        ray.init(**settings)
+    except Exception as error:
+        # Ray raises what it likes, and its text is long.
+        raise ServiceLostError(f"Ray does not start: {str(error).splitlines()[0]}") from error
 
 
 def _require_gpus(config: ServiceConfig, num_found: float) -> None:
