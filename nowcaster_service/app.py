@@ -20,7 +20,7 @@ import grpc
 import ray
 from prometheus_client import CollectorRegistry, start_http_server
 
-from sidecast.errors import ConfigError, SidecastError
+from sidecast.errors import ConfigError, SidecastError, one_line
 from sidecast.nowcaster_service.config import ServiceConfig, host_and_port
 from sidecast.nowcaster_service.engine_pool import DividedRunner
 from sidecast.nowcaster_service.errors import AddressError, EngineGoneError, ServiceLostError
@@ -374,7 +374,7 @@ def _start_ray(**settings: Any) -> None:
         ray.init(**settings)
     except Exception as error:
         # Ray raises what it likes, and its text is long.
-        raise ServiceLostError(f"Ray does not start: {str(error).splitlines()[0]}") from error
+        raise ServiceLostError(f"Ray does not start: {one_line(error)}") from error
 
 
 def _require_gpus(config: ServiceConfig, num_found: float) -> None:
