@@ -239,6 +239,7 @@ def transfer(case: Case, port: int, peer_port: int, service_pid: int) -> dict[st
         ),
         (staged.descriptor, prediction.descriptor) if case.shared else (),
     )
+    client.act_for("the benchmark's secret")
     client.wait_reachable()
     # One session to upload to and one that has a prediction.
     for session_id, period_steps in (("up", 1_000_000), ("down", CONTEXT_LEN)):

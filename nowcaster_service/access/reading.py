@@ -51,7 +51,7 @@ def reader_of(kind: type[Message]) -> Callable[[bytes], Any]:
         except MalformedError as error:
             return error
         except (CodecError, DecodeError):
-            return MalformedError(f"a message was sent that is not a {name}")
+            return MalformedError(f"the call holds a message that is not a {name}")
 
     return read
 

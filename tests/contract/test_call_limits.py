@@ -55,7 +55,7 @@ def test_what_is_no_message_is_refused_in_a_sentence_and_leaves_no_trace(
 ) -> None:
     code, text = raw(service, method, iter([b"\xff\xff\xff"]))
     kind = "Chunk" if method == "Upload" else f"{method}Request"
-    assert (code, text) == (INVALID, f"a message was sent that is not a {kind}")
+    assert (code, text) == (INVALID, f"the call holds a message that is not a {kind}")
     assert caplog.records == []
 
 

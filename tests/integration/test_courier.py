@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sidecast.nowcaster_service.session import Session
 from sidecast.protos.bf16 import from_bf16, round_to_bf16
 from sidecast.protos.codec import ChunkFrame
+from sidecast.protos.transport import RUN_SECRET_KEY
 from sidecast.trainer.courier.client import NowcastClient
 from sidecast.trainer.courier.refusals import UnavailableError
 from sidecast.trainer.hook.courier_handle import CourierHandle
@@ -33,11 +34,13 @@ from sidecast.trainer.pipe.messages import (
     Snapshot,
 )
 from tests.support.courier_calls import applied, predicted, settled, stage
-from tests.support.courier_harness import session, settings, start_courier, until
+from tests.support.courier_harness import SECRET, session, settings, start_courier, until
 from tests.support.relay import Relay
 from tests.support.service_harness import CHUNK_BYTES, MANIFEST, WAIT_S, RunningService, chunks, open_request, state
 
 ALL = [(0, 0, 15), (1, 0, 40_000)]
+# What another job of the run shows.
+SHOWN = ((RUN_SECRET_KEY, SECRET),)
 
 
 @pytest.fixture
@@ -106,7 +109,7 @@ def test_what_a_courier_did_is_served_where_the_rank_has_a_port(
 
 
 def test_a_run_that_another_job_took_over_is_told_so(service: RunningService, courier: CourierHandle) -> None:
-    service.stub.Open(open_request(session_id="s2", run_id="run"))
+    service.stub.Open(open_request(session_id="s2", run_id="run"), metadata=SHOWN)
     assert "superseded by a later one" in until(courier, Disconnected).reason
 
 
@@ -281,9 +284,9 @@ def test_a_loss_that_both_sides_notice_counts_once(service: RunningService) -> N
     try:
         until(courier, Connected)
         # The service ends a snapshot of which this rank then tries to send its part.
-        service.stub.Upload(iter(chunks(state(1).tobytes()[:64], 0, 10)))
-        service.stub.Upload(iter(chunks(state(1).tobytes()[:64], 0, 20)))
-        service.stub.Upload(iter(chunks(state(1).tobytes()[:64], 0, 30)))
+        service.stub.Upload(iter(chunks(state(1).tobytes()[:64], 0, 10)), metadata=SHOWN)
+        service.stub.Upload(iter(chunks(state(1).tobytes()[:64], 0, 20)), metadata=SHOWN)
+        service.stub.Upload(iter(chunks(state(1).tobytes()[:64], 0, 30)), metadata=SHOWN)
         assert "not complete" in until(courier, Dropped).reason
         stage(courier, 1, 10)
         message = until(courier, Sent)
