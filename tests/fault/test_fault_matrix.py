@@ -148,7 +148,7 @@ ALTERED_UPLOADS = [
     Fault(what="corrupt", call="Upload", rank=1),
     # Once more than it is tried.
     Fault(what="corrupt", call="Upload", rank=1, times=3, seen="fails its checksum"),
-    Fault(what="truncate a chunk", call="Upload", rank=1, seen="a message was sent that is not a Chunk"),
+    Fault(what="truncate a chunk", call="Upload", rank=1, seen="a message that is not a Chunk"),
     Fault(what="truncate the stream", call="Upload", rank=1, seen="has a gap at byte"),
     Fault(what="lose a chunk", call="Upload", rank=1, seen="has a gap at byte"),
     Fault(what="too many chunks", call="Upload", rank=1, seen="are outside this rank's buffer"),
