@@ -170,7 +170,8 @@ def push_summary(ranks: Sequence[dict[str, Any]], stage: int) -> dict[str, Any]:
         "median_step_s": step_s,
         "blocked_inflation": figures["blocked_s"] / (interval_steps * step_s),
         "pushes": bound(extra_s, step_s, interval_steps),
-        "control": bound(control_s, step_s, interval_steps),
+        # There is none where pushes come back in later windows than the snapshot's.
+        "control": bound(control_s, step_s, interval_steps) if len(control_s) > 1 else None,
         "num_intervals": len(extra_s),
         "num_staged": first["num_staged"],
         "num_applied": first["num_applied"],
