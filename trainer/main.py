@@ -23,7 +23,7 @@ from pydantic import ValidationError
 import sidecast
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.trainer.job import checkpoints
-from sidecast.trainer.job.config import JobConfig, load_config, parse_assignment
+from sidecast.trainer.job.config import JobConfig, load_config, parse_override
 from sidecast.trainer.job.corpus import Corpus, load_corpus
 from sidecast.trainer.job.data import DataOrder
 from sidecast.trainer.job.loop import TrainingLoop
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _assignment(text: str) -> tuple[str, Any]:
     try:
-        return parse_assignment(text)
+        return parse_override(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sidecast.assignments import parse_assignment
 from sidecast.checkpoints.checkpoint import Checkpoint, read_json_object
 from sidecast.checkpoints.opening import open_checkpoint
 from sidecast.checkpoints.output import check_output, missing_config, write_nowcast
@@ -164,13 +164,10 @@ def _steps(text: str | None) -> list[int] | None:
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not key or not separator:
+        assignment = parse_assignment(pair)
+        if assignment is None:
             raise ConfigError(f"--option is {pair!r}; KEY=VALUE is needed")
-        try:
-            options[key] = json.loads(text)
-        except (ValueError, RecursionError):
-            options[key] = text
+        options |= [assignment]
     return options
 
 

@@ -7,11 +7,11 @@ every arm, over the same grid.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sidecast.assignments import parse_assignment
 from sidecast.errors import ConfigError
 from sidecast.evaluation.farm import group_key
 from sidecast.evaluation.methods.registry import with_defaults
@@ -81,13 +81,10 @@ def parse_arm(text: str) -> Arm:
 
 
 def _option(text: str, pair: str) -> tuple[str, Any]:
-    key, separator, value = pair.partition("=")
-    if not key or not separator:
+    assignment = parse_assignment(pair)
+    if assignment is None:
         raise ConfigError(f"method is {text!r}; NAME:OPTION=VALUE,... is needed, and {pair!r} is no OPTION=VALUE")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
+    return assignment
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.trainer.demo.children import Child, ChildFailedError, Children
-from sidecast.trainer.job.config import load_config, parse_assignment
+from sidecast.trainer.job.config import load_config, parse_override
 from sidecast.trainer.job.progress import ProgressBar
 from sidecast.trainer.job.run_log import METRICS_NAME, Record, read_records
 from sidecast.trainer.report.__main__ import write_report
@@ -60,7 +60,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
         SidecastError: A setting is refused or a process failed.
     """
     out = Path(arguments.out)
-    config = load_config(arguments.config, [parse_assignment(text) for text in arguments.set])
+    config = load_config(arguments.config, [parse_override(text) for text in arguments.set])
     num_steps = arguments.steps if arguments.steps is not None else config.training.steps
     environment = _environment(arguments.num_ranks)
     _empty(out)

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sidecast.assignments import parse_assignment
 from sidecast.errors import ConfigError
 from sidecast.trainer.job.schedules import ScheduleConfig, lr_ratio
 from sidecast.trainer.settings import read_settings, require
@@ -181,19 +182,16 @@ def load_config(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) ->
     return JobConfig(training=training, deepspeed=sections)
 
 
-def parse_assignment(text: str) -> tuple[str, Any]:
+def parse_override(text: str) -> tuple[str, Any]:
     """A dotted key and its value from ``KEY=VALUE``; the value is JSON, or else text.
 
     Raises:
         ConfigError: The text is not of that form.
     """
-    key, equals, value = text.partition("=")
-    if not equals or not key:
+    assignment = parse_assignment(text)
+    if assignment is None:
         raise ConfigError(f"{text!r} is not of the form KEY=VALUE")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
+    return assignment
 
 
 def _read(name_or_path: str) -> dict[str, Any]:
