@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -23,6 +24,24 @@ DETAILS = {
 }
 
 
+def run_record(schedule: str, **nowcaster: str) -> dict[str, Any]:
+    return {
+        "kind": "run",
+        "num_parameters": 1,
+        "num_ranks": 1,
+        "num_train_tokens": 1,
+        "num_validation_tokens": 1,
+        "machine": {"system": "s", "num_cores": 1},
+        "versions": {},
+        "training": {
+            "data": {"corpus": "c", "tokenizer": "t", "sequence_length": 8},
+            "schedule": {"kind": schedule, "warmup_steps": 1},
+            "seed": 0,
+        },
+        "deepspeed": {"train_micro_batch_size_per_gpu": 1, "optimizer": {}, "nowcaster": nowcaster},
+    }
+
+
 def write_run(run_dir: Path, gain: float) -> Path:
     with RunLog(run_dir) as log:
         for step in range(10, 201, 10):
@@ -39,23 +58,8 @@ def write_run(run_dir: Path, gain: float) -> Path:
 
 
 def write_pushed_run(run_dir: Path, *, is_suspended: bool = False) -> Path:
-    run = {
-        "kind": "run",
-        "num_parameters": 1,
-        "num_ranks": 1,
-        "num_train_tokens": 1,
-        "num_validation_tokens": 1,
-        "machine": {"system": "s", "num_cores": 1},
-        "versions": {},
-        "training": {
-            "data": {"corpus": "c", "tokenizer": "t", "sequence_length": 8},
-            "schedule": {"kind": "cosine", "warmup_steps": 1},
-            "seed": 0,
-        },
-        "deepspeed": {"train_micro_batch_size_per_gpu": 1, "optimizer": {}, "nowcaster": {"policy": "push"}},
-    }
     with RunLog(run_dir) as log:
-        log(run)
+        log(run_record("cosine", policy="push"))
         for step in range(10, 201, 10):
             log({"kind": "train", "step": step, "loss": 3.0 - step / 100, "training_s": step / 100})
             log({"kind": "validation", "step": step, "loss": 3.0 - step / 100})
@@ -107,26 +111,8 @@ def test_a_report_stands_alone_and_shows_jumps_cost_and_verdict(tmp_path: Path) 
 def test_a_jump_without_a_verdict_is_not_said_to_be_on_probation_where_none_is(
     tmp_path: Path, rollback: str, outcome: str
 ) -> None:
-    training = {
-        "data": {"corpus": "c", "tokenizer": "t", "sequence_length": 8},
-        "schedule": {"kind": "constant", "warmup_steps": 1},
-        "seed": 0,
-    }
-    ds_config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {}, "nowcaster": {"rollback": rollback}}
     with RunLog(tmp_path / "run") as log:
-        log(
-            {
-                "kind": "run",
-                "num_parameters": 1,
-                "num_ranks": 1,
-                "num_train_tokens": 1,
-                "num_validation_tokens": 1,
-                "machine": {"system": "s", "num_cores": 1},
-                "versions": {},
-                "training": training,
-                "deepspeed": ds_config,
-            }
-        )
+        log(run_record("constant", rollback=rollback))
         for step in (10, 20):
             log({"kind": "train", "step": step, "loss": 3.0 - step / 100, "training_s": 1.0})
         log({"kind": "nowcast", "step": 12, "event": "applied", "details": DETAILS})
