@@ -154,7 +154,7 @@ class RayEngines:
             # Of the call itself, not of the engine.
             raise
         except ray.exceptions.RayError as error:
-            raise EngineGoneError(f"the engine is gone: {str(error).splitlines()[0]}") from error
+            raise EngineGoneError(f"the engine is gone: {one_line(error)}") from error
 
 
 class IngressActor:
@@ -352,7 +352,7 @@ class Application:
                 # The nodes of somebody else's cluster come and go; sessions are kept for them.
                 is_lost = bool(fault) and self._is_own_ray
             except (ray.exceptions.RayError, SidecastError) as error:
-                fault, is_lost = f"the service's process is gone: {str(error).splitlines()[0]}", True
+                fault, is_lost = f"the service's process is gone: {one_line(error)}", True
             if not is_lost:
                 well_s = time.monotonic()
             elif time.monotonic() - well_s > self._engines_timeout_s:
@@ -364,7 +364,7 @@ class Application:
             ray.get(self._ingress.stop.remote(), timeout=2 * STOP_GRACE_S)
         except ray.exceptions.RayError as error:
             # It is ending anyhow.
-            log.warning("the service's process did not end in order: %s", str(error).splitlines()[0])
+            log.warning("the service's process did not end in order: %s", one_line(error))
         finally:
             ray.shutdown()
 

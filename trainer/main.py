@@ -21,7 +21,7 @@ from deepspeed import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
 import sidecast
-from sidecast.errors import ConfigError, SidecastError
+from sidecast.errors import ConfigError, SidecastError, one_line
 from sidecast.trainer.job import checkpoints
 from sidecast.trainer.job.config import JobConfig, load_config, parse_override
 from sidecast.trainer.job.corpus import Corpus, load_corpus
@@ -182,7 +182,7 @@ def _check_deepspeed_config(ds_config: dict[str, Any]) -> None:
             f"DeepSpeed refuses the configuration: {error.title} {key} = {first['input']!r}: {first['msg']}"
         ) from error
     except (DeepSpeedConfigError, AssertionError, ValueError) as error:
-        raise ConfigError(f"DeepSpeed refuses the configuration: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"DeepSpeed refuses the configuration: {one_line(error)}") from error
 
 
 def _attach(engine: Any, config: JobConfig, stack: ExitStack) -> Any:

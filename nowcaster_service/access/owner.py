@@ -38,11 +38,6 @@ class Owner:
         self._opened = _without_model(request)
         self._digest = _digest(secret) if secret else b""
 
-    @property
-    def is_protected(self) -> bool:
-        """Whether others are refused."""
-        return bool(self._digest)
-
     def admits(self, secret: str) -> bool:
         """Whether a call with this secret may act for the run."""
         # In constant time: the time of a plain comparison tells how much of a guess is right.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidecast.errors import ConfigError
+from sidecast.errors import ConfigError, one_line
 from sidecast.trainer.job.config import DataConfig
 
 BYTE_VOCAB_SIZE = 256
@@ -110,8 +110,7 @@ def _dataset_rows(config: DataConfig) -> Iterator[bytes]:
         rows = datasets.load_dataset(name, split=config.split)
     except Exception as error:  # the library raises its own, fsspec's and the network's errors
         raise ConfigError(
-            f"training.data.corpus {config.corpus!r}, split {config.split!r}, cannot be loaded: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"training.data.corpus {config.corpus!r}, split {config.split!r}, cannot be loaded: {one_line(error)}"
         ) from error
     if config.text_column not in rows.column_names:
         raise ConfigError(
@@ -132,7 +131,7 @@ def _load_tokenizer(name: str) -> tuple[Callable[[bytes], object], int]:
     except Exception as error:  # as with datasets: hub, parser and operating system all have their own
         raise ConfigError(
             f"training.data.tokenizer {name!r} cannot be loaded; allowed are 'bytes' and the name or directory of a "
-            f"Hugging Face tokenizer ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            f"Hugging Face tokenizer ({one_line(error)})"
         ) from error
     return lambda text: tokenizer(text.decode(errors="replace"), verbose=False)["input_ids"], len(tokenizer)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from sidecast.errors import ConfigError
+from sidecast.errors import ConfigError, one_line
 from sidecast.trainer.job.config import CausalLMConfig
 
 CONFIG_NAME = "config.json"
@@ -38,7 +38,7 @@ def build_model(config: CausalLMConfig, *, vocab_size: int, sequence_length: int
             return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
         return AutoModelForCausalLM.from_pretrained(directory, config=hf_config, dtype=torch.float32)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"training.model.source {config.source!r} cannot be built: {_first_line(error)}") from error
+        raise ConfigError(f"training.model.source {config.source!r} cannot be built: {one_line(error)}") from error
 
 
 def llama_config(config: CausalLMConfig, vocab_size: int, sequence_length: int) -> LlamaConfig:
@@ -69,7 +69,7 @@ def _read_source(source: Path) -> tuple[Path | None, PreTrainedConfig]:
         values: dict[str, Any] = json.loads(file.read_text())
         hf_config = AutoConfig.for_model(**{"model_type": "<missing>", **values})
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is not a model configuration of Hugging Face: {_first_line(error)}") from error
+        raise ConfigError(f"{file} is not a model configuration of Hugging Face: {one_line(error)}") from error
     hf_config.use_cache = False
     return (source if source.is_dir() else None), hf_config
 
@@ -87,7 +87,3 @@ def _check_fits(source: str, hf_config: PreTrainedConfig, vocab_size: int, seque
             f"training.data.sequence_length is {sequence_length}; "
             f"the model {source!r} takes at most {max_positions} positions"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sidecast.errors import ConfigError
+from sidecast.trainer import main
 from sidecast.trainer.hook.config import parse_section
 from sidecast.trainer.job.config import load_config
 
@@ -81,3 +82,12 @@ def test_unreadable_and_malformed_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps([1]))
     with pytest.raises(ConfigError, match="JSON object"):
         load_config(str(tmp_path / "list.json"))
+
+
+def test_what_deepspeed_refuses_without_a_word_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: dict[str, Any]) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(main, "DeepSpeedConfig", refuse)
+    with pytest.raises(ConfigError, match="DeepSpeed refuses the configuration: AssertionError"):
+        main._check_deepspeed_config({})
