@@ -380,7 +380,7 @@ class NowcastHook:
             RollbackError: It is of another jump, or does not fit.
         """
         # A checkpoint's folder may hold what an earlier one, or another run, has left there.
-        if list(state["of"]) != [self.run_id, self.epoch]:
+        if state.get("of") != [self.run_id, self.epoch]:
             raise RollbackError("the copy is of another jump")
         self._applier.load_rollback_copy(state)
 

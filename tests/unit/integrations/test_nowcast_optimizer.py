@@ -353,11 +353,14 @@ def test_refusals() -> None:
         Training().optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
 
 
-def test_a_rollback_copy_of_another_jump_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("is_said", [True, False])
+def test_a_rollback_copy_of_another_jump_is_not_taken(is_said: bool, caplog: pytest.LogCaptureFixture) -> None:
     first, second = Training(), Training()
     first.train(PERIOD_STEPS + 3)
     saved = deepcopy(first.optimizer.state_dict())
-    saved["sidecast"]["rollback"]["of"][1] += 1
+    run_id, epoch = saved["sidecast"]["rollback"].pop("of")
+    if is_said:
+        saved["sidecast"]["rollback"]["of"] = [run_id, epoch + 1]
     second.optimizer.load_state_dict(saved)
     assert not second.optimizer.hook.is_on_probation
     assert "cannot be undone: the copy is of another jump" in caplog.text
