@@ -138,11 +138,12 @@ class Link:
         """Opens, joins and watches, until the courier ends."""
         backoff_s, refused_s = FIRST_BACKOFF_S, FIRST_REFUSED_BACKOFF_S
         reported = ""
+        fault: Refused | Disconnected | None
         unopened: tuple[Session, float] | None = None
         while not self._is_ending:
             session = self._session
             wait_s = backoff_s
-            state, reason = LinkState.AWAY, ""
+            state, fault = LinkState.AWAY, None
             try:
                 if self._connect(session):
                     # Should this break, the attempt that follows will show what it means.
@@ -155,10 +156,7 @@ class Link:
                 # wrong: one with another token, or another server at its port. It is asked again, slowly.
                 wait_s = refused_s
                 refused_s = min(2 * refused_s, MAX_REFUSED_BACKOFF_S)
-                unopened = None
-                if reported != str(error) and self._session is session:
-                    reported = str(error)
-                    self._tell(Refused(reason=reported))
+                fault, unopened = Refused(reason=str(error)), None
             except ReopenError as error:
                 # Rank 0 has not opened the session yet, or the service was restarted: soon it will be there.
                 log.debug("rank %d: %s", self._rank, error)
@@ -166,18 +164,25 @@ class Link:
                     unopened = session, time.monotonic()
                 # Unless rank 0 is gone, or refused: a sync run would wait for every single snapshot.
                 is_awaited = time.monotonic() - unopened[1] <= self._client.open_s
-                state, reason = (LinkState.CONNECTING, "") if is_awaited else (LinkState.AWAY, str(error))
+                if is_awaited:
+                    state = LinkState.CONNECTING
+                else:
+                    fault = Disconnected(reason=str(error))
             except (UnavailableError, CorruptError, OutdatedError, ResendError) as error:
                 # A break is told at once, although the next attempt may succeed: a service that was restarted has
                 # forgotten what a sync run waits for.
-                reason, unopened = str(error), None
-            if reason and reported != reason and self._session is session:
-                reported = reason
-                self._tell(Disconnected(reason=reason))
+                fault, unopened = Disconnected(reason=str(error)), None
             with self._changed:
-                if self._session is session:
+                is_wanted = self._session is session
+                if is_wanted:
                     self._state = state
                     self._changed.notify_all()
+            if fault is not None and reported != fault.reason and is_wanted:
+                reported = fault.reason
+                # After the state: a snapshot that is staged by who has heard of a break is not to be begun as if there
+                # had been none, and then to be held for as long as a transfer may last.
+                self._tell(fault)
+            with self._changed:
                 # Until another session is wanted, or it is time to try again.
                 self._changed.wait_for(lambda: self._is_ending or self._session is not session, wait_s)  # noqa: B023
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)

@@ -239,6 +239,31 @@ def test_a_break_is_told_at_once_and_what_follows_once(
     assert before == [Disconnected(reason=reason) for reason in ("broken", *told)]
 
 
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [(None, Disconnected), (UnavailableError("no service"), Disconnected), (RefusedError("no"), Refused)],
+)
+def test_who_is_told_of_a_break_does_not_find_the_link_connected(
+    outgoing: Outgoing, answer: Exception | None, kind: type[Disconnected | Refused]
+) -> None:
+    found: list[tuple[ToHook, bool]] = []
+    tell = outgoing.link._tell
+
+    def tell_and_look(message: ToHook) -> None:
+        found.append((message, outgoing.link.is_connected))
+        tell(message)
+
+    outgoing.link._tell = tell_and_look
+    connect(outgoing)
+    outgoing.client.watched[0].cancel()
+    assert outgoing.told(Disconnected).reason == "broken"
+    outgoing.answer(answer)
+    outgoing.told(Connected if answer is None else kind)
+    assert [is_connected for message, is_connected in found if not isinstance(message, Connected)] == [False] * (
+        1 if answer is None else 2
+    )
+
+
 def test_every_break_is_told(outgoing: Outgoing) -> None:
     connect(outgoing)
     for events in range(2):
