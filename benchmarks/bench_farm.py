@@ -84,7 +84,7 @@ def run_farm(num_steps: int, folder: Path) -> None:
     ]
     assert len(members) == NUM_MEMBERS
     gradients = native_gradients(TASK.model.build(), TASK.sequence_length, folder)
-    run = GroupRun(TASK, load_corpus(TASK.corpus, folder), members, Engine(), gradients=gradients)
+    run = GroupRun(TASK, [load_corpus(TASK.corpus, folder)], members, Engine(), gradients=gradients)
     run.advance(1)
     _timed(lambda: run.advance(num_steps // NUM_MEMBERS), "torch" if gradients is None else "native")
 

@@ -49,6 +49,8 @@ def configuration(task: Task, arguments: argparse.Namespace, corpus: Path) -> di
     model = task.model
     if not isinstance(model, LlamaConfig):
         raise SystemExit(f"task is {task.name!r}, which is no Llama; the job trains no other model from scratch")
+    if task.change is not None:
+        raise SystemExit(f"task is {task.name!r}, which changes its text on the way; the job reads one only")
     return {
         "train_micro_batch_size_per_gpu": task.batch_size // arguments.ranks,
         "gradient_clipping": 1.0,

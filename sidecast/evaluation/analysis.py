@@ -162,7 +162,9 @@ class Results:
         losses: dict[GridPoint, dict[int, float]] = defaultdict(dict)
         for member in self._members.get((setting, arm), []):
             point = (member.settings.optimizer.lr, member.settings.optimizer.b1)
-            losses[point][member.settings.seed] = member.result.final_losses.get(read_out, math.inf)
+            # What was run before there was a read-out says nothing of it.
+            if read_out in member.result.final_losses:
+                losses[point][member.settings.seed] = member.result.final_losses[read_out]
         runs = ArmRuns(losses if points is None else {point: losses.get(point, {}) for point in points})
         return runs if runs.losses and runs.seeds else None
 

@@ -59,7 +59,7 @@ class GroupRun:
 
     Args:
         task: The recipe.
-        corpus: Its text.
+        corpora: Its texts, in the order of ``task.corpora``.
         members: All of one ``group_key``.
         engine: How the arithmetic is done.
         clock: Seconds, for what methods cost; None: nothing is measured.
@@ -73,7 +73,7 @@ class GroupRun:
     def __init__(
         self,
         task: Task,
-        corpus: Corpus,
+        corpora: Sequence[Corpus],
         members: Sequence[MemberSettings],
         engine: Engine,
         *,
@@ -84,7 +84,7 @@ class GroupRun:
         self.step = 0
         self.members = members
         self._task = task
-        self._corpus = corpus
+        self._corpora = corpora
         self._engine = engine
         self._clock = clock or (lambda: 0.0)
         self._model: Model = task.model.build()
@@ -124,7 +124,8 @@ class GroupRun:
     def _take_step(self) -> None:
         started_s = self._clock()
         task, first = self._task, self.members[0]
-        batch = training_batch(self._corpus.train_tokens, first.seed, self.step, task.batch_size, task.sequence_length)
+        tokens_T = self._corpus_of(self.step).train_tokens
+        batch = training_batch(tokens_T, first.seed, self.step, task.batch_size, task.sequence_length)
         tokens_BL, targets_BL = (part.to(self._engine.device) for part in batch)
         losses = self._gradients(self.params_MP, tokens_BL, targets_BL, self._grads_MP).tolist()
         clip_(self._grads_MP, [member.optimizer.max_grad_norm for member in self.members])
@@ -157,11 +158,16 @@ class GroupRun:
             for row in range(len(self.members))
         ]
 
+    def _corpus_of(self, step: int) -> Corpus:
+        """What the step after so many steps reads."""
+        change = self._task.change
+        return self._corpora[0 if change is None or step < change.step else 1]
+
     def _validate(self, params_MP: Tensor) -> list[float]:
         task = self._task
-        batches = validation_batches(
-            self._corpus.validation_tokens, task.num_validation_sequences, task.batch_size, task.sequence_length
-        )
+        # Of the text that was read last.
+        tokens_T = self._corpus_of(self.step - 1).validation_tokens
+        batches = validation_batches(tokens_T, task.num_validation_sequences, task.batch_size, task.sequence_length)
         on_device = [(tokens.to(self._engine.device), targets.to(self._engine.device)) for tokens, targets in batches]
         losses = mean_losses(self._gradients, params_MP, on_device)
         return [loss if math.isfinite(loss) else math.inf for loss in losses]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 RAW = "raw"
-HALF_LIVES = {"ema2": 0.02, "ema5": 0.05, "ema10": 0.1}
+HALF_LIVES = {"ema2": 0.02, "ema5": 0.05, "ema10": 0.1, "ema20": 0.2}
 """Exponential averages by name; the half-life is a share of the steps so far, so that no horizon has to be known."""
 INTERVAL_STEPS = 10
 

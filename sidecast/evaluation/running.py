@@ -22,6 +22,7 @@ from sidecast.evaluation.farm import GroupRun
 from sidecast.evaluation.gradients import Engine, Gradients
 from sidecast.evaluation.grid import groups
 from sidecast.evaluation.native.llama_gradients import native_gradients
+from sidecast.evaluation.read_outs import HALF_LIVES
 from sidecast.evaluation.results import Finished, ResultStore
 from sidecast.evaluation.settings import MemberSettings
 from sidecast.evaluation.tasks import Task, find_task
@@ -57,7 +58,7 @@ def member_keys(members: Sequence[MemberSettings], corpora: Path, engine: Engine
     digests = {}
     for name in {member.task for member in members}:
         task = find_task(name)
-        digests[name] = f"{task.digest(_corpus(task.corpus, corpora).digest)} {engine.precision}"
+        digests[name] = f"{task.digest([corpus.digest for corpus in _corpora(task, corpora)])} {engine.precision}"
     return [member.key(digests[member.task]) for member in members]
 
 
@@ -102,9 +103,10 @@ def run_job(job: Job, store: ResultStore, engine: Engine, progress: Progress) ->
     # Time of the processor, not of the wall, on machines that are shared.
     clock = time.process_time if engine.device == "cpu" else time.perf_counter
     gradients = _native(task, engine, store.folder / "native")
-    run = GroupRun(task, _corpus(task.corpus, store.corpora), job.members, engine, clock=clock, gradients=gradients)
+    run = GroupRun(task, _corpora(task, store.corpora), job.members, engine, clock=clock, gradients=gradients)
     saved = store.load_state(job.keys)
-    if saved is not None:
+    # A group that an older version began without today's read-outs begins anew.
+    if saved is not None and saved["read_outs"].keys() == HALF_LIVES.keys():
         run.load(saved)
         progress(run.step * len(job.members))
     saved_step = run.step
@@ -120,6 +122,10 @@ def run_job(job: Job, store: ResultStore, engine: Engine, progress: Progress) ->
         Finished(key=key, settings=member, result=result, conditions=conditions)
         for key, member, result in zip(job.keys, job.members, run.results(), strict=True)
     ]
+
+
+def _corpora(task: Task, cache: Path) -> list[Corpus]:
+    return [_corpus(name, cache) for name in task.corpora]
 
 
 @lru_cache(maxsize=4)

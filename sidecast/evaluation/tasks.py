@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from sidecast.errors import ConfigError
 from sidecast.evaluation.models.gpt2 import Gpt2Config
 from sidecast.evaluation.models.llama import LlamaConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataChange:
+    """A text that takes the place of another in the middle of a run.
+
+    Attributes:
+        corpus: Name of the later text.
+        step: Steps that still read the earlier one.
+    """
+
+    corpus: str
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +34,7 @@ class Task:
         name: What it is called on the command line.
         use: ``tuning``: settings of methods may be chosen by it; ``held-out``: it only judges them.
         corpus: Name of the text.
+        change: Another text for the later steps, and for what is validated after them; None: there is one text.
         model: The model's dimensions.
         batch_size: B, sequences in a batch.
         sequence_length: L, tokens that a sequence predicts.
@@ -34,10 +48,19 @@ class Task:
     batch_size: int = 32
     sequence_length: int = 64
     num_validation_sequences: int = 512
+    change: DataChange | None = None
 
-    def digest(self, corpus_digest: str) -> str:
-        """Equal if and only if two runs have the same recipe and text."""
-        values = {**asdict(self), "family": type(self.model).__name__, "corpus_digest": corpus_digest}
+    @property
+    def corpora(self) -> tuple[str, ...]:
+        """Names of its texts, in the order in which they are read."""
+        return (self.corpus,) if self.change is None else (self.corpus, self.change.corpus)
+
+    def digest(self, corpus_digests: Sequence[str]) -> str:
+        """Equal if and only if two runs have the same recipe and texts."""
+        values = {**asdict(self), "family": type(self.model).__name__, "corpus_digest": "".join(corpus_digests)}
+        if self.change is None:
+            # What was run before there were changes keeps its name.
+            del values["change"]
         # A task that changes its use is still the same task.
         del values["use"], values["name"]
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
@@ -53,6 +76,14 @@ _TASKS = (
         use="tuning",
         corpus="python-source",
         model=Gpt2Config(width=48, num_layers=3, num_heads=3),
+    ),
+    # For what watches a run: the loss rises at once, whatever the method.
+    Task(
+        name="python-then-english",
+        use="tuning",
+        corpus="python-source",
+        change=DataChange(corpus="english", step=400),
+        model=LlamaConfig(),
     ),
     Task(
         name="english-wide",

@@ -51,7 +51,7 @@ def member(
 
 def train(members: list[MemberSettings], task: Task = TASK, **engine: Any) -> GroupRun:
     """A finished group."""
-    run = GroupRun(task, corpus(), members, Engine(**engine))
+    run = GroupRun(task, [corpus()], members, Engine(**engine))
     run.advance(members[0].num_steps)
     return run
 

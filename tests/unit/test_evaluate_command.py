@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from sidecast.commands.__main__ import main
-from sidecast.evaluation import corpora, running
+from sidecast.evaluation import corpora, read_outs, running
 from sidecast.evaluation.gradients import Engine
 from sidecast.evaluation.grid import ARMS, Grid, groups, parse_arm
+from sidecast.evaluation.read_outs import HALF_LIVES
 from sidecast.evaluation.results import ResultStore
 from sidecast.evaluation.running import Workers, open_jobs, run_jobs
 from sidecast.evaluation.schedules import Schedule
@@ -51,7 +52,10 @@ def test_a_farm_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6
 
 
-def test_what_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("begun_with", [HALF_LIVES, {"ema3": 0.03}])
+def test_what_was_interrupted_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun_with: dict[str, float]
+) -> None:
     monkeypatch.setattr(running, "SLICE_STEPS", 5)
     monkeypatch.setattr(running, "STATE_INTERVAL_STEPS", 5)
     grid = Grid(
@@ -70,15 +74,18 @@ def test_what_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def stop(num_steps: int) -> None:
         taken.append(num_steps)
-        if len(taken) == 2:
+        if len(taken) == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run_jobs(open_jobs(grid.members(), broken, workers), broken, workers, stop)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(read_outs, "HALF_LIVES", begun_with)
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs(open_jobs(grid.members(), broken, workers), broken, workers, stop)
     assert broken.read() == {}
     steps: list[int] = []
     run_jobs(open_jobs(grid.members(), broken, workers), broken, workers, steps.append)
-    assert steps == [10, 10, 4]
+    # What an older version began with other read-outs begins anew.
+    assert steps == ([20, 4] if begun_with is HALF_LIVES else [10, 10, 4])
     expected = {key: member.result.final_losses for key, member in whole.read().items()}
     assert {key: member.result.final_losses for key, member in broken.read().items()} == expected
     assert list((broken.folder / "unfinished").iterdir()) == []

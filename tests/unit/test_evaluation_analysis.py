@@ -166,6 +166,9 @@ def test_reports_hold_every_arm() -> None:
     results = _results(1.15)
     text = markdown(comparison_tables(results))
     assert "| push | 0.01, 0.9 * |" in text
+    # Of the read-outs that these results lack there is no row, rather than one of infinities.
+    assert "| push | ema5 |" in text
+    assert "inf" not in text
     assert "adamw by length" in text
     page = html_page(results, "here <and> now")
     assert page.count("<svg") == 3

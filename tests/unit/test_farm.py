@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sidecast.errors import ConfigError
 from sidecast.evaluation.batches import training_batch
+from sidecast.evaluation.corpora import Corpus
 from sidecast.evaluation.farm import GroupRun
 from sidecast.evaluation.gradients import Engine
 from sidecast.evaluation.models.model import views
 from sidecast.evaluation.settings import MemberSettings
+from sidecast.evaluation.tasks import DataChange
 from tests.support.farm_runs import TASK, corpus, member, one_thread, train
 
 
@@ -84,13 +87,38 @@ def test_tiles_of_sequences_change_round_off_only() -> None:
 
 def test_a_run_goes_on_from_its_state_bit_for_bit() -> None:
     whole = train(MEMBERS)
-    first = GroupRun(TASK, corpus(), MEMBERS, Engine())
+    first = GroupRun(TASK, [corpus()], MEMBERS, Engine())
     first.advance(13)
-    second = GroupRun(TASK, corpus(), MEMBERS, Engine())
+    second = GroupRun(TASK, [corpus()], MEMBERS, Engine())
     second.load(first.state())
     second.advance(30)
     assert torch.equal(second.params_MP, whole.params_MP)
     assert [result.final_losses for result in second.results()] == [result.final_losses for result in whole.results()]
+
+
+def test_a_change_of_the_text_begins_with_its_step_and_is_what_is_validated_then() -> None:
+    change = replace(TASK, change=DataChange(corpus="another", step=13))
+    other = Corpus(corpus().train_tokens.flip(0), corpus().validation_tokens.flip(0), "made up")
+    plain, changed = (GroupRun(task, [corpus(), other], [member()], Engine()) for task in (TASK, change))
+    for run in (plain, changed):
+        run.advance(13)
+    assert torch.equal(changed.params_MP, plain.params_MP)
+    for run in (plain, changed):
+        run.advance(1)
+    assert not torch.equal(changed.params_MP, plain.params_MP)
+    for run in (plain, changed):
+        run.advance(30)
+    losses = changed.results()[0].final_losses["raw"], plain.results()[0].final_losses["raw"]
+    # The plain run's weights know nothing of the other text; what was trained on it is at home there.
+    assert losses[0] < _loss_on(other, plain) - 0.01
+    assert math.isclose(losses[0], _loss_on(other, changed), rel_tol=1e-6)
+
+
+def _loss_on(text: Corpus, run: GroupRun) -> float:
+    judged = GroupRun(TASK, [text], [member(num_steps=5, schedule="constant", lr=1e-30)], Engine())
+    judged.params_MP.copy_(run.params_MP)
+    judged.advance(5)
+    return judged.results()[0].final_losses["raw"]
 
 
 def test_pushes_with_a_gain_of_zero_change_no_bit() -> None:
@@ -123,9 +151,9 @@ def test_optimizers_of_libraries(optimizer: str) -> None:
     whole = train(settings)
     assert all(result.final_losses["raw"] < 5.4 for result in whole.results())
     assert torch.equal(train(settings[1:]).params_MP[0], whole.params_MP[1])
-    first = GroupRun(TASK, corpus(), settings, Engine())
+    first = GroupRun(TASK, [corpus()], settings, Engine())
     first.advance(13)
-    second = GroupRun(TASK, corpus(), settings, Engine())
+    second = GroupRun(TASK, [corpus()], settings, Engine())
     second.load(first.state())
     second.advance(30)
     torch.testing.assert_close(second.params_MP, whole.params_MP, rtol=0, atol=1e-6)

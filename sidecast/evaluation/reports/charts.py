@@ -10,7 +10,7 @@ from sidecast.evaluation.read_outs import RAW
 from sidecast.evaluation.reports.tables import READ_OUTS
 
 _LEFT, _WIDTH, _ROW, _TOP = 260, 560, 20, 40
-_COLOURS = {"raw": "#1b6ca8", "ema2": "#e07b39", "ema5": "#3a9d5d", "ema10": "#8c5fb0"}
+_COLOURS = {"raw": "#1b6ca8", "ema2": "#e07b39", "ema5": "#3a9d5d", "ema10": "#8c5fb0", "ema20": "#b0413e"}
 
 
 def loss_chart(results: Results, setting: Setting) -> str:
