@@ -36,9 +36,9 @@ void attend(const Dims& d, Memory& m, Kept& k) {
         transpose(n, e, keys, q, m.turned);
         for (int64_t h = g * shared; h < (g + 1) * shared; ++h) {
             float* shares = k.shares + h * n * n;
-            for (int64_t i0 = 0; i0 < n; i0 += LANES) {
-                const int64_t seen = i0 + LANES;
-                product(LANES, seen, e, k.qkv + i0 * q + h * e, q, 1, m.turned, n, shares + i0 * n, n, false);
+            for (int64_t i0 = 0; i0 < n; i0 += TILE) {
+                const int64_t seen = i0 + TILE;
+                product(TILE, seen, e, k.qkv + i0 * q + h * e, q, 1, m.turned, n, shares + i0 * n, n, false);
                 for (int64_t i = i0; i < seen; ++i) {
                     float* row = shares + i * n;
                     for (int64_t j = i + 1; j < seen; ++j) row[j] = -INFINITY;
@@ -55,7 +55,7 @@ void attend(const Dims& d, Memory& m, Kept& k) {
                     const float inverse = 1.0f / sum(total);
                     for (int64_t j = 0; j < seen; j += LANES) store(row + j, load(row + j) * inverse);
                 }
-                product(LANES, e, seen, shares + i0 * n, n, 1, values, q, k.mixed + i0 * d.mixed() + h * e, d.mixed(),
+                product(TILE, e, seen, shares + i0 * n, n, 1, values, q, k.mixed + i0 * d.mixed() + h * e, d.mixed(),
                         false);
             }
         }
@@ -71,9 +71,9 @@ void attend_back(const Dims& d, Memory& m, const Kept& k) {
             const float* shares = k.shares + h * n * n;
             const float* d_mixed = m.d_mixed + h * e;
             const bool adds = h > g * shared;
-            for (int64_t i0 = 0; i0 < n; i0 += LANES) {
-                const int64_t seen = i0 + LANES;
-                product(LANES, seen, e, d_mixed + i0 * d.mixed(), d.mixed(), 1, m.turned, n, m.scores + i0 * n, n,
+            for (int64_t i0 = 0; i0 < n; i0 += TILE) {
+                const int64_t seen = i0 + TILE;
+                product(TILE, seen, e, d_mixed + i0 * d.mixed(), d.mixed(), 1, m.turned, n, m.scores + i0 * n, n,
                         false);
                 for (int64_t i = i0; i < seen; ++i) {
                     float* row = m.scores + i * n;
@@ -83,13 +83,13 @@ void attend_back(const Dims& d, Memory& m, const Kept& k) {
                     const float mean = sum(products);
                     for (int64_t j = 0; j < seen; j += LANES) store(row + j, load(share + j) * (load(row + j) - mean));
                 }
-                product(LANES, e, seen, m.scores + i0 * n, n, 1, k.qkv + key_at, q, m.d_qkv + i0 * q + h * e, q, false);
+                product(TILE, e, seen, m.scores + i0 * n, n, 1, k.qkv + key_at, q, m.d_qkv + i0 * q + h * e, q, false);
             }
             // Keys and values of rows from i0 on are seen by the queries from i0 on.
-            for (int64_t i0 = 0; i0 < n; i0 += LANES) {
-                product(LANES, e, n - i0, m.scores + i0 * n + i0, 1, n, k.qkv + i0 * q + h * e, q,
+            for (int64_t i0 = 0; i0 < n; i0 += TILE) {
+                product(TILE, e, n - i0, m.scores + i0 * n + i0, 1, n, k.qkv + i0 * q + h * e, q,
                         m.d_qkv + i0 * q + key_at, q, adds);
-                product(LANES, e, n - i0, shares + i0 * n + i0, 1, n, d_mixed + i0 * d.mixed(), d.mixed(),
+                product(TILE, e, n - i0, shares + i0 * n + i0, 1, n, d_mixed + i0 * d.mixed(), d.mixed(),
                         m.d_qkv + i0 * q + value_at, q, adds);
             }
         }

@@ -20,7 +20,7 @@ from sidecast.evaluation.models.llama import Llama
 from sidecast.evaluation.native.compiling import compiled
 
 SOURCE = Path(__file__).with_name("llama_gradient.cpp")
-LANES = 16
+TILE = 16
 MAX_LAYERS = 64
 
 
@@ -95,12 +95,12 @@ class NativeLlamaGradients:
 
 
 def fits(model: object, length: int) -> bool:
-    """Whether the compiled loop can do a model and a length of sequences: all sizes in whole vectors."""
+    """Whether the compiled loop can do a model and a length of sequences: all sizes in whole tiles."""
     if not isinstance(model, Llama):
         return False
     config = model.config
     sizes = (config.vocab_size, config.width, config.hidden_width, config.head_dim, length)
-    return config.num_layers <= MAX_LAYERS and not any(size % LANES for size in sizes)
+    return config.num_layers <= MAX_LAYERS and not any(size % TILE for size in sizes)
 
 
 def native_gradients(model: object, length: int, folder: Path) -> NativeLlamaGradients | None:

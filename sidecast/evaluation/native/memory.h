@@ -46,7 +46,7 @@ class Arena {
     explicit Arena(float* start) : next_(start) {}
     float* take(int64_t count) {
         float* taken = next_;
-        next_ += (count + LANES - 1) / LANES * LANES;
+        next_ += (count + TILE - 1) / TILE * TILE;
         return taken;
     }
     int64_t used(const float* start) const { return next_ - start; }

@@ -48,8 +48,10 @@ void columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col,
 // c (m x n) = or += a (m x k, any strides) times b (k x n).
 void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
              float* c, int64_t ldc, bool adds) {
+    // Six rows of so many vectors, one vector of each of them and a factor fit the registers.
+    constexpr int VECS = REGISTERS / 8, WIDTH = VECS * LANES;
     int64_t j = 0;
-    for (; j + 64 <= n; j += 64) columns<4>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc, adds);
+    for (; j + WIDTH <= n; j += WIDTH) columns<VECS>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc, adds);
     switch ((n - j) / LANES) {
         case 3: columns<3>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc, adds); break;
         case 2: columns<2>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc, adds); break;
@@ -59,9 +61,9 @@ void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int
 }
 
 void transpose(int64_t rows, int64_t cols, const float* from, int64_t ldf, float* to) {
-    for (int64_t i0 = 0; i0 < rows; i0 += LANES)
+    for (int64_t i0 = 0; i0 < rows; i0 += TILE)
         for (int64_t j = 0; j < cols; ++j)
-            for (int64_t i = i0; i < i0 + LANES; ++i) to[j * rows + i] = from[i * ldf + j];
+            for (int64_t i = i0; i < i0 + TILE; ++i) to[j * rows + i] = from[i * ldf + j];
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Sixteen fp32 values at a time, whatever the processor's own vectors are.
+// fp32 values at a time, as many as the processor's own vectors hold: wider ones are taken apart through memory.
 
 #pragma once
 
@@ -7,9 +7,20 @@
 
 namespace {
 
-constexpr int LANES = 16;
-typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t VecInt __attribute__((vector_size(64), aligned(4), may_alias));
+#if defined(__AVX512F__)
+constexpr int VEC_BYTES = 64, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int VEC_BYTES = 32, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int VEC_BYTES = 16, REGISTERS = 32;
+#else
+constexpr int VEC_BYTES = 16, REGISTERS = 16;
+#endif
+constexpr int LANES = VEC_BYTES / sizeof(float);
+// What all sizes are multiples of, on every processor.
+constexpr int TILE = 16;
+typedef float Vec __attribute__((vector_size(VEC_BYTES), aligned(4), may_alias));
+typedef int32_t VecInt __attribute__((vector_size(VEC_BYTES), aligned(4), may_alias));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
