@@ -214,18 +214,19 @@ def test_a_jump_reaches_masters_and_model_bit_for_bit(make: Make, size: tuple[st
         counted = Counted(held)
         partition = Partition(counted)
         delta, before = invented(partition, 1), owned(partition)
-        # Rounded twice, as on any processor: never a fused multiply-add.
-        partition.apply(delta, 0.3)
-        expected = before + delta * 0.3
-        assert_same_bits(owned(partition), expected)
-        assert_published(held, partition, expected)
         base = invented(partition, 2)
-        partition.apply(delta, 0.7, base=base)
-        expected = delta * 0.7 + base
-        assert_same_bits(owned(partition), expected)
-        assert_published(held, partition, expected)
+        for weight in (0.3, 1.0):
+            # Rounded twice, as on any processor: never a fused multiply-add.
+            partition.apply(delta, weight)
+            expected = before + delta * weight
+            assert_same_bits(owned(partition), expected)
+            assert_published(held, partition, expected)
+            partition.apply(delta, weight, base=base)
+            before = delta * weight + base
+            assert_same_bits(owned(partition), before)
+            assert_published(held, partition, before)
         # Also by a rank that owns nothing: the others wait for it.
-        assert counted.num_published == 2
+        assert counted.num_published == 4
 
 
 def test_padding_never_leaves_and_is_never_written(make: Make, size: tuple[str, int]) -> None:

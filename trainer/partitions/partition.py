@@ -191,14 +191,11 @@ class Partition:
                 continue
             master = flats[piece.master][piece.source]
             # Product and sum are rounded one after the other, never fused: replicas on unequal processors must agree.
-            step = self._scratch_of(master.device)[: piece.numel]
-            step.copy_(delta[piece.buffer])
-            step.mul_(weight)
+            step = self._product(delta[piece.buffer], weight, master.device)
             if base is None:
                 master.add_(step)
             else:
-                step.add_(base[piece.buffer].to(step.device))
-                master.copy_(step)
+                master.copy_(step + base[piece.buffer].to(step.device))
         self._layout.publish()
 
     @torch.no_grad()
@@ -279,6 +276,16 @@ class Partition:
             for index, master in enumerate(self._layout.masters())
             if id(master.key) in parameters and not master.key.requires_grad
         }
+
+    def _product(self, values: Tensor, weight: float, device: torch.device) -> Tensor:
+        """Values of host memory times a factor, on a device; valid until the next call."""
+        if device.type == "cpu" and weight == 1.0:
+            # As of most pushes: then they are added in one pass over memory.
+            return values
+        scratch = self._scratch_of(device)[: values.numel()]
+        if device.type == "cpu":
+            return torch.mul(values, weight, out=scratch)
+        return scratch.copy_(values).mul_(weight)
 
     def _scratch_of(self, device: torch.device) -> Tensor:
         if device not in self._scratch:
