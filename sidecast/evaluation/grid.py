@@ -46,6 +46,7 @@ ARMS: Mapping[str, Arm] = {
     for arm in (
         Arm(name=BASELINE),
         Arm(name="push", method=MethodSettings(name="push")),
+        Arm(name="predicted-push", method=MethodSettings(name="predicted-push")),
         Arm(name="outer-nesterov", method=MethodSettings(name="outer-nesterov")),
         _jump("linear", horizon=3),
         _jump("rank1", horizon=3),

@@ -28,12 +28,14 @@ def _one_thread() -> Iterator[None]:
 
 PUSH = {"start_step": 10, "interval_steps": 4, "late_steps": 2, "time_constant_steps": 12.0}
 JUMPS = {"predictor": "linear", "period_steps": 10, "late_steps": 1, "max_relative_norm": 5.0}
+PREDICTED = {"start_step": 10, "interval_steps": 3, "late_steps": 1, "context_len": 3}
 MEMBERS = [
     member(lr=1e-2),
     member(lr=3e-3, b1=0.8),
     member(method="push", options=PUSH),
     member(method="outer-nesterov", options={"interval_steps": 5}),
     member(method="jump", options=JUMPS),
+    member(method="predicted-push", options=PREDICTED),
 ]
 
 
@@ -133,6 +135,8 @@ def test_methods_do_something_and_say_what() -> None:
     assert results[2].method["num_pushes"] == 5
     # From windows that end at 10 and 20; the one that ends at 30 is not applied any more.
     assert results[4].method == {"num_jumps": 2, "num_dropped": 0}
+    # From snapshots at 12, 15, ..., 27; the one at 30 would be applied at 31.
+    assert results[5].method["num_pushes"] == 6
     assert all(len(result.curve) == 10 and math.isfinite(result.worst_spike) for result in results)
 
 
@@ -183,7 +187,7 @@ def test_schedule_free_equals_the_librarys_own_loop() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "pull"}, "method is 'pull'; allowed: none, push, jump, outer-nesterov"),
+        ({"method": "pull"}, "method is 'pull'; allowed: none, push, predicted-push, jump, outer-nesterov"),
         ({"method": "push", "options": {"gian": 1}}, "method 'push' has no option 'gian'; allowed: interval_steps"),
         ({"method": "push", "options": {"gain": -1}}, "push.gain is -1; it must be at least 0"),
         ({"method": "jump", "options": {"predictor": "liner"}}, "predictor is 'liner'; allowed: "),

@@ -14,6 +14,7 @@ from torch import Tensor
 from sidecast.errors import ConfigError
 from sidecast.evaluation.methods.jump import JumpMethod
 from sidecast.evaluation.methods.outer_nesterov import OuterNesterov
+from sidecast.evaluation.methods.predicted_push import PredictedPushMethod
 from sidecast.evaluation.methods.push import PushMethod
 from sidecast.evaluation.settings import MethodSettings
 from sidecast.manifest import ModelManifest
@@ -70,6 +71,7 @@ class NoMethod:
 METHODS: Mapping[str, Callable[..., Method]] = {
     "none": NoMethod,
     "push": PushMethod,
+    "predicted-push": PredictedPushMethod,
     "jump": JumpMethod,
     "outer-nesterov": OuterNesterov,
 }
