@@ -24,6 +24,7 @@ class CheckpointFormat(Enum):
     HUGGING_FACE = "Hugging Face directory"
     ADAPTER = "PEFT adapter"
     DEEPSPEED = "DeepSpeed checkpoint"
+    DISTRIBUTED = "PyTorch distributed checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from sidecast.checkpoints.flat_partitions import (
     concatenated,
     evenly_split,
 )
-from sidecast.checkpoints.huggingface import CONFIG_FILE, companions_in
+from sidecast.checkpoints.huggingface import CONFIG_FILE, companions_in, config_folder
 from sidecast.checkpoints.inert_pickle import StandIn, load_inert
 from sidecast.checkpoints.replicated_masters import replicated_tensors
 from sidecast.errors import ConfigError
@@ -84,7 +84,7 @@ def open_deepspeed(path: Path, config: Mapping[str, Any] | None = None) -> Check
     if lost:
         raise ConfigError(f"{model_files[0]} ties {lost[0]!r} to {aliases[lost[0]]!r}, which it does not hold")
     step = state.get("global_steps")
-    folder = _config_folder(path)
+    folder = config_folder(path)
     return Checkpoint(
         path=path,
         format=CheckpointFormat.DEEPSPEED,
@@ -281,11 +281,3 @@ def _stage_name(optimizer_state: Field) -> str:
     if isinstance(stage, StandIn) and len(stage.arguments) == 1:
         stage = stage.arguments[0]
     return f"ZeRO stage {stage}" if isinstance(stage, int) and 0 <= stage <= 3 else "BF16_Optimizer"
-
-
-def _config_folder(path: Path) -> Path | None:
-    """Where the model's configuration lies: next to the files or, as Hugging Face's Trainer saves, one folder up."""
-    for folder in (path, path.parent):
-        if (folder / CONFIG_FILE).is_file():
-            return folder if "model_type" in read_json_object(folder / CONFIG_FILE) else None
-    return None

@@ -78,6 +78,17 @@ def open_file(path: Path, config: Mapping[str, Any] | None = None) -> Checkpoint
     return _opened(path, [path], stored_tensors(path), config)
 
 
+def config_folder(path: Path) -> Path | None:
+    """Where the configuration of a model lies whose weights are in another format.
+
+    Next to its files or, as Hugging Face's Trainer saves, one folder up; None where there is none of a model.
+    """
+    for folder in (path, path.parent):
+        if (folder / CONFIG_FILE).is_file():
+            return folder if "model_type" in read_json_object(folder / CONFIG_FILE) else None
+    return None
+
+
 def companions_in(folder: Path) -> tuple[Path, ...]:
     """Files beside a model's configuration that its users need: generation settings, tokenizer, code."""
     return tuple(sorted(file for file in folder.iterdir() if _is_companion(file)))
@@ -96,7 +107,7 @@ def _opened(
     kind = CheckpointFormat.SAFETENSORS if path is files[0] else CheckpointFormat.HUGGING_FACE
     if is_adapter:
         kind = CheckpointFormat.ADAPTER
-    aliases = {} if is_adapter else _tied_heads(tensors, config or {})
+    aliases = {} if is_adapter else tied_heads(tensors, config or {})
     has_companions = path.is_dir() or config is not None or adapter_config is not None
     return Checkpoint(
         path=path,
@@ -171,7 +182,7 @@ def _config_of_base(adapter_config: Mapping[str, Any]) -> dict[str, Any] | None:
     return read_json_object(config) if config.is_file() else None
 
 
-def _tied_heads(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, str]:
+def tied_heads(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, str]:
     """Output heads that some exporters store although the configuration ties them to the embedding."""
     if config.get("tie_word_embeddings", config.get("model_type") in _TIED_BY_DEFAULT) is not True:
         return {}

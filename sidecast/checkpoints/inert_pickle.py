@@ -1,11 +1,13 @@
 """Reads the pickled files of a training run without running, or even importing, anything that they name.
 
 Built on ``torch.load(weights_only=True)``, which builds tensors and plain values only. DeepSpeed also pickles a few
-objects of its own; these become inert stand-ins, so that DeepSpeed need not be installed.
+objects of its own; these become inert stand-ins, so that DeepSpeed need not be installed. The index of a distributed
+checkpoint is a bare pickle, which torch's restricted unpickler does not read; its objects become inert records.
 """
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ _STAND_IN_NAMES = frozenset(
     }
 )
 _STAND_IN_PACKAGE = "deepspeed."
+_RECORD_PACKAGE = "torch.distributed."
+_RECORD_NAMES = frozenset({"torch.serialization._get_layout", "pathlib.PosixPath", "pathlib._local.PosixPath"})
+_PLAIN_NAMES = {"torch.Size": tuple, "collections.OrderedDict": dict}
 
 
 class StandIn:
@@ -62,6 +67,52 @@ def load_inert(path: Path) -> Any:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except ConfigError:
         raise
+    except Exception as error:  # bytes that are no pickle can fail anywhere in the unpickler
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+class Record:
+    """Takes the place of an object whose class is not to be imported, and keeps what it holds.
+
+    Attributes:
+        kind: The class's full name.
+        state: What its attributes were, mostly a dictionary by their names.
+    """
+
+    kind = ""
+    state: Any = None
+
+    def __init__(self, *arguments: Any) -> None:
+        del arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _RecordUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{module}.{name}"
+        if full_name in _PLAIN_NAMES:
+            return _PLAIN_NAMES[full_name]
+        if full_name in _RECORD_NAMES or full_name.startswith(_RECORD_PACKAGE):
+            return type("Record", (Record,), {"kind": full_name})
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        raise ConfigError(f"its pickle names {full_name!r}, which could run code; only tensors' descriptions are read")
+
+
+def load_records(path: Path) -> Any:
+    """Loads a bare pickle of plain values, dtypes and records of ``torch.distributed``.
+
+    Raises:
+        ConfigError: It is damaged, or names anything else.
+    """
+    try:
+        with path.open("rb") as file:
+            return _RecordUnpickler(file).load()
+    except ConfigError as error:
+        raise ConfigError(f"{path} is refused: {error}") from error
     except Exception as error:  # bytes that are no pickle can fail anywhere in the unpickler
         raise ConfigError(f"{path} cannot be read: {one_line(error)}") from error
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sidecast.checkpoints import deepspeed_zero, huggingface
 from sidecast.checkpoints.checkpoint import Checkpoint
+from sidecast.checkpoints.distributed import distributed_folder, open_distributed
 from sidecast.checkpoints.refusals import why_no_file, why_no_folder
 from sidecast.errors import ConfigError, one_line, shown
 
@@ -23,11 +24,14 @@ def holds_weights(path: Path) -> bool:
     if path.is_file():
         return path.suffix == ".safetensors"
     is_deepspeed = deepspeed_zero.is_deepspeed_folder(path) or (path / _LATEST_FILE).is_file()
-    return is_deepspeed or huggingface.is_huggingface_directory(path) or any(path.glob("*.safetensors"))
+    is_distributed = distributed_folder(path) is not None
+    return (
+        is_deepspeed or is_distributed or huggingface.is_huggingface_directory(path) or any(path.glob("*.safetensors"))
+    )
 
 
 def open_checkpoint(path: Path, config: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Opens a safetensors file, a Hugging Face folder (of a model or an adapter) or a DeepSpeed checkpoint folder.
+    """Opens a safetensors file, a Hugging Face folder (of a model or an adapter), or one of DeepSpeed or PyTorch's DCP.
 
     Of a DeepSpeed save folder, the one that holds a folder per step, the step that its ``latest`` file names is
     opened. A folder with both Hugging Face weights and DeepSpeed steps is a Hugging Face directory.
@@ -61,6 +65,8 @@ def _opened(path: Path, config: Mapping[str, Any] | None) -> Checkpoint:
         return huggingface.open_huggingface(path, config)
     if deepspeed_zero.is_deepspeed_folder(path):
         return deepspeed_zero.open_deepspeed(path, config)
+    if distributed_folder(path) is not None:
+        return open_distributed(path, config)
     latest = path / _LATEST_FILE
     if latest.is_file():
         with latest.open("rb") as file:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 _STEP_FOLDER = re.compile(r"^(?:checkpoint|global_step|step)[-_]?(\d+)$")
 _AS_SAFETENSORS = "load it and save it with save_pretrained or safetensors.torch.save_file"
-_DCP_CONVERTER = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
 
 
 def why_no_file(path: Path) -> str:
@@ -19,7 +18,7 @@ def why_no_file(path: Path) -> str:
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         return f"{problem}, because pickles can run code: {_AS_SAFETENSORS}"
     if path.suffix == ".distcp":
-        return f"{problem}: {path.parent} {_distributed(path.parent)}"
+        return f"{problem}: it is one rank's part of a distributed checkpoint; give the folder, {path.parent}"
     return problem
 
 
@@ -30,13 +29,6 @@ def why_no_folder(path: Path) -> str:
         if found is not None and (text := reason(found)) is not None:
             return f"{path} {text}"
     return f"{path} holds neither model.safetensors (Hugging Face) nor *_model_states.pt (DeepSpeed)"
-
-
-def _distributed(folder: Path) -> str:
-    return (
-        f"is a distributed checkpoint of PyTorch (DCP, FSDP); make one file of it, with `accelerate merge-weights "
-        f"{folder} OUT` or `{_DCP_CONVERTER} {folder} OUT.pt`, and save that as safetensors"
-    )
 
 
 def _dangling(file: Path) -> str | None:
@@ -68,8 +60,14 @@ def _pickled(file: Path) -> str:
 _KINDS: tuple[tuple[tuple[str, ...], Callable[[Path], str | None]], ...] = (
     (("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"), _dangling),
     (("*_model_states.pt", "*.safetensors"), _dangling),
-    ((".metadata", "*.distcp"), lambda file: _distributed(file.parent)),
-    (("*/.metadata", "*/*.distcp"), lambda file: f"holds {file.parent.name}, which {_distributed(file.parent)}"),
+    (
+        ("*.distcp",),
+        lambda file: (
+            f"holds {file.name} but no .metadata, the index of a distributed checkpoint, which is written last: "
+            "the save was not finished, or the file was not copied"
+        ),
+    ),
+    (("*/.metadata",), lambda file: f"holds {file.parent.name}, a distributed checkpoint; give that folder"),
     (("*_optim_states.pt",), _sharded_optimizer),
     (
         ("snapshots",),

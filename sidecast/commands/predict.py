@@ -31,8 +31,9 @@ _DESCRIPTION = """\
 Predicts where the weights will be some checkpoints from now, from at least two checkpoints that you saved at equal
 distances, and writes the prediction as a checkpoint of its own. The optimizer state is not predicted.
 
-A checkpoint is a Hugging Face model directory, a PEFT adapter's, a .safetensors file, or a DeepSpeed checkpoint folder
-(global_step200, or universal) of any ZeRO stage; DeepSpeed itself need not be installed.
+A checkpoint is a Hugging Face model directory, a PEFT adapter's, a .safetensors file, a DeepSpeed checkpoint folder
+(global_step200, or universal) of any ZeRO stage, or a folder of torch.distributed.checkpoint (FSDP2, torchtitan,
+accelerate). DeepSpeed itself need not be installed.
 
 Steps are read from trainer_state.json and from the names of files and folders; their order and spacing is checked.
 """

@@ -25,8 +25,8 @@ from tests.support.symmetric_models import SMALL_MODELS
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([".metadata", "__0_0.distcp"], r"accelerate merge-weights .* or .*dcp_to_torch .*OUT.pt"),
-        (["pytorch_model_fsdp_0/.metadata"], r"holds pytorch_model_fsdp_0, which is a distributed .*merge-weights"),
+        (["__0_0.distcp"], r"holds __0_0.distcp but no .metadata, .* the save was not finished"),
+        (["sharded/.metadata"], r"holds sharded, a distributed checkpoint; give that folder$"),
         (["pytorch_model_fsdp.bin"], r"pickled weights \(pytorch_model_fsdp.bin\); load it and save it with"),
         (["adapter_model.bin"], r"pickled weights \(adapter_model.bin\)"),
         (["consolidated.00.pth"], r"pickled weights \(consolidated.00.pth\)"),
@@ -52,7 +52,7 @@ def test_folders_of_other_formats(tmp_path: Path, files: list[str], message: str
     [
         ("model.gguf", "GGUF is quantised"),
         ("weights.pt", "pickles can run code: load it and save it with"),
-        ("__0_0.distcp", "is a distributed checkpoint of PyTorch"),
+        ("__0_0.distcp", "one rank's part of a distributed checkpoint; give the folder, "),
     ],
 )
 def test_files_of_other_formats(tmp_path: Path, name: str, message: str) -> None:
