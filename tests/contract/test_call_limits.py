@@ -18,8 +18,9 @@ from sidecast.protos.transport import AUTHORIZATION_KEY, SERVICE_NAME
 from sidecast.trainer.courier.client import NowcastClient
 from sidecast.trainer.courier.refusals import RefusedError, translated
 from sidecast.trainer.pipe.messages import ClientSettings
+from tests.support.limits import HANG_S
 from tests.support.service_calls import INVALID, refusal, send, status
-from tests.support.service_harness import WAIT_S, FakeClock, RunningService, join_request, open_request
+from tests.support.service_harness import FakeClock, RunningService, join_request, open_request
 
 TOKEN = "a token"
 METHODS = ["Open", "Join", "Upload", "Progress", "Commit", "Watch", "Fetch", "Report", "Status"]
@@ -30,7 +31,7 @@ def raw(
 ) -> tuple[grpc.StatusCode, str]:
     """How a call is refused whose messages are any bytes."""
     call = service.channel.stream_stream(f"/{SERVICE_NAME}/{method}")(
-        messages, timeout=WAIT_S, metadata=tuple(metadata.items())
+        messages, timeout=HANG_S, metadata=tuple(metadata.items())
     )
     with pytest.raises(grpc.RpcError) as refused:
         list(call)
@@ -85,7 +86,7 @@ def test_a_model_of_many_tensors_is_served(service: RunningService) -> None:
 
 
 def test_what_is_too_large_for_grpc_itself_is_not_sent_again(service: RunningService) -> None:
-    waits = {"connect_s": WAIT_S, "chunk_s": WAIT_S, "stream_s": WAIT_S}
+    waits = {"connect_s": HANG_S, "chunk_s": HANG_S, "stream_s": HANG_S}
     client = NowcastClient(ClientSettings(endpoint=service.endpoint, token_file=None, tls_ca=None, **waits))
     with pytest.raises(RefusedError, match=r"larger than max .* does not fit into one message"):
         client.open(pb.OpenRequest(predictor_options_json=" " * reading.MAX_MESSAGE_BYTES))
@@ -181,7 +182,7 @@ def test_a_courier_reads_its_token_anew_whenever_it_connects(tmp_path: Path) -> 
     path = tmp_path / "token"
     path.write_text("yesterday's\n")
     with RunningService(tmp_path, token=TOKEN) as service:
-        waits = {"connect_s": WAIT_S, "chunk_s": WAIT_S, "stream_s": WAIT_S}
+        waits = {"connect_s": HANG_S, "chunk_s": HANG_S, "stream_s": HANG_S}
         settings = ClientSettings(endpoint=service.endpoint, token_file=str(path), tls_ca=None, **waits)
         client = NowcastClient(settings)
         with pytest.raises(RefusedError, match="carries no token, or a wrong one"):
@@ -199,7 +200,7 @@ def test_a_courier_reads_its_token_anew_whenever_it_connects(tmp_path: Path) -> 
 def test_an_orchestrator_learns_whether_the_service_is_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(service: RunningService, name: str) -> bytes:
         check = service.channel.unary_unary("/grpc.health.v1.Health/Check")
-        reply: bytes = check(b"\x0a" + bytes((len(name),)) + name.encode(), timeout=WAIT_S)
+        reply: bytes = check(b"\x0a" + bytes((len(name),)) + name.encode(), timeout=HANG_S)
         return reply
 
     with RunningService(tmp_path, token=TOKEN) as service:

@@ -24,10 +24,10 @@ from sidecast.nowcaster_service.joined_ranks import JoinedRanks
 from sidecast.nowcaster_service.vector_store import MAX_SPARES, HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.shards import ShardSpec
+from tests.support.limits import HANG_S
 from tests.support.service_calls import INVALID, next_event, refusal, send, watching
 from tests.support.service_harness import (
     MANIFEST,
-    WAIT_S,
     RunningService,
     join_request,
     open_request,
@@ -157,7 +157,7 @@ def hand_over(service: RunningService, rank: int, num_bytes: int) -> bytes:
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     try:
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(WAIT_S)
+            connection.settimeout(HANG_S)
             connection.connect(reply.local_socket)
             socket.send_fds(connection, [reply.local_ticket], [descriptor])
             return connection.recv(1)
@@ -198,7 +198,7 @@ def test_files_are_removed_where_nobody_waits_for_it(tmp_path: Path) -> None:
     assert len(left) == len(vectors)
     thread = threading.Thread(target=lambda: [work() for work in left])
     thread.start()
-    thread.join(WAIT_S)
+    thread.join(HANG_S)
     assert not any(vector.path.exists() for vector in vectors)
 
 
@@ -217,8 +217,8 @@ def test_an_open_waits_for_an_engine_that_is_coming_back_and_not_for_one_that_is
                 await asyncio.sleep(0.001)
 
         monkeypatch.setattr(service.engines, "ready", ready)
-        opening = service.stub.Open.future(open_request(), timeout=WAIT_S)
-        assert is_asked.wait(WAIT_S)
+        opening = service.stub.Open.future(open_request(), timeout=HANG_S)
+        assert is_asked.wait(HANG_S)
         # Longer than a check may take.
         service.call(asyncio.sleep(0.1))
         assert not opening.done()

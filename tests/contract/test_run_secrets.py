@@ -11,9 +11,9 @@ import pytest
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.transport import RUN_SECRET_KEY
 from sidecast.protos.version import PROTOCOL_VERSION
+from tests.support.limits import HANG_S
 from tests.support.service_calls import INVALID, next_event
 from tests.support.service_harness import (
-    WAIT_S,
     RunningService,
     chunks,
     commit_request,
@@ -40,7 +40,7 @@ def victim(service: RunningService) -> Iterator[RunningService]:
     service.stub.Open(open_request(protocol_version=PROTOCOL_VERSION), metadata=OWN)
     for rank in (0, 1):
         service.stub.Join(join_request(rank), metadata=OWN)
-    watch = service.stub.Watch(pb.WatchRequest(session_id="s1"), timeout=WAIT_S, metadata=OWN)
+    watch = service.stub.Watch(pb.WatchRequest(session_id="s1"), timeout=HANG_S, metadata=OWN)
     for step in (10, 20):
         send(service, step)
     next_event(watch, "published")
@@ -49,7 +49,7 @@ def victim(service: RunningService) -> Iterator[RunningService]:
 
 
 def stream(call: Any) -> Callable[..., Any]:
-    return lambda request, metadata: next(iter(call(request, timeout=WAIT_S, metadata=metadata)))
+    return lambda request, metadata: next(iter(call(request, timeout=HANG_S, metadata=metadata)))
 
 
 CALLS: dict[str, Callable[[Any], tuple[Callable[..., Any], Any]]] = {

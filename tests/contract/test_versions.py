@@ -18,8 +18,9 @@ from sidecast.trainer.courier.refusals import RefusedError
 from sidecast.trainer.pipe.messages import ClientSettings
 from tests.support import service_harness
 from tests.support.courier_harness import SECRET
+from tests.support.limits import HANG_S
 from tests.support.service_calls import refusal, refusal_name
-from tests.support.service_harness import MANIFEST, WAIT_S, RunningService
+from tests.support.service_harness import MANIFEST, RunningService
 
 SHOWN = ((RUN_SECRET_KEY, SECRET),)
 
@@ -31,7 +32,7 @@ def client(service: RunningService) -> Iterator[NowcastClient]:
 
 
 def client_of(service: RunningService) -> NowcastClient:
-    waits = {"connect_s": WAIT_S, "chunk_s": WAIT_S, "stream_s": WAIT_S}
+    waits = {"connect_s": HANG_S, "chunk_s": HANG_S, "stream_s": HANG_S}
     client = NowcastClient(ClientSettings(endpoint=service.endpoint, token_file=None, tls_ca=None, **waits))
     client.act_for(SECRET)
     return client

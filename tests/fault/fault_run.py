@@ -23,16 +23,14 @@ from faults import PERIOD_STEPS, Fault
 
 from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec
+from tests.support.limits import HANG_S
 
 # So many steps are made without a service before it is started again.
 OUTAGE_STEPS = 12
 STOP_S = 30.0
 # Reached only when something hangs: a fault that can no longer fire, or be noticed, is told at once.
-PASSAGE_TIMEOUT_S = 240.0
 # Every call is made in every window.
 MAX_WINDOWS_BEFORE_FIRE = 3
-START_TIMEOUT_S = 120.0
-END_TIMEOUT_S = 20.0
 POLL_INTERVAL_S = 0.02
 LARGEST_FILE_BYTES = 64 << 10
 STRIKES = ("kill the service", "kill couriers", "stop", "fill the disk", "fill the record disk", "delay")
@@ -89,7 +87,7 @@ class FaultRun:
             self._ranks.append(process)
         self.shards: list[tuple[ShardSpec, ...]] = []
         for link in self._links:
-            _, shards, self._parameters = self._expect(link, START_TIMEOUT_S)
+            _, shards, self._parameters = self._expect(link, HANG_S)
             self.shards.append(shards)
 
     def _start_service(self, fault: Fault | None) -> None:
@@ -98,7 +96,7 @@ class FaultRun:
         self._service = self._context.Process(target=fault_service.serve, args=arguments, daemon=True)
         self._service.start()
         theirs.close()
-        self._port = self._expect(self._service_link, START_TIMEOUT_S)
+        self._port = self._expect(self._service_link, HANG_S)
 
     def _expect(self, link: Connection, timeout_s: float) -> Any:
         try:
@@ -121,7 +119,7 @@ class FaultRun:
             with contextlib.suppress(OSError):
                 link.send(None)
         for process in self._ranks:
-            process.join(END_TIMEOUT_S if self.is_well else 0)
+            process.join(HANG_S if self.is_well else 0)
             process.kill()
         self._kill_service()
 
@@ -154,7 +152,7 @@ class FaultRun:
             link.send(("train", fault))
         passages: dict[int, Passage] = {}
         is_over = False
-        deadline_s = time.monotonic() + PASSAGE_TIMEOUT_S
+        deadline_s = time.monotonic() + HANG_S
         while len(passages) < WORLD_SIZE:
             assert time.monotonic() < deadline_s, f"{fault}: no end: {self._reasons}\n{self.logs()}"
             for source in wait([self._service_link, *self._links], POLL_INTERVAL_S):
@@ -283,7 +281,7 @@ class FaultRun:
         """What the ranks say when one of them has no room for shared memory."""
         for link in self._links:
             link.send(("attach", rank))
-        return [self._expect(link, START_TIMEOUT_S)[1] for link in self._links]
+        return [self._expect(link, HANG_S)[1] for link in self._links]
 
 
 def _stop(pids: Sequence[int]) -> Callable[[], None]:

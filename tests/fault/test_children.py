@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from sidecast.trainer.demo.children import Children, last_reason
+from tests.support.limits import HANG_S
 
 # A child that starts one of its own and ignores polite requests, as a hung rank does.
 STUBBORN = """
@@ -38,7 +39,6 @@ with Children() as children:
     while True:
         signal.sigtimedwait([], 0.1)
 """
-TIMEOUT_S = 60.0
 
 
 def start_parent(program: str, log_path: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
@@ -52,7 +52,7 @@ def start_parent(program: str, log_path: Path) -> tuple[subprocess.Popen[str], l
 
 
 def survivors(family: list[psutil.Process]) -> list[psutil.Process]:
-    _, alive = psutil.wait_procs(family, timeout=TIMEOUT_S)
+    _, alive = psutil.wait_procs(family, timeout=HANG_S)
     return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 

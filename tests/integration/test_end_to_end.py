@@ -17,10 +17,10 @@ import torch
 from tests.integration.workers.outage_worker import PERIOD_STEPS
 from tests.integration.workers.push_runs import INTERVAL_STEPS, NUM_STEPS, START_STEP
 from tests.integration.workers.snapshot_cases import CASES, SNAPSHOT_STEP
+from tests.support.limits import HANG_S
 from tests.support.service_process import ServiceProcess, launch
 
 WORKERS = Path(__file__).resolve().with_name("workers")
-WORKER_TIMEOUT_S = 240
 LOOK_S = 0.05
 
 
@@ -49,7 +49,7 @@ class Attached:
 def attached(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Attached:
     folder = tmp_path_factory.mktemp("attached")
     worker = launch(WORKERS / "attached_worker.py", service.address, str(folder), log=folder / "worker.log")
-    assert worker.wait(WORKER_TIMEOUT_S) == 0, (folder / "worker.log").read_text()[-4000:]
+    assert worker.wait(HANG_S) == 0, (folder / "worker.log").read_text()[-4000:]
     return Attached(folder, [path.read_bytes() for path in service.history.rglob("*.f32")])
 
 
@@ -91,7 +91,7 @@ def outage(service: ServiceProcess, attached: Attached, tmp_path_factory: pytest
     wait_for(folder, worker, "disconnected")
     service.start(port)
     (folder / "restarted").touch()
-    assert worker.wait(WORKER_TIMEOUT_S) == 0, (folder / "worker.log").read_text()[-4000:]
+    assert worker.wait(HANG_S) == 0, (folder / "worker.log").read_text()[-4000:]
     return folder
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.limits import HANG_S
 from tests.support.service_harness import RunningService
 from tests.support.service_process import free_port
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def run(name: str, *arguments: str, launcher: bool = False) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=HANG_S,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-4000:]

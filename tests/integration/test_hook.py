@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.limits import HANG_S
 from tests.support.service_harness import RunningService
 
 WORKER = Path(__file__).with_name("workers") / "hook_worker.py"
@@ -28,7 +29,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
                 command = [sys.executable, str(WORKER), str(rank), str(folder), service.endpoint]
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
         try:
-            statuses = [process.wait(timeout=150) for process in processes]
+            statuses = [process.wait(timeout=HANG_S) for process in processes]
         finally:
             for process in processes:
                 process.kill()

@@ -18,11 +18,11 @@ from sidecast import NowcastCallback
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer
 from sidecast.trainer.integrations.huggingface import STATE_FILE
 from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP, section, straight_and_resumed, train
+from tests.support.limits import HANG_S
 from tests.support.service_harness import RunningService
 from tests.support.service_process import free_port
 
 RUNS = Path(__file__).with_name("workers") / "huggingface_runs.py"
-TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_resumed_deepspeed_run_equals_the_uninterrupted_one(service: RunningSe
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=HANG_S,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-4000:]

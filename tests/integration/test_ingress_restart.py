@@ -18,9 +18,9 @@ from sidecast.predictors.base import History
 from sidecast.predictors.registry import ENTRY_POINT_GROUP, create_predictor
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
+from tests.support.limits import HANG_S
 from tests.support.service_harness import (
     MANIFEST,
-    WAIT_S,
     chunks,
     commit_request,
     join_request,
@@ -60,10 +60,10 @@ class Run:
         periods = {"context_len": context_len, "period_steps": context_len * INTERVAL_STEPS}
         request = open_request(session_id=name, run_id=name, max_relative_norm=1e6, **periods, **changes)
         # An ingress that Ray starts again is waited for.
-        stub.Open(request, timeout=WAIT_S, wait_for_ready=True)
+        stub.Open(request, timeout=HANG_S, wait_for_ready=True)
         for rank in (0, 1):
             stub.Join(join_request(rank, name))
-        self.events = stub.Watch(pb.WatchRequest(session_id=name, rank=0), timeout=4 * WAIT_S)
+        self.events = stub.Watch(pb.WatchRequest(session_id=name, rank=0), timeout=HANG_S)
 
     def send(self, seeds: list[int]) -> None:
         for index, seed in enumerate(seeds, 1):
@@ -105,7 +105,7 @@ def test_nowcasts_of_a_dead_ingress_touch_no_state_and_no_prediction_of_later_ru
 
         ingress = ingress_of(service)
         ingress.kill()
-        ingress.wait(WAIT_S)
+        ingress.wait(HANG_S)
     with connection(service) as stub:
         later = Run(stub, "later", CONTEXT_LEN, predictor="linear")
         seeds = list(range(11, 11 + CONTEXT_LEN))

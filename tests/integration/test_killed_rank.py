@@ -12,12 +12,11 @@ import psutil
 import pytest
 
 from sidecast.protos import nowcast_pb2 as pb
+from tests.support.limits import HANG_S
 from tests.support.service_harness import RunningService
 from tests.support.service_process import launch
 
 WORKER = Path(__file__).with_name("workers") / "killed_rank_worker.py"
-JOB_TIMEOUT_S = 140
-COURIER_TIMEOUT_S = 30
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def train(service: RunningService, folder: Path, mode: str) -> tuple[int, str]:
     log = folder / f"{mode}.log"
     job = launch(WORKER, service.endpoint, str(folder), mode, log=log)
     try:
-        return job.wait(JOB_TIMEOUT_S), log.read_text()[-4000:]
+        return job.wait(HANG_S), log.read_text()[-4000:]
     finally:
         job.kill()
         job.wait()
@@ -43,7 +42,7 @@ def courier_has_ended(pid: int) -> bool:
         if "sidecast.trainer.courier" not in courier.cmdline():
             return True
         with contextlib.suppress(psutil.TimeoutExpired):
-            courier.wait(COURIER_TIMEOUT_S)
+            courier.wait(HANG_S)
             return True
         return False
     return True

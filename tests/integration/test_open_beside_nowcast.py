@@ -13,7 +13,8 @@ import pytest
 from sidecast.predictors.registry import ENTRY_POINT_GROUP
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
-from tests.support.service_harness import WAIT_S, chunks, commit_request, join_request, open_request, rank_bytes, state
+from tests.support.limits import HANG_S
+from tests.support.service_harness import chunks, commit_request, join_request, open_request, rank_bytes, state
 from tests.support.service_process import ServiceProcess
 
 
@@ -44,10 +45,10 @@ def test_an_open_is_answered_while_the_nowcast_of_another_run_is_made(service: S
     gated = {"predictor": "gated", "predictor_options_json": json.dumps(pipes), "max_relative_norm": 100.0}
     with grpc.insecure_channel(service.address, [("grpc.enable_http_proxy", 0)]) as channel:
         stub = nowcast_pb2_grpc.NowcasterStub(channel)
-        stub.Open(open_request(**gated), timeout=WAIT_S)
+        stub.Open(open_request(**gated), timeout=HANG_S)
         for rank in (0, 1):
             stub.Join(join_request(rank))
-        events = stub.Watch(pb.WatchRequest(session_id="s1", rank=0), timeout=2 * WAIT_S)
+        events = stub.Watch(pb.WatchRequest(session_id="s1", rank=0), timeout=HANG_S)
         for step in (10, 20):
             for rank in (0, 1):
                 messages = chunks(rank_bytes(state(step), rank), rank, step)
@@ -56,7 +57,7 @@ def test_an_open_is_answered_while_the_nowcast_of_another_run_is_made(service: S
         assert Path(pipes["begun"]).read_text() == "begun"
         # The engine is in the middle of it now, for as long as we like.
         for index, changes in enumerate(({"predictor": "linear"}, gated)):
-            stub.Open(open_request(session_id=f"other-{index}", run_id=f"other-{index}", **changes), timeout=WAIT_S)
+            stub.Open(open_request(session_id=f"other-{index}", run_id=f"other-{index}", **changes), timeout=HANG_S)
         Path(pipes["go"]).write_text("go")
         published = next(event.published for event in events if event.WhichOneof("event") == "published")
         assert published.base_step == 20

@@ -16,9 +16,9 @@ from tests.integration.workers.partition_cases import (
     CASES_OF_WORLD_SIZE,
     NUM_CHECKS,
 )
+from tests.support.limits import HANG_S
 
 WORKER = Path(__file__).resolve().with_name("workers") / "partition_worker.py"
-TIMEOUT_S = 280
 
 
 class Matrix:
@@ -60,7 +60,7 @@ class Matrix:
                 workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
         try:
             for worker in workers:
-                worker.wait(TIMEOUT_S)
+                worker.wait(HANG_S)
         except subprocess.TimeoutExpired:
             pass
         finally:

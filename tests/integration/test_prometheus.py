@@ -20,11 +20,12 @@ from typing import Any
 
 import pytest
 
+from tests.support.limits import HANG_S
+
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 WORKER = Path(__file__).with_name("workers") / "train_nowcasted.py"
 POLL_INTERVAL_S = 0.2
 # Reached only when something is wrong: Ray alone can take a minute to start on a busy machine.
-DEADLINE_S = 180.0
 
 WORLD_SIZE = 2
 # In sync mode without probation every step is decided: snapshots at 2, 4, ... 14, nowcasts applied at 4, 8 and 12.
@@ -89,7 +90,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pr
         popen.terminate()
     for popen in reversed(started):
         try:
-            popen.wait(timeout=20)
+            popen.wait(timeout=HANG_S)
         except subprocess.TimeoutExpired:
             popen.kill()
             popen.wait()
@@ -98,10 +99,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pr
 def wait_for(what: str, condition: Callable[[], Any]) -> Any:
     """Polls until the condition holds; other processes give no event to wait on."""
     pause = threading.Event()
-    deadline_s = time.monotonic() + DEADLINE_S
+    deadline_s = time.monotonic() + HANG_S
     while not (value := condition()):
         if time.monotonic() > deadline_s:
-            pytest.fail(f"{what}: not within {DEADLINE_S:g} s")
+            pytest.fail(f"{what}: not within {HANG_S:g} s")
         pause.wait(POLL_INTERVAL_S)
     return value
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.limits import HANG_S
 from tests.support.service_harness import RunningService
 from tests.support.service_process import free_port
 
 RUNS = Path(__file__).with_name("workers") / "script_runs.py"
-TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=TIMEOUT_S,
+            timeout=HANG_S,
             check=False,
         )
     assert ended.returncode == 0, ended.stdout[-4000:]

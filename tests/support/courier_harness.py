@@ -19,8 +19,8 @@ from sidecast.trainer.pipe.messages import (
     Session,
     Shard,
 )
+from tests.support.limits import HANG_S
 
-WAIT_S = 30.0
 SECRET = "0123456789abcdef"
 M = TypeVar("M", bound=ForHook)
 
@@ -105,7 +105,7 @@ def start_courier(
 
 def until(courier: CourierHandle, kind: type[M], seen: list[ForHook] | None = None) -> M:
     """The courier's next message of a kind; others are kept in ``seen``."""
-    deadline_s = time.monotonic() + WAIT_S
+    deadline_s = time.monotonic() + HANG_S
     others: list[ForHook] = [] if seen is None else seen
     while (left_s := deadline_s - time.monotonic()) > 0:
         for message in courier.receive(left_s):
@@ -128,7 +128,7 @@ class PacedCourier(CourierHandle):
 
     def receive(self, timeout_s: float = 0.0) -> Iterator[ForHook]:
         self._withheld: list[ForHook] = getattr(self, "_withheld", [])
-        deadline_s = time.monotonic() + WAIT_S
+        deadline_s = time.monotonic() + HANG_S
         while True:
             arrived = [*self._withheld, *super().receive(timeout_s)]
             self._withheld = []

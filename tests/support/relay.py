@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 
-from tests.support.courier_harness import WAIT_S
+from tests.support.limits import HANG_S
 
 
 class Relay:
@@ -43,7 +43,7 @@ class Relay:
                 if is_up:
                     self.bytes_up += len(data)
                     self._left -= len(data)
-                    if self._left < 0 and self._has_arrived.wait(WAIT_S):
+                    if self._left < 0 and self._has_arrived.wait(HANG_S):
                         self._cut_once()
         for end in (source, target):
             with contextlib.suppress(OSError):

@@ -9,8 +9,8 @@ import pytest
 
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.refusals import REFUSAL_KEY
+from tests.support.limits import HANG_S
 from tests.support.service_harness import (
-    WAIT_S,
     RunningService,
     chunks,
     commit_request,
@@ -81,7 +81,7 @@ def next_event(watch: Any, kind: str) -> Any:
 
 
 def watching(service: RunningService, session_id: str = "s1") -> Any:
-    return service.stub.Watch(pb.WatchRequest(session_id=session_id, rank=0), timeout=WAIT_S)
+    return service.stub.Watch(pb.WatchRequest(session_id=session_id, rank=0), timeout=HANG_S)
 
 
 def fetched(service: RunningService, rank: int, version: int, session_id: str = "s1") -> bytes:

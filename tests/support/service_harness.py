@@ -25,9 +25,9 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
 from sidecast.protos.bf16 import round_in_place
 from sidecast.protos.codec import buffer_digest
+from tests.support.limits import HANG_S
 
 CHUNK_BYTES = 64 << 10
-WAIT_S = 30.0
 
 
 class FakeClock:
@@ -134,7 +134,7 @@ class RunningService:
 
     def call(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Runs something on the service's own loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT_S)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(HANG_S)
 
     def expire_sessions(self) -> None:
         async def expire() -> None:
@@ -171,7 +171,7 @@ class RunningService:
         self.call(self.servicer.handover.stop())
         self.store.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(WAIT_S)
+        self._thread.join(HANG_S)
         self._loop.close()
 
 

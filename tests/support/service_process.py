@@ -10,8 +10,7 @@ from pathlib import Path
 
 import psutil
 
-READY_TIMEOUT_S = 120
-END_TIMEOUT_S = 30
+from tests.support.limits import HANG_S
 
 
 class ServiceProcess:
@@ -64,7 +63,7 @@ class ServiceProcess:
         family = self.family()
         self._process.kill()
         self._process.wait()
-        _, left = psutil.wait_procs(family, timeout=END_TIMEOUT_S)
+        _, left = psutil.wait_procs(family, timeout=HANG_S)
         assert left == [], f"left behind by a killed service: {left}"
 
     def stop(self) -> int:
@@ -74,8 +73,8 @@ class ServiceProcess:
             return self._process.returncode
         family = self.family()
         self._process.send_signal(signal.SIGTERM)
-        status = self._process.wait(END_TIMEOUT_S)
-        _, left = psutil.wait_procs(family, timeout=END_TIMEOUT_S)
+        status = self._process.wait(HANG_S)
+        _, left = psutil.wait_procs(family, timeout=HANG_S)
         assert left == [], f"left behind by a stopped service: {left}"
         return status
 

@@ -17,8 +17,9 @@ import pytest
 from sidecast.predictors.registry import ENTRY_POINT_GROUP
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
-from tests.support.service_harness import WAIT_S, chunks, commit_request, join_request, open_request, rank_bytes, state
-from tests.support.service_process import END_TIMEOUT_S, ServiceProcess
+from tests.support.limits import HANG_S
+from tests.support.service_harness import chunks, commit_request, join_request, open_request, rank_bytes, state
+from tests.support.service_process import ServiceProcess
 
 LIMIT_S = 10.0
 
@@ -62,10 +63,10 @@ def connection(service: ServiceProcess) -> Iterator[nowcast_pb2_grpc.NowcasterSt
 def begin(stub: nowcast_pb2_grpc.NowcasterStub, name: str, **changes: Any) -> Any:
     """Opens a run and sends what makes one nowcast due; returns its events."""
     request = open_request(session_id=name, run_id=name, **({"max_relative_norm": 100.0} | changes))
-    stub.Open(request, timeout=4 * WAIT_S, wait_for_ready=True)
+    stub.Open(request, timeout=HANG_S, wait_for_ready=True)
     for rank in (0, 1):
         stub.Join(join_request(rank, name))
-    events = stub.Watch(pb.WatchRequest(session_id=name, rank=0), timeout=4 * WAIT_S)
+    events = stub.Watch(pb.WatchRequest(session_id=name, rank=0), timeout=HANG_S)
     for step in (10, 20):
         for rank in (0, 1):
             messages = chunks(rank_bytes(state(step), rank), rank, step, session_id=name)
@@ -96,7 +97,7 @@ def test_a_nowcast_that_hangs_and_an_engine_that_dies_cost_one_nowcast_each_at_m
         others = [begin(stub, f"other-{index}", predictor="linear") for index in range(2)]
         assert outcome(hung) == f"the nowcast took longer than {LIMIT_S:g} s"
         # It was ended: a thread that hangs cannot be.
-        engine.wait(WAIT_S)
+        engine.wait(HANG_S)
         assert [outcome(events) for events in others] == ["published", "published"]
 
         process_of(service, "EngineActor").kill()
@@ -110,7 +111,7 @@ def test_an_ingress_waits_for_its_port(service: ServiceProcess) -> None:
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         ingress.kill()
-        ingress.wait(WAIT_S)
+        ingress.wait(HANG_S)
         other.bind(("127.0.0.1", service.port))
         other.listen()
         with log.open() as lines:
@@ -123,5 +124,5 @@ def test_an_ingress_waits_for_its_port(service: ServiceProcess) -> None:
 @pytest.mark.parametrize("service", [("--engines-timeout-s", "5")], indirect=True)
 def test_a_service_without_ray_ends_and_says_why(service: ServiceProcess) -> None:
     process_of(service, "raylet/raylet").kill()
-    assert service.process.wait(4 * END_TIMEOUT_S) == 2
+    assert service.process.wait(HANG_S) == 2
     assert "and it has not come back within 5 s" in (service.history.parent / "service.log").read_text()

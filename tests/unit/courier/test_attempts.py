@@ -9,8 +9,7 @@ import pytest
 from sidecast.trainer.courier.attempts import MAX_CORRUPT, Attempts
 from sidecast.trainer.courier.link import FIRST_BACKOFF_S, MAX_BACKOFF_S, Link
 from tests.support.courier_harness import session
-
-WAIT_S = 20.0
+from tests.support.limits import HANG_S
 
 
 class FakeLink:
@@ -90,5 +89,5 @@ def test_an_end_cuts_a_rest_short(ends: str) -> None:
         link.end()
     else:
         link.begin(session("s2"))
-    resting.join(WAIT_S)
+    resting.join(HANG_S)
     assert answers == [False]

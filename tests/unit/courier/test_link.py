@@ -26,8 +26,8 @@ from sidecast.trainer.pipe.messages import (
     Snapshot,
     ToHook,
 )
+from tests.support.limits import HANG_S
 
-WAIT_S = 20.0
 NUM_BYTES = 64
 M = TypeVar("M", bound=ToHook)
 
@@ -45,7 +45,7 @@ class Events:
         self._is_over = threading.Event()
 
     def __iter__(self) -> Iterator[pb.SessionEvent]:
-        assert self._is_over.wait(WAIT_S)
+        assert self._is_over.wait(HANG_S)
         raise UnavailableError("broken")
         yield
 
@@ -59,7 +59,7 @@ class FakeClient:
     chunk_bytes = 16
     is_sharing = False
     open_s = 100.0
-    call_s = WAIT_S
+    call_s = HANG_S
 
     def __init__(self) -> None:
         self.answers: list[Exception | None] = []
@@ -71,14 +71,14 @@ class FakeClient:
         self.reported: list[str] = []
 
     def transfer_s(self, num_bytes: int) -> float:
-        return WAIT_S
+        return HANG_S
 
     def act_for(self, run_secret: str) -> None:
         assert run_secret == "secret"
 
     def wait_reachable(self) -> None:
         self.is_asked.set()
-        assert self.may_answer.acquire(timeout=WAIT_S)
+        assert self.may_answer.acquire(timeout=HANG_S)
         if self.is_over:
             raise UnavailableError("the test is over")
         if self.answers and (answer := self.answers.pop(0)) is not None:
@@ -160,7 +160,7 @@ class Outgoing:
         """What the hook is told before the next message of a kind, and that message."""
         before: list[ToHook] = []
         with self._has_told:
-            assert self._has_told.wait_for(lambda: any(isinstance(item, kind) for item in self._told), WAIT_S), before
+            assert self._has_told.wait_for(lambda: any(isinstance(item, kind) for item in self._told), HANG_S), before
             while not isinstance(message := self._told.pop(0), kind):
                 before.append(message)
         return before, message
@@ -179,7 +179,7 @@ class Outgoing:
 
     def await_waiter(self) -> None:
         """Returns once the uploader waits for the link."""
-        assert self.changed.has_waiter.wait(WAIT_S), "the uploader did not wait"
+        assert self.changed.has_waiter.wait(HANG_S), "the uploader did not wait"
 
     def close(self) -> None:
         self.client.is_over = True
@@ -189,7 +189,7 @@ class Outgoing:
             events.cancel()
         self.client.may_answer.release()
         for thread in self._threads:
-            thread.join(WAIT_S)
+            thread.join(HANG_S)
             assert not thread.is_alive()
 
 
@@ -211,7 +211,7 @@ def test_a_break_between_two_snapshots_loses_none(outgoing: Outgoing) -> None:
     outgoing.stage("s1", 10)
     assert outgoing.told(Sent).reason == ""
     outgoing.client.watched[0].cancel()
-    assert outgoing.client.is_asked.wait(WAIT_S)
+    assert outgoing.client.is_asked.wait(HANG_S)
     outgoing.stage("s1", 20)
     outgoing.await_waiter()
     outgoing.answer()
@@ -285,7 +285,7 @@ def test_the_first_snapshot_of_a_new_session_is_not_lost(outgoing: Outgoing) -> 
     outgoing.answer()
     sent = outgoing.told(Sent)
     assert sent == Sent(slot=0, step=20, seconds=sent.seconds, num_bytes=NUM_BYTES, reason="")
-    assert 0 <= sent.seconds < WAIT_S
+    assert 0 <= sent.seconds < HANG_S
     assert outgoing.client.sent == [("s2", 20)]
 
 

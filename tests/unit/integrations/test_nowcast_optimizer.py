@@ -22,6 +22,7 @@ from sidecast.predictors.base import History
 from sidecast.predictors.linear import LinearPredictor
 from sidecast.trainer.integrations.optimizer import NowcastOptimizer
 from sidecast.trainer.partitions.rollback import RollbackError
+from tests.support.limits import HANG_S
 from tests.support.optimizer_training import CONTEXT_LEN, NEVER, OPTIMIZERS, PERIOD_STEPS, Training, assert_equal
 
 
@@ -189,7 +190,7 @@ class GatedPredictor(LinearPredictor):
         self.gate = threading.Event()
 
     def predict(self, history: History, horizon_intervals: int, out: Tensor) -> None:
-        assert self.gate.wait(30)
+        assert self.gate.wait(HANG_S)
         super().predict(history, horizon_intervals, out)
 
 

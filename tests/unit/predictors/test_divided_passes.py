@@ -32,6 +32,7 @@ from sidecast.predictors.passes import (
 from sidecast.predictors.registry import create_predictor
 from sidecast.predictors.tensor_parts import split_tensors
 from sidecast.predictors.wnn import WnnConfig, WnnNetwork
+from tests.support.limits import HANG_S
 
 UNKNOWN = ModelManifest.from_shapes([("a", [9, 7]), ("empty", [0]), ("b", [1]), ("c", [2, 3, 3, 3]), ("d", [31])])
 
@@ -224,7 +225,7 @@ class FailingPass(ModePass):
     def map(self, part: Part, context: PartContext) -> Any:
         super().map(part, context)
         if part is not self._first:
-            assert self.may_go_on.wait(30)
+            assert self.may_go_on.wait(HANG_S)
         return torch.ones(1)
 
     def add(self, part: Part, contribution: Tensor, sums: Tensor) -> None:

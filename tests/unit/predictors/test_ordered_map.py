@@ -9,6 +9,7 @@ from concurrent.futures import Future
 import pytest
 
 from sidecast.predictors.passes import ordered_map
+from tests.support.limits import HANG_S
 
 
 def test_results_come_in_the_order_of_the_arguments() -> None:
@@ -16,7 +17,7 @@ def test_results_come_in_the_order_of_the_arguments() -> None:
 
     def work(number: int) -> int:
         if number == 0:
-            assert second_is_done.wait(30)
+            assert second_is_done.wait(HANG_S)
         if number == 1:
             second_is_done.set()
         return number * number

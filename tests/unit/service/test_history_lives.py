@@ -17,6 +17,7 @@ from sidecast.nowcaster_service.nowcasting import LocalRunner, Nowcasting, Nowca
 from sidecast.nowcaster_service.vector_files import HistoryFiles
 from sidecast.nowcaster_service.vector_store import HistoryStore, VectorFile
 from sidecast.predictors.base import Predictor
+from tests.support.limits import HANG_S
 
 MANIFEST = ModelManifest.from_shapes([("w", (1000,))], {"model_type": "toy"})
 BUDGET_BYTES = 1 << 20
@@ -72,7 +73,7 @@ class GatedRunner(LocalRunner):
     def predict(self, predictor: Predictor, files: HistoryFiles, horizon_intervals: int, delta_path: Path) -> None:
         super().predict(predictor, files, horizon_intervals, delta_path)
         self.is_written.set()
-        assert self.may_go_on.wait(30)
+        assert self.may_go_on.wait(HANG_S)
 
 
 def request(states: list[VectorFile], delta: VectorFile) -> NowcastRequest:
@@ -96,7 +97,7 @@ def test_a_nowcast_that_outlives_its_service_reaches_no_file_of_the_next(tmp_pat
     engine = Nowcasting(None, runner=runner)
     working = threading.Thread(target=engine.predict, args=(in_flight,))
     working.start()
-    assert runner.is_written.wait(30)
+    assert runner.is_written.wait(HANG_S)
     # Its service is gone, and so is its lock.
     os.close(store._lock._descriptor)
     following = HistoryStore(tmp_path, BUDGET_BYTES)
@@ -118,7 +119,7 @@ def test_what_is_checked_is_what_was_predicted(tmp_path: Path) -> None:
     answers = []
     working = threading.Thread(target=lambda: answers.append(engine.predict(request(states, delta))))
     working.start()
-    assert runner.is_written.wait(30)
+    assert runner.is_written.wait(HANG_S)
     for vector in (*states, delta):
         vector.path.unlink()
         vector.path.write_bytes(bytes(vector.num_bytes))

@@ -10,9 +10,9 @@ import pytest
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service import nowcasting
 from sidecast.nowcaster_service.nowcasting import MAX_PREDICTORS, Nowcasting, PredictorRequest
+from tests.support.limits import HANG_S
 
 MANIFEST = ModelManifest.from_shapes([("w", (4,))], {"model_type": "toy"})
-WAIT_S = 30.0
 
 
 def request(**options: Any) -> PredictorRequest:
@@ -51,7 +51,7 @@ def test_one_that_takes_long_to_make_holds_up_no_other(monkeypatch: pytest.Monke
     def slow(name: str, *, options: Any, **kwargs: Any) -> Any:
         if options:
             begun.set()
-            assert may_end.wait(WAIT_S)
+            assert may_end.wait(HANG_S)
         return create(name, options=options, **kwargs)
 
     monkeypatch.setattr(nowcasting, "create_predictor", slow)
@@ -60,14 +60,14 @@ def test_one_that_takes_long_to_make_holds_up_no_other(monkeypatch: pytest.Monke
     threads = [threading.Thread(target=lambda: answers.append(engine.check(request(decay=0.5)))) for _ in range(2)]
     for thread in threads:
         thread.start()
-    assert begun.wait(WAIT_S)
+    assert begun.wait(HANG_S)
     quick = threading.Thread(target=engine.check, args=(request(),))
     quick.start()
-    quick.join(WAIT_S)
+    quick.join(HANG_S)
     is_over = not quick.is_alive()
     may_end.set()
     for thread in (*threads, quick):
-        thread.join(WAIT_S)
+        thread.join(HANG_S)
     assert is_over
     # Those that needed the same shared it.
     assert [answer.refusal for answer in answers] == ["", ""]
