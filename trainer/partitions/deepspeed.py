@@ -85,16 +85,26 @@ def _sharded(module: nn.Module, optimizer: Any, names: TrainedNames) -> Layout:
 
     @torch.no_grad()
     def publish() -> None:
-        # A parameter that happens to be gathered would otherwise keep its old weights.
-        optimizer._partition_all_parameters()
+        # A parameter that happens to be gathered would otherwise keep its old weights. Between steps only small ones
+        # are, and to walk through all modules for them took ten times as long as everything else here.
+        persistent = optimizer.persistent_parameters
+        if any(_is_gathered(each) and not each.ds_persist for each in chain.from_iterable(optimizer.fp16_groups)):
+            optimizer._partition_all_parameters()
+        elif persistent:
+            persistent[0].partition(persistent)
         for index in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        if persistent:
+            persistent[0].all_gather(persistent)
         optimizer.invalidate_secondary_tensor()
 
     trainable = _named(module, optimizer.fp16_groups, names)
     return ShardedLayout(trainable, _state_of(optimizer), sub_groups, masters, publish)
+
+
+def _is_gathered(parameter: Any) -> bool:
+    """Whether a parameter of stage 3 is whole now, or on its way to be."""
+    return bool(parameter.ds_status.name != "NOT_AVAILABLE")
 
 
 def _windowed(module: nn.Module, optimizer: Any, names: TrainedNames, groups: str, flats: str, masters: str) -> Layout:
