@@ -131,9 +131,10 @@ def put_on_loop(model: nn.Module, optimizer: Any, settings: Mapping[str, Any]) -
     inner = optimizer
     while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
         inner = inner.optimizer
-    for what, given, kind in (("model", model, nn.Module), ("optimizer", inner, torch.optim.Optimizer)):
-        if not isinstance(given, kind):
-            raise ConfigError(f"the {what} is a {type(given).__name__}; allowed: a torch.{kind.__module__[6:]} one")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model is a {type(model).__name__}; allowed: a torch.nn.Module")
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise ConfigError(f"the optimizer is a {type(inner).__name__}; allowed: one torch.optim.Optimizer")
     if loop_of(model) is not None or hasattr(inner, _LOOP_ATTRIBUTE):
         raise ConfigError("sidecast.attach was called twice on this model or its optimizer; once is enough")
     return PlainLoop(model, inner, settings)

@@ -57,7 +57,7 @@ def fsdp_layout(module: nn.Module, optimizer: torch.optim.Optimizer, *, world_si
         return tensors_now(module, trainable, optimizer)
 
     state = OptimizerState([optimizer], None, _local_of, are_parameters=True)
-    return PlacedLayout(trainable, state, places, masters, _local_of, lambda: reshard(module))
+    return PlacedLayout(trainable, state, places, masters, _local_of)
 
 
 def reshard(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import sidecast
-from tests.integration.workers.fsdp_models import CASES, build, full_weights, held, load, save, train
+from tests.integration.workers.fsdp_models import CASES, batch, build, full_weights, held, load, save, train
 
 NUM_RANKS = 2
 PERIOD_STEPS = 20
@@ -37,6 +37,7 @@ def run(
 ) -> dict[str, Any]:
     """Trains; returns losses, events, and a digest of all that this rank holds and of the whole weights."""
     model, optimizer = build(CASES[case])
+    evaluate(model)
     events: list[Any] = []
     if settings is not None:
         model = sidecast.attach(model, optimizer, settings)
@@ -45,6 +46,7 @@ def run(
     first = 0
     if load_from is not None:
         load(model, optimizer, load_from)
+        evaluate(model)
         sidecast.resume_nowcasting(model, load_from)
         first = SAVE_STEP
     losses = train(model, optimizer, range(first, num_steps), evaluates=CASES[case].evaluates)
@@ -56,6 +58,12 @@ def run(
         hook.close()
         seen["num_losses"] = hook.summary()["num_losses"]
     return seen | {"held": digest(held(optimizer)), "weights": digest(full_weights(model))}
+
+
+def evaluate(model: Any) -> None:
+    """As Lightning does before anything else; leaves the root's parameters gathered."""
+    with torch.no_grad():
+        model(batch(0, 0))
 
 
 def digest(value: Any) -> str:

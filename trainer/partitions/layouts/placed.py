@@ -67,7 +67,6 @@ class PlacedLayout:
         places: Of every parameter of ``trainable``, in its order.
         masters: Looks the parameters up in the optimizer, in that order.
         local_of: The memory that this rank holds of a parameter.
-        publish: Makes the model compute with what the masters have become; on every rank.
 
     Raises:
         ConfigError: A parameter's memory is not the slab that its place says, or not contiguous.
@@ -80,11 +79,9 @@ class PlacedLayout:
         places: Sequence[Place],
         masters: Callable[[], Sequence[Tensor]],
         local_of: Callable[[Tensor], Tensor],
-        publish: Callable[[], None],
     ) -> None:
         self.trainable = trainable
         self.state = state
-        self.publish = publish
         self._masters = masters
         self._local_of = local_of
         owned: list[Fragment] = []
@@ -102,6 +99,9 @@ class PlacedLayout:
     def placement(self) -> object:
         # Parameters are their own masters, and cannot move relative to them.
         return None
+
+    def publish(self) -> None:
+        """Nothing to do: the next forward pass gathers what the masters have become."""
 
 
 def _fragments(index: int, spec: ParameterSpec, place: Place) -> list[Fragment]:
