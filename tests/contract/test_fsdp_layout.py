@@ -157,3 +157,10 @@ def test_an_optimizer_from_before_the_sharding_is_refused() -> None:
         fully_shard(model)
         with pytest.raises(ConfigError, match="holds none of the model's sharded parameters; make it after"):
             partition_of(model, 0, 4, before)
+
+
+def test_tensor_parallelism_along_another_dimension_is_refused_too() -> None:
+    with fake_group(0, 4):
+        model: Any = tensor_parallel(Net())
+        with pytest.raises(ConfigError, match=r"'down.weight' is placed as \(Shard\(dim=0\), Shard\(dim=1\)\) on mesh"):
+            partition_of(model, 0, 4, [model.down.weight])

@@ -66,7 +66,8 @@ def test_the_loss_may_be_an_output_itself() -> None:
 def test_backward_passes_that_do_not_reach_the_module_are_not_its_losses(watched: Watched) -> None:
     other = nn.Linear(2, 1)
     other(torch.ones(2)).backward()
-    watched.module(torch.ones(3, 2)).backward(torch.ones(3, 1))
+    # A gradient that is given says nothing of a loss.
+    watched.module(torch.ones(1, 2)).backward(torch.ones(1, 1))
     with torch.no_grad():
         watched.loss()
     assert watched.seen == []
