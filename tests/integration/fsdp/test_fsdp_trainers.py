@@ -1,4 +1,4 @@
-"""Lightning and the Hugging Face Trainer with FSDP2 on two ranks: together, harmless to others, and resumed."""
+"""Lightning and the Hugging Face Trainer with FSDP2 on two ranks: they jump together, and resume."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_all_ranks_jump_to_the_same_weights(ranks: list[dict[str, Any]], kind: s
     assert steps_of(first, "applied", "accepted", "rolled_back") == steps_of(
         other, "applied", "accepted", "rolled_back"
     )
-    assert first["weights"] == other["weights"] != ranks[0][f"{kind} plain"]["weights"]
+    assert first["weights"] == other["weights"]
 
 
 def test_a_resumed_huggingface_run_equals_the_uninterrupted_one(ranks: list[dict[str, Any]]) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -40,8 +40,8 @@ class ShardingTrainer(Trainer):
     """With FSDP2 by accelerate, which leaves it out where there are no GPUs unless it is told otherwise."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        state = AcceleratorState(cpu=True)
-        state._shared_state["distributed_type"] = DistributedType.FSDP
+        state = AcceleratorState(cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -74,11 +74,10 @@ def run_rank(rank: int, folder: Path, endpoint: str) -> None:
     os.environ.update(LOCAL_WORLD_SIZE=f"{NUM_RANKS}", GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     settings = lightning_runs.section(endpoint)
     checkpoint = folder / "lightning"
-    seen = {"lightning plain": with_lightning(None), "lightning straight": with_lightning(settings)}
+    seen = {"lightning straight": with_lightning(settings)}
     with_lightning(settings, num_steps=SAVE_STEP, save=checkpoint)
     seen["lightning resumed"] = with_lightning(settings, load=checkpoint)
     options: dict[str, Any] = {"trainer_class": ShardingTrainer, "sums": whole}
-    seen["huggingface plain"] = huggingface_runs.train(folder / "plain", None, **options)
     straight, resumed = huggingface_runs.straight_and_resumed(folder, endpoint, None, **options)
     seen |= {"huggingface straight": straight, "huggingface resumed": resumed}
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
