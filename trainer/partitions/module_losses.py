@@ -65,7 +65,8 @@ class _OutputMark:
         self._watch = None if watch is None else weakref.ref(watch)
 
     def __call__(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        if self._watch is None or not torch.is_grad_enabled():
+        # Of a module that was compiled in place this becomes part of its graph, where no hook can be put.
+        if torch.compiler.is_compiling() or self._watch is None or not torch.is_grad_enabled():
             return
         passed = functools.partial(_note_pass, self._watch)
         for output in tree_leaves(outputs):

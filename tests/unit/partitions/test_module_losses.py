@@ -73,6 +73,13 @@ def test_backward_passes_that_do_not_reach_the_module_are_not_its_losses(watched
     assert watched.seen == []
 
 
+def test_a_module_that_was_compiled_in_place_trains_on_and_is_not_seen(watched: Watched) -> None:
+    watched.module.compile(backend="eager", fullgraph=True)
+    watched.loss().backward()
+    assert watched.module.weight.grad is not None
+    assert watched.seen == []
+
+
 def test_copies_of_the_module_tell_nothing(watched: Watched) -> None:
     for module in (copy.deepcopy(watched.module), pickle.loads(pickle.dumps(watched.module))):  # noqa: S301
         module(torch.ones(3, 2)).mean().backward()
