@@ -23,9 +23,11 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from tests.integration.workers import huggingface_runs, lightning_runs
-from tests.integration.workers.lightning_runs import SAVE_STEP
+from tests.integration.workers.lightning_runs import PERIOD_STEPS, SAVE_STEP
 
 NUM_RANKS = 2
+# Shortly after the first jump.
+PLAIN_STEPS = PERIOD_STEPS + 2
 
 
 class ShardedRegression(lightning_runs.Regression):
@@ -74,10 +76,12 @@ def run_rank(rank: int, folder: Path, endpoint: str) -> None:
     os.environ.update(LOCAL_WORLD_SIZE=f"{NUM_RANKS}", GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     settings = lightning_runs.section(endpoint)
     checkpoint = folder / "lightning"
-    seen = {"lightning straight": with_lightning(settings)}
+    seen = {"lightning plain": with_lightning(None, num_steps=PLAIN_STEPS)}
+    seen["lightning straight"] = with_lightning(settings)
     with_lightning(settings, num_steps=SAVE_STEP, save=checkpoint)
     seen["lightning resumed"] = with_lightning(settings, load=checkpoint)
     options: dict[str, Any] = {"trainer_class": ShardingTrainer, "sums": whole}
+    seen["huggingface plain"] = huggingface_runs.train(folder / "plain", None, num_steps=PLAIN_STEPS, **options)
     straight, resumed = huggingface_runs.straight_and_resumed(folder, endpoint, None, **options)
     seen |= {"huggingface straight": straight, "huggingface resumed": resumed}
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
