@@ -52,9 +52,11 @@ def fsdp_layout(module: nn.Module, optimizer: torch.optim.Optimizer, *, world_si
     ]
 
     def masters() -> Sequence[Tensor]:
-        _require_sharded_now(module, optimizer)
         names.note_others(trainable, held_by(optimizer))
-        return tensors_now(module, trainable, optimizer)
+        found = tensors_now(module, trainable, optimizer)
+        if len(found) < len(trainable.tensors):
+            _require_sharded_now(module, optimizer)
+        return found
 
     state = OptimizerState([optimizer], None, _local_of, are_parameters=True)
     return PlacedLayout(trainable, state, places, masters, _local_of)
@@ -73,6 +75,8 @@ def reshard(module: nn.Module) -> None:
 def _local_of(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
+    if not torch.is_grad_enabled():
+        return tensor.to_local()
     # Without a record for autograd, the memory itself.
     with torch.no_grad():
         return tensor.to_local()

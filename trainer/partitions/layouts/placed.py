@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import Tensor
 
 from sidecast.errors import ConfigError
@@ -93,7 +94,9 @@ class PlacedLayout:
             upload += even_share(pieces, place.replica, place.num_replicas)
         self.owned, self.upload = tuple(owned), tuple(upload)
 
+    @torch.no_grad()
     def masters(self) -> Sequence[Master]:
+        # Without gradients for all of them at once: to switch them off for each takes longer than all the rest.
         return [Master(parameter, self._local_of(parameter)) for parameter in self._masters()]
 
     def placement(self) -> object:
