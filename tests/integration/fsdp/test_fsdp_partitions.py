@@ -13,9 +13,9 @@ import pytest
 
 from tests.integration.workers.fsdp_models import CASES
 from tests.integration.workers.fsdp_worker import CHECKS, WORLD_SIZES
+from tests.support.limits import HANG_S
 
 WORKER = Path(__file__).resolve().parents[1] / "workers" / "fsdp_worker.py"
-TIMEOUT_S = 120
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], di
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=HANG_S,
         check=False,
     )
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from tests.integration.workers.fsdp_runs import NUM_RANKS, NUM_STEPS, PERIOD_STEPS, PUSH, SAVE_STEP
+from tests.support.limits import HANG_S
 from tests.support.local_engines import LocalEngines
 from tests.support.service_harness import RunningService
 
 RUNS = Path(__file__).resolve().parents[1] / "workers" / "fsdp_runs.py"
-TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=TIMEOUT_S,
+            timeout=HANG_S,
             check=False,
         )
     assert ended.returncode == 0, ended.stdout[-6000:]

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP
+from tests.support.limits import HANG_S
 from tests.support.service_harness import RunningService
 
 RUNS = Path(__file__).resolve().parents[1] / "workers" / "fsdp_trainers.py"
 NUM_RANKS = 2
 PLAIN_STEPS = PERIOD_STEPS + 2
-TIMEOUT_S = 280
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=TIMEOUT_S,
+            timeout=HANG_S,
             check=False,
         )
     assert ended.returncode == 0, ended.stdout[-6000:]
