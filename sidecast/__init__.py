@@ -1,7 +1,8 @@
 """sidecast: nowcasting for distributed training, as a sidecar that never stalls it.
 
-``import sidecast; engine = sidecast.attach(engine)`` is all that a DeepSpeed script needs; ``NowcastCallback`` is for
-the Hugging Face Trainer, ``LightningNowcastCallback`` for Lightning, ``NowcastOptimizer`` for one-process scripts.
+``import sidecast; engine = sidecast.attach(engine)`` is all that a DeepSpeed script needs, ``sidecast.attach(model,
+optimizer)`` all that a plain loop does (FSDP2, DDP or one process); ``NowcastCallback`` is for the Hugging Face
+Trainer, ``LightningNowcastCallback`` for Lightning, ``NowcastOptimizer`` for one-process scripts without a service.
 """
 
 from importlib import import_module
@@ -11,8 +12,10 @@ from sidecast.errors import ConfigError as ConfigError
 
 if TYPE_CHECKING:
     from sidecast.trainer.hook.reporting import NowcastEvent as NowcastEvent
-    from sidecast.trainer.integrations.deepspeed import attach as attach
-    from sidecast.trainer.integrations.deepspeed import hook_of as hook_of
+    from sidecast.trainer.integrations.attach import attach as attach
+    from sidecast.trainer.integrations.attach import hook_of as hook_of
+    from sidecast.trainer.integrations.attach import resume_nowcasting as resume_nowcasting
+    from sidecast.trainer.integrations.attach import save_nowcasting as save_nowcasting
     from sidecast.trainer.integrations.huggingface import NowcastCallback as NowcastCallback
     from sidecast.trainer.integrations.lightning import LightningNowcastCallback as LightningNowcastCallback
     from sidecast.trainer.integrations.optimizer import NowcastOptimizer as NowcastOptimizer
@@ -25,12 +28,16 @@ __all__ = [
     "NowcastOptimizer",
     "attach",
     "hook_of",
+    "resume_nowcasting",
+    "save_nowcasting",
 ]
 
 # Lazy, because the service and the courier import this package without torch or DeepSpeed.
 _HOMES = {
-    "attach": ("sidecast.trainer.integrations.deepspeed", "trainer"),
-    "hook_of": ("sidecast.trainer.integrations.deepspeed", "trainer"),
+    "attach": ("sidecast.trainer.integrations.attach", "trainer"),
+    "hook_of": ("sidecast.trainer.integrations.attach", "trainer"),
+    "resume_nowcasting": ("sidecast.trainer.integrations.attach", "trainer"),
+    "save_nowcasting": ("sidecast.trainer.integrations.attach", "trainer"),
     "NowcastEvent": ("sidecast.trainer.hook.reporting", "trainer"),
     "NowcastCallback": ("sidecast.trainer.integrations.huggingface", "huggingface"),
     "LightningNowcastCallback": ("sidecast.trainer.integrations.lightning", "lightning"),

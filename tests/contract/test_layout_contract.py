@@ -20,6 +20,7 @@ from sidecast.protos.shards import ShardSpec, coverage_error, total_elements
 from sidecast.trainer.partitions import Layout, Partition, RollbackCopy, StalePartitionError
 from sidecast.trainer.partitions.rollback import RollbackError, packed_bytes
 from sidecast.trainer.partitions.trainable import trainable_parameters
+from tests.support.fsdp_worlds import FSDP_WORLDS
 from tests.support.layout_worlds import PADDING, WORLDS, Held, Make, Model, swap, true_weights
 from tests.support.recipes import module_of
 
@@ -76,7 +77,7 @@ def _rows_of(kind: str, rank: int, world_size: int) -> Held:
     )
 
 
-MAKERS: dict[str, Make] = {**WORLDS, "of the recipe": row_sharded}
+MAKERS: dict[str, Make] = {**WORLDS, **FSDP_WORLDS, "of the recipe": row_sharded}
 SIZES = [("usual", 1), ("usual", 3), ("tiny", 5)]
 
 

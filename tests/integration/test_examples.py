@@ -24,12 +24,15 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
         yield running
 
 
-def run(name: str, *arguments: str, launcher: bool = False) -> str:
-    """Runs an example in an environment without a GPU; returns what it prints."""
+def run(name: str, *arguments: str, launcher: bool = False, num_ranks: int = 0) -> str:
+    """Runs an example in an environment without a GPU, alone or under a launcher; returns what it prints."""
     command = [sys.executable]
     if launcher:
         command += ["-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", f"{free_port()}"]
+    if num_ranks:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["GLOO_SOCKET_IFNAME"] = "lo"
     ended = subprocess.run(
         [*command, str(EXAMPLES / name), *arguments],
         env=environment,
@@ -70,6 +73,15 @@ def test_lightning(service: RunningService) -> None:
 
 def test_huggingface(service: RunningService, tmp_path: Path) -> None:
     assert num_applied(run("huggingface_trainer.py", *beside(service), "--output-dir", str(tmp_path))) >= 1
+
+
+def test_fsdp2(service: RunningService, tmp_path: Path) -> None:
+    checkpoint = str(tmp_path / "checkpoint")
+    arguments = beside(service)
+    assert num_applied(run("fsdp2_script.py", *arguments, "--save-to", checkpoint, num_ranks=2)) >= 1
+    resumed = run("fsdp2_script.py", *arguments, "--resume-from", checkpoint, num_ranks=2)
+    assert num_applied(resumed) >= 1
+    assert "begins anew" not in resumed
 
 
 def test_deepspeed(service: RunningService) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from sidecast import NowcastCallback
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer
-from sidecast.trainer.integrations.huggingface import STATE_FILE
+from sidecast.trainer.integrations.state_files import STATE_FILE, load_state
 from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP, section, straight_and_resumed, train
 from tests.support.limits import HANG_S
 from tests.support.service_harness import RunningService
@@ -141,7 +141,7 @@ def test_a_checkpoint_is_found_by_whatever_names_it(kind: Any, trainer: Any, cal
     (tmp_path / STATE_FILE).write_text('{"step": 3}')
     trainer.train(kind(tmp_path))
     assert trainer.resumed_from == kind(tmp_path)
-    assert callback._saved_state() == {"step": 3}
+    assert load_state(callback._checkpoint) == {"step": 3}
 
 
 @pytest.mark.parametrize("content", ["", '{"step": 3', "[]", '{"stop": 3}', b"\xff\xfe", None])
@@ -154,7 +154,7 @@ def test_a_damaged_state_is_a_new_beginning_with_one_warning(
     else:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     trainer.train(tmp_path)
-    assert callback._saved_state() is None
+    assert load_state(callback._checkpoint) is None
     assert caplog.text.count("nowcasting begins anew") == 1
 
 

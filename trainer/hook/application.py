@@ -7,6 +7,7 @@ first prepares everything that can fail, and one blocking round confirms that al
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from sidecast.trainer.hook.jump import merge
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.hook.vote import Votes
 from sidecast.trainer.partitions import Partition, RollbackCopy
+from sidecast.trainer.partitions.rollback import RollbackError
 
 log = logging.getLogger(__name__)
 
@@ -135,10 +137,31 @@ class JumpApplier:
         self.partition.restore(self.rollback_copy)
         return ""
 
+    def rollback_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the copy, and whose it is.
+
+        Raises:
+            RollbackError: The copy cannot be read.
+        """
+        assert self.rollback_copy is not None
+        return {**self.rollback_copy.state_dict(), "shards": self._shards()}
+
     def load_rollback_copy(self, state: Mapping[str, Any]) -> None:
-        """Takes the rollback copy of a checkpoint that was saved during probation."""
+        """Takes the rollback copy of a checkpoint that was saved during probation.
+
+        Raises:
+            RollbackError: It is of other shards than this rank's, or does not fit.
+        """
+        # Some checkpoints bring what one rank has said to all, and another number of ranks cuts other shards.
+        if state.get("shards", self._shards()) != self._shards():
+            raise RollbackError("the copy is of other shards than this rank's")
         needed_bytes = state["buffer"].numel()
         if self.rollback_copy is None or self.rollback_copy.num_bytes < needed_bytes:
             # The run goes on with other settings, or keeps more than was assumed; the jump is judged all the same.
             self.rollback_copy = RollbackCopy.allocate(needed_bytes)
         self.rollback_copy.load_state_dict(state)
+
+    def _shards(self) -> str:
+        """A digest of what this rank applies."""
+        owned = [(shard.parameter, shard.start, shard.stop) for shard in self.partition.owned_shards]
+        return hashlib.blake2b(repr(owned).encode(), digest_size=16).hexdigest()

@@ -363,11 +363,10 @@ class NowcastHook:
 
     def rollback_state(self) -> dict[str, Any] | None:
         """What a checkpoint keeps for undoing the jump on probation; None if there is no such jump, or no such copy."""
-        copy = self._applier.rollback_copy
-        if copy is None or not self.is_on_probation:
+        if self._applier.rollback_copy is None or not self.is_on_probation:
             return None
         try:
-            return {**copy.state_dict(), "of": [self.run_id, self.epoch]}
+            return {**self._applier.rollback_state(), "of": [self.run_id, self.epoch]}
         except SidecastError as error:
             # The checkpoint is worth more than the copy.
             log.error("a run that resumes from this checkpoint cannot undo the jump on probation: %s", error)

@@ -19,7 +19,7 @@ class TrainingRun:
         applied_steps: Optimizer steps applied so far.
         model_config: The model's configuration as plain JSON values; empty for models that have none.
         local_rank: This rank's number on its host.
-        stage: Who holds the weights, for the metrics: a ZeRO stage, or ``none``.
+        stage: Who holds the weights, for the metrics: a ZeRO stage, ``fsdp2`` or ``none``.
     """
 
     map_layout: Callable[[], Layout]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,24 +12,20 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from sidecast.atomic_files import replacing
 from sidecast.trainer.hook.attachment import Attachment
 from sidecast.trainer.hook.start import start
 from sidecast.trainer.integrations.deepspeed import put_on
 from sidecast.trainer.integrations.replicas import replica_of
 from sidecast.trainer.integrations.settings import choose_settings
+from sidecast.trainer.integrations.state_files import load_state, save_state
 from sidecast.trainer.partitions.deepspeed import nowcaster_section
-
-log = logging.getLogger(__name__)
-
-STATE_FILE = "sidecast_state.json"
 
 
 class NowcastCallback(TrainerCallback):
     """Lets a Trainer's model be nowcasted by a service: ``trainer.add_callback(NowcastCallback(trainer, {...}))``.
 
     With DeepSpeed it sits on the engine as ``sidecast.attach`` does, from before a checkpoint is loaded; without, on
-    the replicas that one process or DDP train, at every optimizer step that was applied. Resuming from a checkpoint
+    what one process, DDP or FSDP2 train, at every optimizer step that was applied. Resuming from a checkpoint
     resumes the nowcasting, too.
 
     Losses are those given to ``accelerator.backward``, times the micro-batches of their step, so that gradient
@@ -84,7 +78,7 @@ class NowcastCallback(TrainerCallback):
         self._attachment = start(section, run)
         if state.global_step > 0:
             # Where hosts share no folder, only some ranks may have it; fp16 overflows are in the Trainer's step alone.
-            saved = self._attachment.from_first(self._saved_state())
+            saved = self._attachment.from_first(load_state(self._checkpoint))
             self._num_steps = state.global_step if saved is None else saved["step"]
             self._attachment.resume(saved, self._checkpoint)
 
@@ -99,22 +93,7 @@ class NowcastCallback(TrainerCallback):
         if self._attachment is None or self._trainer.is_deepspeed_enabled:
             return
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        own = self._attachment.state_dict()
-        if own is None:
-            return
-        if not folder.is_dir():
-            log.warning("nowcasting will not resume from this checkpoint: there is no folder %s", folder)
-            return
-        self._attachment.save_rollback_copy(folder)
-        if not args.should_save:
-            return
-        try:
-            # An earlier run's, in the same place, is not to be taken for it.
-            (folder / STATE_FILE).unlink(missing_ok=True)
-            with replacing(folder / STATE_FILE) as partial:
-                partial.write_text(json.dumps(own))
-        except OSError as error:
-            log.warning("a run that resumes from %s begins its nowcasting anew: %s", folder, error)
+        save_state(self._attachment, folder, is_writer=args.should_save)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,19 +162,6 @@ class NowcastCallback(TrainerCallback):
         if self._attachment is not None:
             self._attachment.close()
         self._attachment = None
-
-    def _saved_state(self) -> dict[str, Any] | None:
-        if self._checkpoint is None or not (self._checkpoint / STATE_FILE).exists():
-            return None
-        reason = "is no state of a run"
-        try:
-            saved = json.loads((self._checkpoint / STATE_FILE).read_text())
-            if isinstance(saved, dict) and isinstance(saved.get("step"), int):
-                return saved
-        except (OSError, ValueError) as error:
-            reason = f"cannot be read: {error}"
-        log.warning("nowcasting begins anew: %s %s", self._checkpoint / STATE_FILE, reason)
-        return None
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

@@ -23,9 +23,10 @@ from sidecast.trainer.partitions.deepspeed import nowcaster_section
 class LightningNowcastCallback(Callback):
     """Lets a LightningModule be nowcasted by a service: ``Trainer(callbacks=[LightningNowcastCallback({...})])``.
 
-    With the DeepSpeed strategy it sits on the engine as ``sidecast.attach`` does; without, on the replicas that one
-    process or DDP train, after every optimizer step that a GradScaler did not skip. Its state, with the copy for
-    undoing a jump on probation, is part of Lightning's checkpoints.
+    With the DeepSpeed strategy it sits on the engine as ``sidecast.attach`` does; without, on what one process, DDP or
+    FSDP2 (``ModelParallelStrategy``) train, after every optimizer step that a GradScaler did not skip. Its state, with
+    the copy for undoing a jump on probation, is part of Lightning's checkpoints; with FSDP2 they hold rank 0's copy
+    alone, and a resumed run keeps that jump.
 
     Args:
         settings: As in the ``"nowcaster"`` section; None: that section of the DeepSpeed strategy's config.

@@ -222,9 +222,19 @@ def require_whole_world(group: Any) -> None:
 
 
 def nowcaster_section(engine: Any) -> Any:
-    """The ds_config's top-level ``"nowcaster"`` section, from whatever form the configuration was given in."""
+    """The ds_config's top-level ``"nowcaster"`` section, from whatever form the configuration was given in.
+
+    Raises:
+        ConfigError: There is no such engine.
+    """
     # engine.config is what the user passed (a dict, a path, base64 or None); only this holds it parsed.
-    return engine._config._param_dict.get("nowcaster")
+    parsed = getattr(getattr(engine, "_config", None), "_param_dict", None)
+    if parsed is None:
+        raise ConfigError(
+            f"{type(engine).__name__} is no DeepSpeed engine; pass what deepspeed.initialize returned, or a module "
+            "with its optimizer: sidecast.attach(model, optimizer)"
+        )
+    return parsed.get("nowcaster")
 
 
 def applied_steps(engine: Any) -> int:

@@ -7,7 +7,6 @@ one entrance for backward passes is looked at while an engine is watched.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_watches: weakref.WeakSet[LossWatch] = weakref.WeakSet()
-# What is given to the ``backward`` of engines now, the innermost last.
-_given: list[Tensor] = []
-_original: dict[str, Callable[..., Any]] = {}
+from sidecast.trainer.partitions.backward_passes import being_given, look_at_backward
 
 
 class LossWatch:
@@ -41,9 +37,7 @@ class LossWatch:
             engine.scale = self._around_scale(engine.scale)
         if hasattr(engine, "_backward_prologue"):
             engine._backward_prologue = self._around_prologue(engine._backward_prologue)
-        _watches.add(self)
-        _look_at_torch()
-        weakref.finalize(self, _look_away).atexit = False
+        look_at_backward(self)
 
     @property
     def is_waiting(self) -> bool:
@@ -64,13 +58,12 @@ class LossWatch:
             if not torch.is_tensor(loss):
                 return backward(loss, *args, **kwargs)
             self._observe(loss.detach())
-            _given.append(loss)
             self._is_in_engine = True
             try:
-                return backward(loss, *args, **kwargs)
+                with being_given(loss):
+                    return backward(loss, *args, **kwargs)
             finally:
                 self._is_in_engine = False
-                _given.pop()
 
         return observe_and_backward
 
@@ -88,29 +81,3 @@ class LossWatch:
             return prologue()
 
         return count_and_prepare
-
-
-@functools.wraps(torch.autograd.backward)
-def _backward_and_tell(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
-    waiting = [(watch, watch.num_passes) for watch in _watches if watch.is_waiting]
-    result = _original["backward"](tensors, grad_tensors, *args, **kwargs)
-    # Gradients of outputs are no loss, and nobody can tell the values of several roots apart.
-    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    if grad_tensors is None and len(roots) == 1 and roots[0].numel() == 1:
-        for watch, num_passes in waiting:
-            if watch.num_passes > num_passes:
-                watch.found(_given[-1] if _given else roots[0])
-    return result
-
-
-def _look_at_torch() -> None:
-    # Once: whoever has wrapped it since calls this one.
-    if not _original:
-        _original["backward"] = torch.autograd.backward
-        setattr(torch.autograd, "backward", _backward_and_tell)  # noqa: B010  mypy takes a function for constant
-
-
-def _look_away() -> None:
-    # A watch that ends is still counted while it says so.
-    if next(iter(_watches), None) is None and torch.autograd.backward is _backward_and_tell:
-        setattr(torch.autograd, "backward", _original.pop("backward"))  # noqa: B010

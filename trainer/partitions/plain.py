@@ -1,8 +1,8 @@
-"""Plain torch: whole fp32 parameters that a torch optimizer updates in place, in one process or as DDP's replicas."""
+"""Plain torch: fp32 parameters that a torch optimizer updates in place, whole (one process, DDP) or FSDP2's shards."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from sidecast.trainer.partitions.trainable import TrainableParameters, TrainedNa
 
 # By name, so that nothing of torch.distributed is imported for a script that does not use it.
 _SHARDING_MODULES = ("FullyShardedDataParallel",)
-_SHARDED_TENSORS = ("DTensor", "FlatParameter")
+_SHARDED_TENSORS = ("FlatParameter",)
+_PLACED_TENSOR = "DTensor"
 _SHARDING_OPTIMIZERS = ("ZeroRedundancyOptimizer",)
 
 
@@ -30,20 +31,27 @@ def plain_layout(
     """Maps what a rank holds of a model that no engine shards.
 
     The parameters are their own masters, in the order of ``module.named_parameters()`` whatever the optimizer's
-    groups are, so that a single process uploads the parameter vector itself.
+    groups are, so that a single process uploads the parameter vector itself. If they are DTensors, each rank holds
+    its slabs of them.
 
     Args:
         module: The model, without DDP's wrapper, whose prefix would be part of the names.
         optimizer: What trains it.
         rank: This rank.
-        world_size: Number of ranks, each with a replica.
+        world_size: Number of ranks, each with a replica, or with slabs.
         names: What the run trains; kept from one mapping to the next.
 
     Raises:
         ConfigError: The optimizer or a parameter is not one that can be nowcasted; one line says why.
+        StalePartitionError: FSDP2 has gathered parameters, and will shard them again.
     """
-    _require_unsharded(module, optimizer)
     names = names or TrainedNames()
+    _require_unsharded(module, optimizer)
+    if is_placed(module, optimizer):
+        # Imported here: other scripts have no use for it.
+        from sidecast.trainer.partitions.fsdp import fsdp_layout
+
+        return fsdp_layout(module, optimizer, world_size=world_size, names=names)
     trainable = names.select(module, held_by(optimizer))
     if not trainable.specs:
         raise ConfigError("the optimizer trains no parameter of the model; nowcasting needs at least one")
@@ -63,14 +71,30 @@ def plain_layout(
     )
 
 
+def is_placed(module: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether parameters are DTensors: the model's, or, while FSDP2 has gathered those, the optimizer's."""
+    return _PLACED_TENSOR in _kinds((*module.parameters(), *held_by(optimizer)))
+
+
+def shard_again(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Lets go of what FSDP2 has gathered, as an evaluation leaves it, so that a model can be mapped; on every rank."""
+    if is_placed(module, optimizer):
+        from sidecast.trainer.partitions.fsdp import reshard
+
+        reshard(module)
+
+
+def _kinds(tensors: Iterable[Tensor]) -> set[str]:
+    return {kind.__name__ for tensor in tensors for kind in type(tensor).__mro__}
+
+
 def _require_unsharded(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    names = [type(part).__name__ for part in module.modules()]
-    names += [kind.__name__ for parameter in module.parameters() for kind in type(parameter).__mro__]
+    names = {type(part).__name__ for part in module.modules()} | _kinds(module.parameters())
     for name in (*_SHARDING_MODULES, *_SHARDED_TENSORS):
         if name in names:
             raise ConfigError(
-                f"the model is sharded ({name}); nowcasting supports whole parameters (one process or DDP) and "
-                "DeepSpeed's ZeRO stages 0 to 3"
+                f"the model is sharded ({name}); nowcasting supports whole parameters (one process or DDP), FSDP2 "
+                "(fully_shard) and DeepSpeed's ZeRO stages 0 to 3"
             )
     if type(optimizer).__name__ in _SHARDING_OPTIMIZERS:
         raise ConfigError(

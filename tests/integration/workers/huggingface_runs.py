@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ def train(
     num_steps: int = NUM_STEPS,
     resume: bool | Path = False,
     zero: Mapping[str, Any] | None = None,
+    trainer_class: type[Trainer] = Trainer,
+    sums: Callable[[Iterable[torch.Tensor]], list[float]] = lambda tensors: [
+        tensor.detach().double().sum().item() for tensor in tensors
+    ],
 ) -> dict[str, Any]:
     """Trains; returns the losses by step, the hook's events, and the weights' sums."""
     torch.manual_seed(3)
@@ -75,7 +79,9 @@ def train(
         disable_tqdm=True,
         deepspeed=None if zero is None else dict(zero),
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+    trainer = trainer_class(
+        model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids]
+    )
     events: list[Any] = []
     if settings is not None:
         callback = NowcastCallback(trainer, settings)
@@ -84,8 +90,7 @@ def train(
     # Paths are what transformers takes, whatever its annotations say.
     trainer.train(resume_from_checkpoint=resume)  # type: ignore[arg-type]
     losses = {str(entry["step"]): entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-    weights = [parameter.detach().double().sum().item() for parameter in model.parameters()]
-    return {"losses": losses, "events": events, "weights": weights}
+    return {"losses": losses, "events": events, "weights": sums(model.parameters())}
 
 
 class _Listener(TrainerCallback):
@@ -98,14 +103,16 @@ class _Listener(TrainerCallback):
         self._callback.hook.add_listener(lambda event: self._events.append((event.kind, event.step)))
 
 
-def straight_and_resumed(folder: Path, endpoint: str, zero: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def straight_and_resumed(
+    folder: Path, endpoint: str, zero: Mapping[str, Any] | None, **options: Any
+) -> list[dict[str, Any]]:
     """One run straight through, and one that stops at its checkpoint and goes on from it."""
     settings = section(endpoint)
-    straight = train(folder / "straight", settings, zero=zero)
-    train(folder / "resumed", settings, num_steps=SAVE_STEP, zero=zero)
+    straight = train(folder / "straight", settings, zero=zero, **options)
+    train(folder / "resumed", settings, num_steps=SAVE_STEP, zero=zero, **options)
     # Without DeepSpeed the callback finds its state by itself, from a path too.
     resume = folder / "resumed" / f"checkpoint-{SAVE_STEP}" if zero is None else True
-    return [straight, train(folder / "resumed", settings, resume=resume, zero=zero)]
+    return [straight, train(folder / "resumed", settings, resume=resume, zero=zero, **options)]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from sidecast import LightningNowcastCallback
@@ -56,7 +57,8 @@ def train(
     num_steps: int = NUM_STEPS,
     save: Path | None = None,
     load: Path | None = None,
-    strategy: str = "auto",
+    strategy: Any = "auto",
+    module: Regression | None = None,
 ) -> tuple[list[float], list[tuple[str, int]], Tensor]:
     """Trains; returns the losses, the hook's events and the weights."""
     data = torch.zeros(4 * NUM_STEPS, 1)
@@ -74,11 +76,12 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = Regression()
+    module = Regression() if module is None else module
     trainer.fit(module, DataLoader(TensorDataset(data), batch_size=2), ckpt_path=None if load is None else str(load))
     if save is not None:
         trainer.save_checkpoint(save)
-    weights = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    whole = [item.full_tensor() if isinstance(item, DTensor) else item for item in module.parameters()]
+    weights = torch.cat([parameter.detach().flatten() for parameter in whole])
     return module.losses, listener.events, weights
 
 

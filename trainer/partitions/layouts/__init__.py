@@ -1,1 +1,1 @@
-"""The three ways in which optimizers keep master weights; made from tensors and plain values, without an engine."""
+"""The four ways in which optimizers keep master weights; made from tensors and plain values, without an engine."""

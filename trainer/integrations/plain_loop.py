@@ -1,0 +1,149 @@
+"""Nowcasting in a plain torch loop: the optimizer tells of its steps, the model's outputs of its losses."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sidecast.errors import ConfigError
+from sidecast.trainer.hook.attachment import Attachment
+from sidecast.trainer.hook.start import start
+from sidecast.trainer.integrations.replicas import replica_of
+from sidecast.trainer.integrations.state_files import STATE_FILE, load_state, save_state
+from sidecast.trainer.partitions.module_losses import ModuleLossWatch
+from sidecast.trainer.partitions.plain import shard_again
+
+log = logging.getLogger(__name__)
+
+# On the optimizer, which leaves it out of copies and pickles of itself, as a model would not.
+_LOOP_ATTRIBUTE = "_sidecast_loop"
+_DCP_STATE_MODULE = "torch.distributed.checkpoint.state_dict"
+
+_optimizers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
+
+
+class PlainLoop:
+    """The hook on a model and its optimizer, called at every step that the optimizer makes; made on every rank.
+
+    Args:
+        model: What the loop calls; DDP's wrapper is looked through.
+        optimizer: The torch optimizer itself.
+        settings: As in the ``"nowcaster"`` section; they are enabled.
+
+    Attributes:
+        attachment: The hook on its run.
+
+    Raises:
+        ConfigError: The settings, the model or the optimizer are not ones that can be nowcasted, or the service refuses
+            the run. All ranks raise together.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]) -> None:
+        self._num_steps = 0
+        self._module = model.module if isinstance(model, DistributedDataParallel) else model
+        self._optimizer = weakref.ref(optimizer)
+        local_rank = dist.get_node_local_rank(fallback_rank=0) if dist.is_available() else 0
+        run = replica_of(self._module, optimizer, lambda: self._num_steps, local_rank)
+        self.attachment: Attachment = start(settings, run)
+        self._losses = ModuleLossWatch(model, self.attachment.observe)
+        optimizer.register_step_pre_hook(self._before_optimizer_step)
+        optimizer.register_step_post_hook(self._after_optimizer_step)
+        self._is_making_state = False
+        setattr(optimizer, _LOOP_ATTRIBUTE, self)
+        _optimizers[model] = weakref.ref(optimizer)
+
+    def save(self, folder: Path) -> None:
+        """Adds the nowcasting to a checkpoint's folder; called on every rank.
+
+        Args:
+            folder: Made if it is not there.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            log.warning("a run that resumes from %s begins its nowcasting anew: %s", folder, error)
+            return
+        save_state(self.attachment, folder, is_writer=not dist.is_initialized() or dist.get_rank() == 0)
+
+    def resume(self, folder: Path) -> None:
+        """Goes on from a checkpoint whose weights and optimizer state were just loaded; called on every rank.
+
+        Args:
+            folder: That ``save`` was given. Without its files nowcasting begins anew, with a warning.
+
+        Raises:
+            ConfigError: The checkpoint changed what a rank holds. All ranks raise together.
+        """
+        optimizer = self._optimizer()
+        if self.attachment.hook.is_closed or optimizer is None:
+            return
+        shard_again(self._module, optimizer)
+        saved = self.attachment.from_first(load_state(folder))
+        if saved is None:
+            log.warning("nowcasting begins anew: %s holds no %s that can be read", folder, STATE_FILE)
+        else:
+            self._num_steps = saved["step"]
+        self.attachment.resume(saved, folder)
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # Distributed checkpoints make an optimizer's state by a step without gradients and rate: no step of the run.
+        self._is_making_state = not optimizer.state and _is_called_by(_DCP_STATE_MODULE)
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._is_making_state:
+            return
+        # A GradScaler lets a fused optimizer find out by itself that there is nothing to do.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            self.attachment.hook.after_skipped_step()
+            return
+        self._num_steps += 1
+        self.attachment.after_step()
+
+
+def loop_of(model: Any) -> PlainLoop | None:
+    """The loop that ``attach`` was called on with this model; None if there is none."""
+    reference = _optimizers.get(model) if isinstance(model, nn.Module) else None
+    optimizer = None if reference is None else reference()
+    return getattr(optimizer, _LOOP_ATTRIBUTE, None)
+
+
+def put_on_loop(model: nn.Module, optimizer: Any, settings: Mapping[str, Any]) -> PlainLoop:
+    """Lets a model be nowcasted that an optimizer trains; on every rank.
+
+    Args:
+        model: What the loop calls.
+        optimizer: What trains it; accelerate's wrapper is looked through.
+        settings: As in the ``"nowcaster"`` section; they are enabled.
+
+    Raises:
+        ConfigError: As for ``PlainLoop``, or these two are nowcasted already.
+    """
+    inner = optimizer
+    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
+        inner = inner.optimizer
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model is a {type(model).__name__}; allowed: a torch.nn.Module")
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise ConfigError(f"the optimizer is a {type(inner).__name__}; allowed: one torch.optim.Optimizer")
+    if loop_of(model) is not None or hasattr(inner, _LOOP_ATTRIBUTE):
+        raise ConfigError("sidecast.attach was called twice on this model or its optimizer; once is enough")
+    return PlainLoop(model, inner, settings)
+
+
+def _is_called_by(module_name: str) -> bool:
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == module_name:
+            return True
+    return False
