@@ -15,7 +15,7 @@ from sidecast.checkpoints.opening import open_checkpoint
 from sidecast.commands.__main__ import main
 from tests.support.limits import HANG_S
 
-WORKER = Path(__file__).with_name("workers") / "save_distributed_checkpoints.py"
+WORKER = Path(__file__).parent.with_name("workers") / "save_distributed_checkpoints.py"
 STEPS = (10, 20, 30)
 BUFFERS = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 

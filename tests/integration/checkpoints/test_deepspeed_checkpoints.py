@@ -23,7 +23,7 @@ CASES = (
     "stage2_round_robin",
     "stage3_bf16",
 )
-WORKER = Path(__file__).with_name("workers") / "save_zero_checkpoints.py"
+WORKER = Path(__file__).parent.with_name("workers") / "save_zero_checkpoints.py"
 FROZEN_AND_BUFFERS = {"frozen.weight", "frozen.bias", "scale", "count"}
 
 PREDICT_WITHOUT_DEEPSPEED = """
