@@ -251,7 +251,9 @@ def test_names_from_the_wire_never_become_file_names(service: RunningService, tm
     assert refusal(service.stub.Open, open_request(session_id="../../escaped"))[0] is INVALID
     join(service, "..")
     send(service, 1, 10, session_id="..")
-    assert [path for path in tmp_path.rglob("*.f32") if path.parent != service.store.folder] == []
+    (run_folder,) = [path for path in service.store.folder.iterdir() if path.is_dir()]
+    assert [path.parent for path in tmp_path.rglob("*.f32")] == [run_folder]
+    assert run_folder.name.replace("-", "").isalnum()
     assert not list(tmp_path.parent.glob("escaped*"))
 
 

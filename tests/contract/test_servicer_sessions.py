@@ -148,7 +148,7 @@ def test_a_session_never_outgrows_what_it_was_promised(tmp_path: Path) -> None:
             pass
         # Two states of the window and one prediction.
         assert service.store.used_bytes == 3 * 4 * MANIFEST.num_elements
-        assert len(list(service.store.folder.glob("*.f32"))) == 3 + MAX_SPARES
+        assert len(list(service.store.folder.rglob("*.f32"))) == 3 + MAX_SPARES
 
 
 def test_a_resumed_run_adopts_its_history_up_to_its_step_and_fences_off_the_session_before(

@@ -140,7 +140,7 @@ class Run(SimpleNamespace):
             rounds_to_bf16=False,
         )
 
-    def finish(self, task: NowcastTask, prediction: object, reason: str) -> None:
+    def finish(self, task: NowcastTask, prediction: object, reason: str, *, carry_digest: int) -> None:
         self.ended.append(reason or "published")
 
 
