@@ -172,9 +172,8 @@ class SessionTable:
         if run_id not in self._folders:
             self._folders[run_id] = RunFolder(self._store, taken.folder or self._store.new_folder(folder_name(run_id)))
         folder = self._folders[run_id]
-        recorder = (
-            recorder_of(folder, settings, request, secret, self._superseded_of(taken, earlier)) if secret else None
-        )
+        ended = self._supersede(taken, earlier, session_id)
+        recorder = recorder_of(folder, settings, request, secret, ended) if secret else None
         session = Session(settings, folder, lambda event: self._on_event(session_id, event), recorder)
         pending = None
         if taken.found is not None:
@@ -188,7 +187,6 @@ class SessionTable:
         session.record()
         for superseded in earlier:
             self._end(superseded.settings.session_id)
-            self._superseded.append(superseded.settings.session_id)
         self._sessions[session_id] = session
         self._owners[session_id] = Owner(request, secret)
         self._last_seen_s[session_id] = self._clock()
@@ -236,20 +234,20 @@ class SessionTable:
             session.adopt(holder, request.resume_step, request.resume_epoch)
             session.record()
             holder.close()
-        self._superseded.extend(name for name in identity.superseded if name not in self._superseded)
         log.info(
             "run %s goes on after a restart, with the snapshots of steps %s", settings.run_id, session.history_steps
         )
         return None if task is None else (holder, task)
 
-    def _superseded_of(self, taken: Taken, earlier: Sequence[Session]) -> list[str]:
-        """The ids of a run's sessions that are over, oldest first."""
-        ended: list[str] = []
-        for identity in [
-            *([] if taken.found is None else [taken.found.record.identity]),
-            *(session.recorder.identity for session in earlier if session.recorder is not None),
-        ]:
-            ended += [*identity.superseded, identity.session_id]
+    def _supersede(self, taken: Taken, earlier: Sequence[Session], session_id: str) -> list[str]:
+        """Refuses all earlier sessions of a run from now on; returns their ids, oldest first."""
+        identities = [session.recorder.identity for session in earlier if session.recorder is not None]
+        if taken.identity is not None:
+            identities.insert(0, taken.identity)
+        ended = [name for identity in identities for name in (*identity.superseded, identity.session_id)]
+        ended += [session.settings.session_id for session in earlier]
+        ended = [name for name in dict.fromkeys(ended) if name != session_id]
+        self._superseded.extend(name for name in ended if name not in self._superseded)
         return ended
 
     def _tell_loss(self, settings: SessionSettings, reason: str, step: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sidecast.nowcaster_service.errors import ForbiddenError, WrongStateError
 from sidecast.nowcaster_service.keeping.examination import Found, examine
-from sidecast.nowcaster_service.keeping.record import Record
+from sidecast.nowcaster_service.keeping.record import Identity, Record
 from sidecast.nowcaster_service.keeping.run_folder import NOTE_NAME, folder_name, forget, key_of, owner_of
 from sidecast.nowcaster_service.keeping.sealed import RecordError, Sealed, read_sealed
 from sidecast.nowcaster_service.vector_store import RECORD_NAME, HistoryStore
@@ -38,11 +38,13 @@ class Taken:
     """What is left of a run, for its session.
 
     Attributes:
-        folder: Where it is; None if there is nothing.
+        identity: Whose it was; None if there is nothing.
+        folder: Where it is; None if the history begins anew.
         found: The history.
         reason: Why the history begins anew; empty if it does not, or if the run has asked for nothing.
     """
 
+    identity: Identity | None = None
     folder: Path | None = None
     found: Found | None = None
     reason: str = ""
@@ -156,9 +158,9 @@ class KeptRuns:
         if _goes_on(waiting, request) and waiting.examination is not None and waiting.examination.done():
             found = waiting.examination.result()
         if isinstance(found, Found):
-            return Taken(folder=waiting.folder, found=found)
+            return Taken(identity=waiting.record.identity, folder=waiting.folder, found=found)
         self._remove(waiting.folder)
-        return Taken(reason=found)
+        return Taken(identity=waiting.record.identity, reason=found)
 
     def _remove(self, folder: Path) -> None:
         forget(folder)

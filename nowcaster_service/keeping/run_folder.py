@@ -154,6 +154,6 @@ def recorder_of(
         likeness=settings.likeness,
         schema_hash=settings.manifest.schema_hash,
         num_bytes=settings.num_vector_bytes,
-        superseded=tuple(name for name in superseded if name != settings.session_id)[-MAX_SUPERSEDED:],
+        superseded=tuple(superseded[-MAX_SUPERSEDED:]),
     )
     return Recorder(folder.path, identity, key_of(secret, run_id))
