@@ -124,6 +124,7 @@ class Run:
         self.applied = (0, 0.0)
         self.num_sessions = 0
         self.has_died = False
+        self.num_restored = 0
         self.published: Prediction | None = None
         self.carry_before_P: np.ndarray | None = None
         self.store = HistoryStore(folder, 1 << 20)
@@ -157,6 +158,7 @@ class Run:
 
     def restart(self) -> None:
         """The service has died, and another one goes on with what it has left."""
+        self.num_restored += 1
         self.store = reopened(self.store)
         carry_P = self.reference.carry_P
         (folder,) = self.store.left
@@ -327,26 +329,49 @@ def test_the_carry_is_the_average_of_the_optimizers_own_steps(
     run.store.close()
 
 
-@pytest.mark.parametrize("death", list(Death))
+LEFT_OUT = (Death.IN_THE_AVERAGE, Death.BEFORE_THE_NOTE)
+
+
+def after_intervals(folder: Path, num: int, death: Death | None, *, is_lost: bool = False) -> tuple[Run, bytes]:
+    """A run whose last interval but two ends with a death, or without its snapshot; and its average."""
+    run = Run(Path(tempfile.mkdtemp(dir=folder)), 7)
+    for index in range(num):
+        is_it = index == num - 3
+        # Nothing is applied: the weights go the same way whatever is published.
+        run.interval(None, is_sent=not (is_it and is_lost), death=death if is_it else None)
+    carry = run.session._motion.carry if run.session._motion is not None else None
+    assert carry is not None
+    run.store.close()
+    return run, bytes(carry.vector.view)
+
+
+@pytest.mark.parametrize("death", [death for death in Death if death not in LEFT_OUT])
 def test_a_run_goes_on_bit_for_bit_after_the_death_of_its_service(folder: Path, death: Death) -> None:
-    """With the snapshot in flight, or without: never with an interval that is known in part."""
-    run, unharmed = (Run(Path(tempfile.mkdtemp(dir=folder)), 7) for _ in range(2))
-    is_left_out = death in (Death.IN_THE_AVERAGE, Death.BEFORE_THE_NOTE)
-    for each in (run, unharmed):
-        for index in range(6):
-            dies = index == 3 and each is run
-            # What is lost is lost for the other one, too; no push is applied, or weights would go ways of their own.
-            is_sent = not (index == 3 and death is Death.BEFORE_THE_RECORD) or dies
-            each.interval(None, is_sent=is_sent, death=death if dies else None)
-            if is_left_out and index == 3 and each is unharmed:
-                break
-    carries = [each.session._motion.carry for each in (run, unharmed)]
-    if not is_left_out:
-        assert bytes(carries[0].vector.view) == bytes(carries[1].vector.view)
-        pushes = [each.session.prediction for each in (run, unharmed)]
-        assert bytes(pushes[0].task.delta.view) == bytes(pushes[1].task.delta.view)
-    for each in (run, unharmed):
-        each.store.close()
+    harmed, carry = after_intervals(folder, 6, death)
+    # What was in flight is lost to both.
+    unharmed, expected = after_intervals(folder, 6, None, is_lost=death is Death.BEFORE_THE_RECORD)
+    assert carry == expected
+    assert harmed.published is not None
+    assert unharmed.published is not None
+    assert harmed.published.digest == unharmed.published.digest
+
+
+@pytest.mark.parametrize("death", LEFT_OUT)
+def test_an_interval_that_is_half_averaged_leaves_the_average_as_it_was(folder: Path, death: Death) -> None:
+    run = Run(Path(tempfile.mkdtemp(dir=folder)), 7)
+    for _ in range(3):
+        run.interval(None)
+    before = run.session._motion.carry
+    assert before is not None
+    expected = bytes(before.vector.view)
+    num_restored = run.num_restored
+    run.interval(None, death=death)
+    assert run.num_restored == num_restored + 1
+    after = run.session._motion.carry
+    assert after is not None
+    assert bytes(after.vector.view) == expected
+    assert run.session.history_steps == [4 * INTERVAL_STEPS]
+    run.store.close()
 
 
 def test_what_was_applied_and_is_not_known_is_left_out(folder: Path) -> None:
