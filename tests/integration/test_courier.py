@@ -146,6 +146,25 @@ def test_a_restarted_service_is_found_and_the_session_opened_again(tmp_path: Pat
         courier.close()
 
 
+def test_a_restarted_service_goes_on_with_what_the_courier_has_sent(tmp_path: Path) -> None:
+    with RunningService(tmp_path) as first:
+        courier = start_courier(settings(first.endpoint, MANIFEST, ALL))
+        until(courier, Connected)
+        stage(courier, 1, 10)
+        assert until(courier, Sent).reason == ""
+        port = first.port
+    try:
+        until(courier, Disconnected)
+        with RunningService(tmp_path, port=port):
+            until(courier, Connected)
+            stage(courier, 2, 20)
+            message = until(courier, Prediction)
+            assert (message.version, message.base_step) == (1, 20)
+            assert bytes(courier.prediction.view) == (state(2) - state(1)).tobytes()
+    finally:
+        courier.close()
+
+
 def test_a_resume_is_opened_although_nothing_happens_in_the_session_before(
     courier: CourierHandle, service: RunningService
 ) -> None:
