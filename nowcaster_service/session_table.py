@@ -216,6 +216,7 @@ class SessionTable:
         is_alike = is_model and identity.likeness == settings.likeness
         if (
             not is_model
+            or identity.has_pushes != has_pushes
             or (has_pushes and not is_alike)
             or (is_same and identity.opened != announcement_digest(request))
         ):

@@ -24,6 +24,7 @@ class Identity:
         likeness: Digest of what its predictions depend on, in hexadecimal digits.
         schema_hash: Of the model.
         num_bytes: Of a vector of it.
+        has_pushes: Whether the run has pushes instead of jumps.
         superseded: Earlier sessions of the run, which are refused.
     """
 
@@ -34,6 +35,7 @@ class Identity:
     likeness: str
     schema_hash: str
     num_bytes: int
+    has_pushes: bool
     superseded: tuple[str, ...] = ()
 
 

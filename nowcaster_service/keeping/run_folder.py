@@ -154,6 +154,7 @@ def recorder_of(
         likeness=settings.likeness,
         schema_hash=settings.manifest.schema_hash,
         num_bytes=settings.num_vector_bytes,
+        has_pushes=settings.push is not None,
         superseded=tuple(superseded[-MAX_SUPERSEDED:]),
     )
     return Recorder(folder.path, identity, key_of(secret, run_id))

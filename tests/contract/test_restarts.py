@@ -182,19 +182,19 @@ def record_of_another_run(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "cut": (cut, "the record is torn or altered"),
-    "altered": (alter, "the record is torn or altered"),
+    "record-cut": (cut, "the record is torn or altered"),
+    "record-altered": (alter, "the record is torn or altered"),
     "older": (make_older, "the record begins with 'sidecast history, format 0'; allowed: 'sidecast history, format 1'"),
-    "another secret's": (seal_with_another_key, "the record is sealed with another key than this run's"),
-    "another run's key": (seal_for_another_run, "the record is sealed with another key than this run's"),
+    "another-secrets-key": (seal_with_another_key, "the record is sealed with another key than this run's"),
+    "another-runs-key": (seal_for_another_run, "the record is sealed with another key than this run's"),
     "later": (add_a_field, "the record is not one of this version: ValueError: its fields are carry, counts"),
     "elsewhere": (point_elsewhere, "the record is not one of this version: ValueError: its files are"),
-    "a state altered": (flip_a_bit(1), "is not the state of step 30 any more, from byte 145596 on"),
-    "the prediction altered": (flip_a_bit(-1), "is not what it was when it was made"),
-    "a state cut": (truncate, f"has {NUM_BYTES - 4} bytes, not {NUM_BYTES}"),
-    "a state gone": (lambda folder: file_of(folder, 0).unlink(), "cannot be opened: No such file or directory"),
-    "states swapped": (swap, "is not the state of step"),
-    "a link": (link, "cannot be opened: Too many levels of symbolic links"),
+    "state-altered": (flip_a_bit(1), "is not the state of step 30 any more, from byte 145596 on"),
+    "prediction-altered": (flip_a_bit(-1), "is not what it was when it was made"),
+    "state-cut": (truncate, f"has {NUM_BYTES - 4} bytes, not {NUM_BYTES}"),
+    "state-gone": (lambda folder: file_of(folder, 0).unlink(), "cannot be opened: No such file or directory"),
+    "states-swapped": (swap, "is not the state of step"),
+    "a-link": (link, "cannot be opened: Too many levels of symbolic links"),
 }
 
 
@@ -272,6 +272,23 @@ def test_a_run_that_is_resumed_after_the_restart_adopts_what_its_checkpoint_know
             assert (code.name, "superseded" in text) == ("FAILED_PRECONDITION", True)
             begin(service, "s2", resumed=True, resume_step=25)
         assert list(status(service).history_steps) == [20]
+
+
+PUSH = {"push": pb.Push(time_constant_steps=9.0), "period_steps": 10}
+
+
+@pytest.mark.parametrize(("before", "after"), [({}, PUSH), (PUSH, {}), (PUSH, {**PUSH, "max_relative_norm": 0.1})])
+def test_a_run_that_is_resumed_as_another_one_adopts_nothing(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    with RunningService(tmp_path / "first") as first:
+        begin(first, **before)
+        send(first, 10)
+        left = as_if_killed(first, tmp_path / "second")
+    with RunningService(left) as service:
+        begin(service, "s2", resumed=True, resume_step=15, **after)
+        assert list(status(service).history_steps) == []
+        assert service.store.used_bytes == 0
 
 
 def test_a_run_that_was_settled_is_not_given_the_same_once_more(left: Path, tmp_path: Path) -> None:
