@@ -4,86 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sidecast.nowcaster_service.keeping import kept_runs
 from sidecast.nowcaster_service.keeping.run_folder import folder_name, key_of
 from sidecast.nowcaster_service.keeping.sealed import FORMAT, read_sealed, write_sealed
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.transport import RUN_SECRET_KEY
 from sidecast.protos.version import PROTOCOL_VERSION
+from tests.support.dead_services import OWN, SECRET, as_if_killed, begin, fetched, published, send, watch
 from tests.support.service_calls import next_event, refusal, status
 from tests.support.service_harness import (
     MANIFEST,
-    WAIT_S,
     RunningService,
-    chunks,
-    commit_request,
     join_request,
     open_request,
     rank_bytes,
     state,
 )
 
-SECRET, OTHER = "0123456789abcdef" * 2, "fedcba9876543210" * 2
-OWN = ((RUN_SECRET_KEY, SECRET),)
+OTHER = "fedcba9876543210" * 2
 NUM_BYTES = 4 * MANIFEST.num_elements
-
-
-def begin(service: RunningService, session_id: str = "s1", **changes: Any) -> None:
-    request = open_request(session_id=session_id, protocol_version=PROTOCOL_VERSION, **changes)
-    service.stub.Open(request, metadata=OWN, timeout=WAIT_S)
-    for rank in (0, 1):
-        service.stub.Join(join_request(rank, session_id), metadata=OWN)
-
-
-def send(service: RunningService, step: int, session_id: str = "s1", epoch: int = 0) -> None:
-    for rank in (0, 1):
-        messages = chunks(rank_bytes(state(step), rank), rank, step, epoch, session_id)
-        service.stub.Upload(iter(messages), metadata=OWN)
-        service.stub.Commit(commit_request(messages), metadata=OWN)
-
-
-def watch(service: RunningService, rank: int = 0, session_id: str = "s1") -> Any:
-    request = pb.WatchRequest(session_id=session_id, rank=rank)
-    return service.stub.Watch(request, timeout=WAIT_S, metadata=OWN)
-
-
-def published(service: RunningService, base_step: int, session_id: str = "s1") -> Any:
-    events = watch(service, session_id=session_id)
-    while (event := next_event(events, "published")).base_step != base_step:
-        pass
-    events.cancel()
-    return event
-
-
-def fetched(service: RunningService, rank: int, version: int, session_id: str = "s1") -> bytes:
-    request = pb.FetchRequest(session_id=session_id, rank=rank, version=version)
-    return b"".join(chunk.data for chunk in service.stub.Fetch(request, metadata=OWN))
-
-
-def as_if_killed(service: RunningService, folder: Path) -> Path:
-    """What kill -9 would leave of a service now, in another folder."""
-    shutil.copytree(service.config.history_dir, folder / "vectors", ignore=shutil.ignore_patterns("*.sock"))
-    return folder
-
-
-@pytest.fixture
-def left(tmp_path: Path) -> Path:
-    """What is left of a service that has published the prediction of step 20 and taken the snapshot of step 30."""
-    with RunningService(tmp_path / "first") as first:
-        begin(first)
-        for step in (10, 20):
-            send(first, step)
-        published(first, 20)
-        send(first, 30)
-        return as_if_killed(first, tmp_path / "second")
 
 
 def run_folder(folder: Path) -> Path:
@@ -332,99 +276,3 @@ def test_a_run_without_a_secret_leaves_nothing_that_could_be_used(tmp_path: Path
         left = as_if_killed(first, tmp_path / "second")
     with RunningService(left) as service:
         assert list(service.store.folder.rglob("*.f32")) == []
-
-
-# --- while it waits
-
-
-def test_a_service_that_is_stopped_in_order_leaves_the_history_to_the_next(tmp_path: Path) -> None:
-    with RunningService(tmp_path) as first:
-        begin(first)
-        send(first, 10)
-    with RunningService(tmp_path) as second:
-        begin(second)
-        assert list(status(second).history_steps) == [10]
-
-
-def test_what_nobody_asks_for_expires(left: Path) -> None:
-    with RunningService(left) as service:
-        assert len(list(service.store.folder.rglob("*.f32"))) == 3
-        service.clock.now_s += 61
-        service.expire_sessions()
-        assert list(service.store.folder.rglob("*")) == [service.servicer.handover.path]
-
-
-def test_what_is_left_keeps_its_room_for_a_while(left: Path) -> None:
-    needed_bytes = (2 + 5) * NUM_BYTES
-    with RunningService(left, history_budget_bytes=needed_bytes + 2 * NUM_BYTES) as service:
-        other = {"session_id": "t1", "run_id": "other"}
-        code, text = refusal(service.stub.Open, open_request(**other))
-        assert code.name == "RESOURCE_EXHAUSTED"
-        assert f"{3 * NUM_BYTES} of {9 * NUM_BYTES} bytes are promised to others" in text
-        service.clock.now_s += 31
-        service.stub.Open(open_request(**other))
-        assert list(service.store.folder.rglob("*.f32")) == []
-
-
-def test_who_asks_twice_while_it_is_being_read_is_answered_twice(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a courier whose first call took too long."""
-    examine, calls = kept_runs.examine, []
-    with RunningService(left) as service, ThreadPoolExecutor(1) as pool:
-
-        def slow(*args: Any) -> Any:
-            calls.append(args)
-            second.append(pool.submit(begin, service))
-            return examine(*args)
-
-        second: list[Any] = []
-        monkeypatch.setattr(kept_runs, "examine", slow)
-        begin(service)
-        second[0].result(WAIT_S)
-        assert len(calls) == 1
-        assert list(status(service).history_steps) == [20, 30]
-
-
-def test_a_full_disk_costs_the_record_and_no_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with RunningService(tmp_path) as service:
-        begin(service)
-        send(service, 10)
-        assert len(list(tmp_path.rglob("record"))) == 1
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "write_bytes", full)
-            send(service, 20)
-            send(service, 30)
-        # What it said is not true any more.
-        assert list(tmp_path.rglob("record*")) == []
-        assert caplog.text.count("the history of run run would not survive a restart: ") == 1
-        assert status(service).num_committed == 3
-        send(service, 40)
-        assert len(list(tmp_path.rglob("record"))) == 1
-
-
-def test_a_nowcast_that_two_services_have_died_of_is_given_up(tmp_path: Path) -> None:
-    folder = tmp_path / "0"
-    with RunningService(folder) as service:
-        begin(service)
-        service.engines.may_finish.clear()
-        send(service, 10)
-        send(service, 20)
-        folder = as_if_killed(service, tmp_path / "1")
-    with RunningService(folder, before_start=lambda servicer: servicer._engines.may_finish.clear()) as service:
-        begin(service)
-        while not service.engines.requests:
-            status(service)
-        folder = as_if_killed(service, tmp_path / "2")
-    with RunningService(folder) as service:
-        begin(service)
-        reason = next_event(watch(service), "failed").reason
-        assert reason == "2 services have ended while the nowcast of step 20 was being made"
-        assert list(status(service).history_steps) == [10, 20]
-        assert service.engines.requests == []
-        send(service, 30)
-        send(service, 40)
-        published(service, 40)

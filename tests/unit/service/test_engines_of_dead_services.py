@@ -25,8 +25,7 @@ from sidecast.nowcaster_service.vector_store import RECORD_NAME, HistoryStore
 from sidecast.policies.push import PushConfig
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.shards import ShardSpec
-from tests.support.dead_services import SECRET, examined, reopened
-from tests.support.sessions import push_settings, send_state
+from tests.support.dead_services import SECRET, examined, push_settings, reopened, send_state
 
 MANIFEST = ModelManifest.from_shapes([("w", (6,))], {"model_type": "toy"})
 PUSH = PushConfig(interval_steps=10, start_step=0)
