@@ -66,17 +66,21 @@ def test_one_that_has_opened_its_files_and_not_begun_finds_nothing(
     store: HistoryStore, request_: PushRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: list[Path] = []
+    num_locked = 0
 
     def lock_late(descriptor: int, operation: int) -> None:
-        if not left:
-            left.append(Path())
-            left[:] = reopened(store).left
-            examined(left[0], "run")
+        nonlocal num_locked
+        num_locked += 1
+        if num_locked == 2:
+            left.extend(reopened(store).left)
         fcntl.flock(descriptor, operation)
 
     monkeypatch.setattr(vector_files, "fcntl", _Fcntl(lock_late))
-    with pytest.raises(ConfigError, match="is gone: the service that wrote it has ended"):
-        make_push(request_)
+    with (
+        pytest.raises(ConfigError, match="is gone: the service that wrote it has ended"),
+        written_alone(request_.before_path, request_.delta_path),
+    ):
+        pass
     found = examined(left[0], "run")
     assert found.push is not None
     assert found.push.is_untouched
@@ -131,6 +135,17 @@ def test_a_note_of_another_attempt_says_nothing(store: HistoryStore, request_: P
     # The average was to begin: there is none before.
     assert (found.push.carry_file, found.push.factor, found.push.is_untouched) == (None, None, False)
     assert found.lost.startswith("the interval up to step 20 is left out")
+
+
+def test_an_average_that_is_not_the_noted_one_is_not_used(store: HistoryStore, request_: PushRequest) -> None:
+    make_push(request_)
+    data = bytearray(request_.before_path.read_bytes())
+    data[0] ^= 1
+    request_.before_path.write_bytes(data)
+    (folder,) = reopened(store).left
+    found = examined(folder, "run")
+    assert found.push is not None
+    assert (found.push.carry_file, found.push.factor, found.push.is_untouched) == (None, None, False)
 
 
 def test_a_lock_goes_with_its_process(request_: PushRequest) -> None:
