@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 from zlib import crc32
 
 import grpc
@@ -15,6 +15,7 @@ from sidecast.protos.bf16 import from_bf16, round_to_bf16
 from sidecast.protos.codec import buffer_digest
 from sidecast.protos.transport import RUN_SECRET_KEY
 from sidecast.protos.version import PROTOCOL_VERSION
+from tests.support.mortal_service import MortalService
 from tests.support.service_harness import SHARDS, WAIT_S, join_request, open_request, rank_bytes, state
 
 CHUNK_BYTES = 16 << 10
@@ -32,24 +33,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "push": pb.Push(time_constant_steps=30.0, gain=1.0, start_step=20),
     },
 }
-
-
-class MortalEndpoint(Protocol):
-    """A service that may die.
-
-    Attributes:
-        port: Where it, and every later one, listens.
-    """
-
-    port: int
-
-    def await_death(self) -> None:
-        """Returns once it is known to be dead."""
-        ...
-
-    def start(self, death: str = "") -> None:
-        """Starts another one, which may be told how to die."""
-        ...
 
 
 @dataclass
@@ -79,7 +62,7 @@ class SteadfastRun:
         second_death: Should the next service die, too: how.
     """
 
-    def __init__(self, service: MortalEndpoint, kind: str) -> None:
+    def __init__(self, service: MortalService, kind: str) -> None:
         self.service = service
         self.kind = kind
         self.given = Given()
@@ -120,13 +103,9 @@ class SteadfastRun:
         self.channel.close()
         return self.given
 
-    def after_commits(self, step: int) -> None:
-        """Called once a snapshot has been sent."""
-
     def _is_done(self, step: int) -> bool:
         try:
             parts = [self._send(step, rank) for rank in (0, 1)]
-            self.after_commits(step)
             if (self.kind == "push" and step >= 20) or (self.kind != "push" and step % 30 == 0):
                 self._await_prediction(step)
         except grpc.RpcError as error:

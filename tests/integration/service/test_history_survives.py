@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.support.mortal_service import MortalService
-from tests.support.service_harness import WAIT_S
-from tests.support.service_process import ServiceProcess
 from tests.support.steadfast_run import KINDS, Given, SteadfastRun
 
 DEATH_STEP = 60
@@ -95,45 +91,3 @@ def test_an_interval_that_was_half_averaged_is_left_out_and_told_of(
     assert list(given.predictions) == [step for step in steps if step != DEATH_STEP]
     for step in steps[: steps.index(DEATH_STEP)]:
         assert given.predictions[step] == unharmed["push"].predictions[step]
-
-
-class RunOfKilledIngress(SteadfastRun):
-    """Kills the ingress while an engine has its snapshot's work before it, and lets that engine go on afterwards."""
-
-    def __init__(self, service: ServiceProcess, kind: str) -> None:
-        self._process = service
-        self.port = service.port
-        self.num_deaths = 0
-        super().__init__(self, kind)
-
-    def _found(self, name: str) -> psutil.Process:
-        (found,) = [process for process in self._process.family() if name in " ".join(process.cmdline())]
-        return found
-
-    def after_commits(self, step: int) -> None:
-        if step == DEATH_STEP and self.num_deaths == 0:
-            self.num_deaths += 1
-            ingress = self._found("IngressActor")
-            ingress.kill()
-            ingress.wait(WAIT_S)
-
-    def await_death(self) -> None:
-        assert self.num_deaths == 1
-
-    def start(self, death: str = "") -> None:
-        """Ray does."""
-
-
-@pytest.mark.parametrize("num_engines", [1, 2])
-def test_a_killed_ingress_changes_nothing_that_runs_are_given(
-    tmp_path: Path, unharmed: dict[str, Given], num_engines: int
-) -> None:
-    service = ServiceProcess(tmp_path, "--history-gib", "0.1", "--engines", f"{num_engines}")
-    service.start()
-    try:
-        for kind in ("bf16", "push"):
-            run = RunOfKilledIngress(service, kind)
-            assert run.train() == unharmed[kind]
-            assert run.num_deaths == 1
-    finally:
-        service.stop()
