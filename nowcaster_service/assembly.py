@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from zlib import crc32
 
 import numpy as np
 
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.errors import MalformedError
+from sidecast.nowcaster_service.keeping.checksums import Piece
 from sidecast.nowcaster_service.vector_store import FP32_BYTES
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.bf16 import BF16_BYTES, from_bf16
@@ -65,6 +67,20 @@ class RankPlan:
         for source, target, length in self._segments(offset_bytes, len(data)):
             vector[target : target + length] = data[source : source + length]
 
+    def pieces(self, vector: memoryview, offset_bytes: int, num_bytes: int, checksum: int | None) -> list[Piece]:
+        """What lies in the vector of a range of the rank's buffer.
+
+        Args:
+            vector: As it is written.
+            offset_bytes: Where the range begins in the buffer, in bytes of fp32.
+            num_bytes: How long it is.
+            checksum: CRC-32 of the range if that is known: a range in one piece is not read then.
+        """
+        segments = list(self._segments(offset_bytes, num_bytes))
+        if len(segments) == 1 and checksum is not None:
+            return [(segments[0][1], num_bytes, checksum)]
+        return [(start, length, crc32(vector[start : start + length])) for _, start, length in segments]
+
     def scatter_changes(self, vector: memoryview, base: memoryview, offset_bytes: int, data: memoryview) -> None:
         """Adds bf16 changes to a base vector's values and puts the sums where they belong.
 
@@ -74,14 +90,14 @@ class RankPlan:
             offset_bytes: Where the changes begin in the rank's buffer, in bytes of bf16.
             data: The changes.
         """
-        start, length = _fp32_range(offset_bytes, len(data))
+        start, length = fp32_range(offset_bytes, len(data))
         values_N = from_bf16(np.frombuffer(data, np.uint16))
         values_N += np.frombuffer(self.gather(base, start, length), np.float32)
         self.scatter(vector, start, values_N.data.cast("B"))
 
     def gather_halves(self, vector: memoryview, offset_bytes: int, num_bytes: int) -> memoryview:
         """Collects a range of values that bf16 holds exactly, as bf16; offset and length are bytes of bf16."""
-        values_N = np.frombuffer(self.gather(vector, *_fp32_range(offset_bytes, num_bytes)), np.uint32)
+        values_N = np.frombuffer(self.gather(vector, *fp32_range(offset_bytes, num_bytes)), np.uint32)
         return (values_N >> 16).astype(np.uint16).data.cast("B")
 
     def travelling_bytes(self, dtype: int) -> int:
@@ -97,7 +113,7 @@ class RankPlan:
         return memoryview(b"".join(vector[start : start + length] for _, start, length in segments))
 
 
-def _fp32_range(offset_bytes: int, num_bytes: int) -> tuple[int, int]:
+def fp32_range(offset_bytes: int, num_bytes: int) -> tuple[int, int]:
     """Offset and length of the same values as fp32."""
     if offset_bytes % BF16_BYTES or num_bytes % BF16_BYTES:
         raise MalformedError(f"bytes {offset_bytes} to {offset_bytes + num_bytes} are no whole bf16 values")

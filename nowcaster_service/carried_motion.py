@@ -1,16 +1,35 @@
 """What a session with pushes carries from one snapshot to the next: the last state, and the average own motion.
 
-Four vectors in all: the state that is received, the last one, the average, and the published push. The push of a
-snapshot is written over the state before it, which nobody needs once the interval between them has been averaged.
+Four vectors in all: the state that is received, the last one, the average, and the published push. The new average is
+written over the state before, piece by piece, and the push over the average so far: so one of the two averages is whole
+at every moment, whatever dies.
 """
 
 from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
 
 from sidecast.nowcaster_service.errors import SaturatedError
 from sidecast.nowcaster_service.session_events import Prediction, PushTask
 from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.snapshots import Snapshot
-from sidecast.nowcaster_service.vector_store import HistoryStore, VectorFile
+from sidecast.nowcaster_service.vector_store import VectorFile, Vectors
+
+NONCE_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Carry:
+    """An average own motion.
+
+    Attributes:
+        vector: Its values.
+        digest: Of them; see ``vector_digest``.
+    """
+
+    vector: VectorFile
+    digest: int
 
 
 class CarriedMotion:
@@ -18,17 +37,18 @@ class CarriedMotion:
 
     Args:
         settings: Of the session; it has pushes.
-        store: Where vectors live.
+        vectors: Where vectors come from.
 
     Attributes:
         base: The last committed snapshot, with which the next interval begins; None if there is none.
+        carry: The average own motion; None if there is none, or while an engine works on it.
     """
 
-    def __init__(self, settings: SessionSettings, store: HistoryStore) -> None:
+    def __init__(self, settings: SessionSettings, vectors: Vectors) -> None:
         self.base: Snapshot | None = None
+        self.carry: Carry | None = None
         self._settings = settings
-        self._store = store
-        self._carry: VectorFile | None = None
+        self._vectors = vectors
 
     def is_due(self, step: int) -> bool:
         """Whether the run may wait for a push from the snapshot of this step."""
@@ -51,9 +71,9 @@ class CarriedMotion:
         if applied is None:
             base.vector.delete()
             return f"what was applied since the snapshot of step {base.step} is not known here"
-        begins = self._carry is None
+        carry, self.carry = self.carry, None
         try:
-            carry = self._carry = self._carry or self._store.create(self._settings.manifest.num_elements)
+            delta = self._vectors.create(self._settings.manifest.num_elements) if carry is None else carry.vector
         except SaturatedError as error:
             base.vector.delete()
             return str(error)
@@ -65,13 +85,15 @@ class CarriedMotion:
             epoch=snapshot.epoch,
             horizon_intervals=1,
             states=(snapshot.vector,),
-            delta=base.vector,
-            carry=carry,
-            begins=begins,
+            delta=delta,
+            before=base,
+            carry_digest=0 if carry is None else carry.digest,
+            begins=carry is None,
             applied=applied[0],
             applied_weight=applied[1],
             num_steps=snapshot.step - base.step,
             learning_rate_sum=snapshot.motion.learning_rate_sum - base.motion.learning_rate_sum,
+            nonce=secrets.token_hex(NONCE_BYTES),
         )
 
     def _applied_between(
@@ -90,15 +112,6 @@ class CarriedMotion:
             return None
         return published.task.delta, snapshot.motion.applied_weight
 
-    def end(self, *, has_failed: bool) -> None:
-        """Takes note that the engine is done.
-
-        Args:
-            has_failed: Whether it may have left the average half written, or is writing to it still.
-        """
-        if has_failed:
-            self.close()
-
     def adopt(self, earlier: CarriedMotion, step: int, epoch: int) -> Snapshot | None:
         """Takes over what a resumed run's earlier session carries, if that lies on the run's way to its checkpoint.
 
@@ -114,11 +127,11 @@ class CarriedMotion:
         if base is None or base.step > step or not 0 <= epoch - base.epoch <= 1:
             return None
         self.base, earlier.base = base, None
-        self._carry, earlier._carry = earlier._carry, None
+        self.carry, earlier.carry = earlier.carry, None
         return base
 
     def close(self) -> None:
         """Gives the average's space back; snapshots are the session's."""
-        if self._carry is not None:
-            self._carry.delete()
-            self._carry = None
+        if self.carry is not None:
+            self.carry.vector.delete()
+            self.carry = None

@@ -74,7 +74,10 @@ class ServiceConfig:
     )
     history_dir: Path = field(
         metadata=option(
-            "--history-dir", "folder of this service alone, for histories", kind=Path, default="a temporary one"
+            "--history-dir",
+            "folder of this service alone, for histories, which outlive the service there",
+            kind=Path,
+            default="a temporary one",
         )
     )
     history_budget_bytes: int = field(

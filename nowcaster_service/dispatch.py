@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from sidecast.nowcaster_service.engines.turns import Turns
 from sidecast.nowcaster_service.errors import EngineGoneError
+from sidecast.nowcaster_service.keeping.run_folder import Note
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorRequest
 from sidecast.nowcaster_service.pushing import PushRequest
 from sidecast.nowcaster_service.session import Session
@@ -59,22 +60,22 @@ class Dispatcher:
         try:
             turns = self._pushes if isinstance(task, PushTask) else self._nowcasts
             async with turns.turn(session.settings.run_id):
-                answer = await self._made(session.settings, task)
+                answer = await self._made(session, task)
         except Exception:
             log.exception("the nowcast of step %d failed", task.base_step)
             answer = NowcastAnswer(refusal="the predictor failed; the service's log says how")
         prediction = None
         if not answer.refusal and not answer.is_empty:
             prediction = Prediction(task, answer.digest, answer.relative_norm, answer.nowcast_s)
-        session.finish(task, prediction, answer.refusal)
+        session.finish(task, prediction, answer.refusal, carry_digest=answer.carry_digest)
 
-    async def _made(self, settings: SessionSettings, task: NowcastTask) -> NowcastAnswer:
+    async def _made(self, session: Session, task: NowcastTask) -> NowcastAnswer:
         # A nowcast can be made again from the same states if its engine dies, a push not: it goes into the average.
         for _ in range(1 if isinstance(task, PushTask) else 2):
             await self._engines.ready()
             try:
                 # From when the engine has nothing else to do: waiting is nobody's fault.
-                return await asyncio.wait_for(self._ask(settings, task), self._timeout_s)
+                return await asyncio.wait_for(self._ask(session, task), self._timeout_s)
             except TimeoutError:
                 log.warning("the nowcast of step %d takes too long: its engine is replaced", task.base_step)
                 # Before anybody else's turn, and before files are let go that it may still write to.
@@ -84,9 +85,10 @@ class Dispatcher:
                 log.warning("the nowcast of step %d was not made: %s", task.base_step, error)
         return NowcastAnswer(refusal="the engine ended in the middle of it")
 
-    async def _ask(self, settings: SessionSettings, task: NowcastTask) -> NowcastAnswer:
+    async def _ask(self, session: Session, task: NowcastTask) -> NowcastAnswer:
+        settings = session.settings
         if isinstance(task, PushTask):
-            return await self._engines.push(push_request(settings, task))
+            return await self._engines.push(push_request(settings, task, session.note(task)))
         return await self._engines.predict(
             NowcastRequest(
                 predictor=PredictorRequest(
@@ -110,8 +112,14 @@ class Dispatcher:
         task.add_done_callback(self._tasks.discard)
 
 
-def push_request(settings: SessionSettings, task: PushTask) -> PushRequest:
-    """What an engine is told of a push to be made."""
+def push_request(settings: SessionSettings, task: PushTask, note: Note | None = None) -> PushRequest:
+    """What an engine is told of a push to be made.
+
+    Args:
+        settings: Of the session.
+        task: What is to be made.
+        note: Where to note that the new average is whole; None: nowhere.
+    """
     assert settings.push is not None, "the session has made a push of it"
     return PushRequest(
         manifest_json=settings.manifest.to_json(),
@@ -120,11 +128,13 @@ def push_request(settings: SessionSettings, task: PushTask) -> PushRequest:
         num_steps=task.num_steps,
         learning_rate_sum=task.learning_rate_sum,
         state_path=task.states[-1].path,
-        carry_path=task.carry.path,
+        before_path=task.before.vector.path,
         begins=task.begins,
         applied_path=None if task.applied is None else task.applied.path,
         applied_weight=task.applied_weight,
         delta_path=task.delta.path,
         max_relative_norm=settings.max_relative_norm,
         rounds_to_bf16=settings.rounds_to_bf16,
+        note=note,
+        factor=task.factor,
     )

@@ -30,6 +30,8 @@ MAX_PATH_BYTES = 107
 TICKET_BYTES = 16
 MAX_BUFFERS = 8
 HANDOVER_S = 5.0
+# Couriers of a host that are attended to side by side.
+MAX_AT_ONCE = 64
 # A courier shows its ticket as soon as it has it.
 TICKET_S = 60.0
 ACCEPTED = b"k"
@@ -57,6 +59,7 @@ class Handover:
         self._tickets: dict[bytes, tuple[tuple[str, int], float]] = {}
         self._ticket_of: dict[tuple[str, int], bytes] = {}
         self._listener: socket.socket | None = None
+        self._places = asyncio.Semaphore(MAX_AT_ONCE)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -114,15 +117,23 @@ class Handover:
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         assert self._listener is not None
-        while True:
-            connection, _ = await loop.sock_accept(self._listener)
+        async with asyncio.TaskGroup() as taking:
+            while True:
+                await self._places.acquire()
+                connection, _ = await loop.sock_accept(self._listener)
+                # Others do not wait for one that says nothing.
+                taking.create_task(self._attend(connection))
+
+    async def _attend(self, connection: socket.socket) -> None:
+        try:
             with connection:
-                try:
-                    await asyncio.wait_for(self._take(connection), HANDOVER_S)
-                except Exception as error:
-                    # Whatever it is: the next courier is not to suffer for it. This one notices the missing answer and
-                    # uses the network.
-                    log.warning("a courier's buffers were not taken: %s", error or type(error).__name__)
+                await asyncio.wait_for(self._take(connection), HANDOVER_S)
+        except Exception as error:
+            # Whatever it is: the next courier is not to suffer for it. This one notices the missing answer and uses
+            # the network.
+            log.warning("a courier's buffers were not taken: %s", error or type(error).__name__)
+        finally:
+            self._places.release()
 
     async def _take(self, connection: socket.socket) -> None:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)

@@ -10,16 +10,16 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from sidecast.errors import SidecastError
 from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service.keeping.checksums import vector_digest
 from sidecast.nowcaster_service.pushing import PushRequest, make_push
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
 from sidecast.predictors.base import ModelPredictor, Predictor, check_context_len
@@ -28,9 +28,7 @@ from sidecast.predictors.jump_norm import jump_norm
 from sidecast.predictors.passes import PassPredictor
 from sidecast.predictors.registry import create_predictor, takes_option
 from sidecast.protos.bf16 import round_in_place
-from sidecast.protos.codec import buffer_digest
 
-DIGEST_BLOCK_BYTES = 1 << 24
 # Those used last; another one is made anew when a run asks for it.
 MAX_PREDICTORS = 16
 
@@ -79,7 +77,7 @@ class NowcastRequest:
 class NowcastAnswer:
     """Its result. ``refusal`` says why the prediction must not be published, and is empty if it may be.
 
-    ``is_empty``: nothing went wrong, and there is nothing to publish.
+    ``is_empty``: nothing went wrong, and there is nothing to publish. ``carry_digest``: of a run's new average motion.
     """
 
     refusal: str = ""
@@ -87,6 +85,7 @@ class NowcastAnswer:
     digest: int = 0
     relative_norm: float = 0.0
     nowcast_s: float = 0.0
+    carry_digest: int = 0
 
 
 class Runner(Protocol):
@@ -172,13 +171,14 @@ class Nowcasting:
         started_s = time.perf_counter()
         manifest = ModelManifest.from_json(request.manifest_json)
         try:
-            if not make_push(request):
-                return NowcastAnswer(is_empty=True)
+            made = make_push(request)
+            if made.is_empty:
+                return NowcastAnswer(is_empty=True, carry_digest=made.carry_digest)
             delta_P = map_vector(request.delta_path, manifest, torch.float32, writable=True)
             state_P = map_vector(request.state_path, manifest, torch.float32)
         except SidecastError as error:
             return NowcastAnswer(refusal=str(error))
-        return _checked(request, manifest, delta_P, state_P, started_s)
+        return replace(_checked(request, manifest, delta_P, state_P, started_s), carry_digest=made.carry_digest)
 
     def _predictor(self, request: PredictorRequest) -> Predictor:
         key = (request.predictor, repr(sorted(request.options.items())))
@@ -227,7 +227,9 @@ def _checked(
             refusal=f"the jump's relative norm is {relative_norm:.4g}; allowed: {request.max_relative_norm:g}"
         )
     return NowcastAnswer(
-        digest=_digest(delta_P), relative_norm=relative_norm, nowcast_s=time.perf_counter() - started_s
+        digest=vector_digest(delta_P.numpy().data.cast("B")),
+        relative_norm=relative_norm,
+        nowcast_s=time.perf_counter() - started_s,
     )
 
 
@@ -237,13 +239,3 @@ def _first_bad_tensor(manifest: ModelManifest, delta_P: Tensor) -> str:
         if not bool(torch.isfinite(delta_P[start : start + spec.numel]).all()):
             return f"first in {spec.fqn}"
     return "the base state is zero or not finite"
-
-
-def _digest(delta_P: Tensor) -> int:
-    """63 bits that name this very prediction; they fit the vote's int64 payload."""
-    data = delta_P.numpy().data.cast("B")
-    rows = []
-    for start in range(0, len(data), DIGEST_BLOCK_BYTES):
-        block = data[start : start + DIGEST_BLOCK_BYTES]
-        rows.append((start, len(block), crc32(block)))
-    return int.from_bytes(buffer_digest(rows)[:8], "little") >> 1

@@ -78,6 +78,8 @@ class Servicer:
             config.session_timeout_s,
             max_sessions=config.max_sessions,
             run_budget_bytes=config.run_budget_bytes or store.budget_bytes,
+            # An engine that takes longer is given up.
+            lock_timeout_s=config.nowcast_timeout_s,
         )
         self.handover = Handover(store.folder, self.sessions, clock=clock)
         self._store = store
@@ -103,9 +105,12 @@ class Servicer:
         self.sessions.require_owner(request, secret)
         if self.sessions.find(request.session_id) is None:
             settings = await self._admitted(request)
+            await self.sessions.kept.examine(request, secret)
             # A client that gave up waiting and asked again may have been faster.
             if self.sessions.find(request.session_id) is None:
-                self.sessions.begin(settings, request, secret)
+                pending = self.sessions.begin(settings, request, secret)
+                if pending is not None:
+                    self._dispatcher.start(*pending)
         return pb.OpenReply(chunk_bytes=self.config.chunk_bytes, protocol_version=request.protocol_version)
 
     async def _admitted(self, request: pb.OpenRequest) -> SessionSettings:
@@ -157,7 +162,7 @@ class Servicer:
 
     async def watch(self, request: pb.WatchRequest, secret: str = "") -> AsyncGenerator[pb.SessionEvent, None]:
         self.sessions.get_for(request.session_id, secret)
-        async with aclosing(self.sessions.watch(request.session_id)) as events:
+        async with aclosing(self.sessions.watch(request.session_id, request.rank)) as events:
             async for event in events:
                 yield event
 

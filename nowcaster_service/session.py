@@ -1,260 +1,63 @@
 """What the service knows of one training run: a state machine without sockets, threads or clocks.
 
-A snapshot goes RECEIVING -> COMMITTED when every rank has committed its part of it, or RECEIVING -> ABORTED with
-a reason. A history is the equally spaced committed snapshots of one epoch; see docs/adr/0003-commit-rule.md.
+``Receiving`` has what it takes in; here is what becomes of it: nowcasts, what is published, and what goes on in a later
+session, or after a restart of the service.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from zlib import crc32
 
 from sidecast.nowcaster_service.assembly import RankPlan
-from sidecast.nowcaster_service.carried_motion import CarriedMotion
-from sidecast.nowcaster_service.errors import (
-    CorruptChunkError,
-    MalformedError,
-    MissingReferenceError,
-    SaturatedError,
-    WrongStateError,
-)
-from sidecast.nowcaster_service.joined_ranks import JoinedRanks
-from sidecast.nowcaster_service.session_events import (
-    Event,
-    FailureEvent,
-    NowcastTask,
-    Prediction,
-    SessionCounts,
-    SnapshotEvent,
-)
+from sidecast.nowcaster_service.carried_motion import CarriedMotion, Carry
+from sidecast.nowcaster_service.errors import SaturatedError, WrongStateError
+from sidecast.nowcaster_service.keeping.kept_state import KeptState, record_of
+from sidecast.nowcaster_service.keeping.run_folder import Note, Recorder
+from sidecast.nowcaster_service.receiving import Receiving
+from sidecast.nowcaster_service.session_events import Event, FailureEvent, NowcastTask, Prediction, PushTask
 from sidecast.nowcaster_service.session_settings import SessionSettings
-from sidecast.nowcaster_service.snapshots import Motion, RankPart, Snapshot, SnapshotState
-from sidecast.nowcaster_service.vector_store import HistoryStore
-from sidecast.protos import nowcast_pb2 as pb
-from sidecast.protos.codec import ChunkFrame
-from sidecast.protos.shards import ShardSpec
+from sidecast.nowcaster_service.snapshots import Snapshot, SnapshotState
+from sidecast.nowcaster_service.vector_store import VectorFile, Vectors
 
 
-class Session:
+class Session(Receiving):
     """One attach of one training run.
 
     Args:
         settings: What rank 0 announced.
-        store: Where vectors live.
+        vectors: Where vectors come from.
         notify: Called with every SnapshotEvent, Prediction and FailureEvent.
+        recorder: Writes down what a later service is to go on with; None: nothing.
+
+    Attributes:
+        prediction: The published one.
+        recorder: The same.
     """
 
     def __init__(
         self,
         settings: SessionSettings,
-        store: HistoryStore,
+        vectors: Vectors,
         notify: Callable[[Event], None],
+        recorder: Recorder | None = None,
     ) -> None:
-        self.settings = settings
-        self.epoch = 0
-        self.counts = SessionCounts()
+        super().__init__(settings, vectors, notify)
         self.prediction: Prediction | None = None
-        self._store = store
-        self._notify = notify
-        self._ranks = JoinedRanks(settings.session_id, settings.manifest, settings.world_size)
-        self._snapshots: dict[int, Snapshot] = {}
-        self._motion = None if settings.push is None else CarriedMotion(settings, store)
-        # Snapshots up to this step have been committed, aborted or overtaken: none of them begins again.
-        self._last_ended_step = -1
-        self._nowcast: NowcastTask | None = None
+        self.recorder = recorder
+        self._motion = None if settings.push is None else CarriedMotion(settings, vectors)
+        # How many services have begun the nowcast that is being made.
+        self._num_tries = 0
         # The newest prediction that the run has reported on.
         self._settled_version = -1
         # The session of a resumed run that goes on with the nowcast that is being made here.
         self._successor: Session | None = None
-        self._is_closed = False
-
-    # --- joining
-
-    @property
-    def num_joined(self) -> int:
-        return len(self._ranks)
-
-    @property
-    def history_steps(self) -> list[int]:
-        """Steps of the committed snapshots of this epoch, oldest first."""
-        return sorted(step for step, item in self._snapshots.items() if item.state is SnapshotState.COMMITTED)
-
-    def join(self, rank: int, upload_shards: Sequence[ShardSpec], fetch_shards: Sequence[ShardSpec]) -> None:
-        """Takes in one rank's ranges; see ``JoinedRanks.join``."""
-        self._require_open()
-        self._ranks.join(rank, upload_shards, fetch_shards)
-
-    def share(self, rank: int, buffers: Sequence[memoryview]) -> None:
-        """Takes a rank's mapped buffers; see ``JoinedRanks.share``."""
-        self._require_open()
-        self._ranks.share(rank, buffers)
-
-    def shared(self, rank: int, index: int, offset_bytes: int, num_bytes: int) -> memoryview:
-        """A piece of one of a rank's buffers; see ``JoinedRanks.shared``."""
-        return self._ranks.shared(rank, index, offset_bytes, num_bytes)
-
-    def _require_open(self) -> None:
-        if self._is_closed:
-            raise WrongStateError(f"session {self.settings.session_id} was superseded by a later one of its run")
-
-    def _check_rank(self, rank: int) -> None:
-        self._require_open()
-        self._ranks.require(rank)
-
-    # --- receiving
-
-    def receive(self, frame: ChunkFrame) -> None:
-        """Stores one chunk of a snapshot; the same chunk again is harmless."""
-        key, data = frame.key, frame.data
-        self._check_rank(key.rank)
-        if frame.shared_bytes:
-            data = self.shared(key.rank, frame.shared_buffer, frame.offset_bytes, frame.shared_bytes)
-        known = self._snapshots.get(key.id)
-        if known is not None and known.epoch == key.epoch and key.rank in known.rank_digests:
-            return
-        snapshot = self._receiving(key.id, key.epoch, key.rank)
-        if crc32(data) != frame.crc32:
-            raise CorruptChunkError(
-                f"chunk at byte {frame.offset_bytes} of rank {key.rank}'s part of step {key.id} fails its checksum"
-            )
-        part = snapshot.parts.get(key.rank)
-        if part is None or (part.dtype, part.base_step) != (key.dtype, key.base_step):
-            # A rank that turns from changes to states, because the base is gone, begins anew.
-            part = snapshot.parts[key.rank] = RankPart(key.dtype, key.base_step)
-        plan, vector = self._ranks.upload_plan(key.rank), snapshot.vector.view
-        if key.dtype == pb.BF16:
-            plan.scatter_changes(vector, self._base(snapshot, key).vector.view, frame.offset_bytes, data)
-        elif key.dtype == pb.FP32:
-            plan.scatter(vector, frame.offset_bytes, data)
-        else:
-            raise MalformedError(f"a chunk's dtype is {key.dtype}; allowed: {', '.join(pb.WireDtype.keys())}")
-        part.chunks[frame.offset_bytes] = (len(data), frame.crc32)
-
-    def _base(self, snapshot: Snapshot, key: pb.ChunkKey | pb.CommitRequest) -> Snapshot:
-        """The committed snapshot that a rank's changes are since."""
-        base = self._snapshots.get(key.base_step)
-        is_whole = base is not None and base.state is SnapshotState.COMMITTED and base.epoch == snapshot.epoch
-        if base is None or not is_whole or key.rank not in base.rank_digests:
-            raise MissingReferenceError(
-                f"rank {key.rank}'s part of step {snapshot.step} is a change since step {key.base_step}, "
-                "which is not held here: send the state"
-            )
-        return base
-
-    def progress(self, key: pb.ChunkKey) -> list[tuple[int, int]]:
-        """Which bytes of a rank's part have arrived: ``(start, stop)``, disjoint and rising."""
-        self._check_rank(key.rank)
-        snapshot = self._snapshots.get(key.id)
-        if snapshot is None or snapshot.epoch != key.epoch:
-            return []
-        if key.rank in snapshot.rank_digests:
-            return [(0, self._ranks.upload_plan(key.rank).travelling_bytes(key.dtype))]
-        part = snapshot.parts.get(key.rank)
-        return [] if part is None or (part.dtype, part.base_step) != (key.dtype, key.base_step) else part.ranges
-
-    def commit(self, request: pb.CommitRequest) -> NowcastTask | None:
-        """Seals one rank's part.
-
-        Returns:
-            The nowcast that is now due, if any.
-
-        Raises:
-            WrongStateError: Bytes are missing or other bytes arrived than the rank sent.
-        """
-        rank, step, epoch = request.rank, request.step, request.epoch
-        self._check_rank(rank)
-        known = self._snapshots.get(step)
-        if known is not None and known.epoch == epoch and known.rank_digests.get(rank) == request.digest:
-            return None
-        num_bytes = self._ranks.upload_plan(rank).travelling_bytes(request.dtype)
-        if request.num_bytes != num_bytes:
-            raise MalformedError(f"rank {rank} commits {request.num_bytes} bytes; its ranges hold {num_bytes}")
-        snapshot = self._receiving(step, epoch, rank)
-        motion = Motion(request.learning_rate_sum, request.applied_version, request.applied_weight)
-        if snapshot.motion not in (None, motion):
-            raise WrongStateError(f"rank {rank} says of step {step} {motion}; another rank {snapshot.motion}")
-        part = snapshot.parts.get(rank)
-        if part is None or (part.dtype, part.base_step) != (request.dtype, request.base_step):
-            part = RankPart(request.dtype, request.base_step)
-        base_digest = b"" if part.dtype == pb.FP32 else self._base(snapshot, request).rank_digests[rank]
-        if fault := part.fault(num_bytes, request.digest, base_digest):
-            raise WrongStateError(f"rank {rank}'s part of step {step} {fault}")
-        snapshot.rank_digests[rank] = request.digest
-        snapshot.motion = motion
-        if len(snapshot.rank_digests) < self.settings.world_size:
-            return None
-        snapshot.state = SnapshotState.COMMITTED
-        snapshot.parts.clear()
-        self._last_ended_step = max(self._last_ended_step, step)
-        self.counts.committed += 1
-        self._notify(SnapshotEvent(step, epoch))
-        if self._motion is not None:
-            return self._due_push(snapshot, self._motion)
-        self._discard_before(step)
-        return self._due_nowcast(step)
-
-    def _receiving(self, step: int, epoch: int, rank: int) -> Snapshot:
-        interval_steps = self.settings.snapshot_interval_steps
-        if step == 0 or step % interval_steps != 0:
-            raise MalformedError(f"a snapshot of step {step} was sent; allowed: multiples of {interval_steps}")
-        # Pushes are taken out of the run's motion: no state is of no use because of one.
-        if epoch < self.epoch and self._motion is None:
-            raise WrongStateError(f"step {step} belongs to epoch {epoch}; the session is in epoch {self.epoch}")
-        if epoch > self.epoch:
-            self.begin_epoch(epoch)
-        snapshot = self._snapshots.get(step)
-        if snapshot is not None:
-            if snapshot.state is not SnapshotState.RECEIVING or snapshot.epoch != epoch:
-                raise WrongStateError(f"the snapshot of step {step}, epoch {snapshot.epoch}, is {snapshot.state.value}")
-            return snapshot
-        if step <= self._last_ended_step:
-            # Beginning it again for a straggler would push out the snapshot that all others are at.
-            raise WrongStateError(f"the snapshot of step {step} was aborted; later ones have begun")
-        receiving = sorted(s for s, item in self._snapshots.items() if item.state is SnapshotState.RECEIVING)
-        if self._motion is not None and self._nowcast is not None:
-            # Its vector is that of the state before, which the engine still reads.
-            raise SaturatedError(f"the push of step {self._nowcast.base_step} is still being made")
-        if len(receiving) >= self.settings.max_receiving:
-            if self._motion is not None and rank in self._snapshots[receiving[0]].rank_digests:
-                raise SaturatedError(f"other ranks' parts of step {receiving[0]} are still on their way")
-            self._abort(receiving[0], f"not complete when the snapshot of step {step} began")
-        vector = self._store.create(self.settings.manifest.num_elements)
-        snapshot = self._snapshots[step] = Snapshot(step, epoch, vector)
-        return snapshot
-
-    def _abort(self, step: int, reason: str) -> None:
-        snapshot = self._snapshots.pop(step)
-        snapshot.state = SnapshotState.ABORTED
-        snapshot.vector.delete()
-        self._last_ended_step = max(self._last_ended_step, step)
-        self.counts.aborted += 1
-        self._notify(SnapshotEvent(step, snapshot.epoch, reason))
-
-    def _discard_before(self, newest: int) -> None:
-        """Drops what no later window can use."""
-        first = newest - (self.settings.context_len - 1) * self.settings.snapshot_interval_steps
-        for step in [step for step in self._snapshots if step < newest]:
-            snapshot = self._snapshots[step]
-            if snapshot.state is SnapshotState.RECEIVING:
-                self._abort(step, f"not complete when the snapshot of step {newest} was")
-            elif step < first:
-                self._snapshots.pop(step).vector.delete()
-
-    def begin_epoch(self, epoch: int) -> None:
-        """States from before and after a jump never mix: forgets what belongs to earlier epochs."""
-        if epoch <= self.epoch:
-            return
-        self.epoch = epoch
-        if self._motion is not None:
-            return
-        for step in list(self._snapshots):
-            if self._snapshots[step].state is SnapshotState.RECEIVING:
-                self._abort(step, f"epoch {epoch} began")
-            else:
-                self._snapshots.pop(step).vector.delete()
+        self._dropped: list[VectorFile] = []
 
     # --- predicting
+
+    def _due(self, snapshot: Snapshot) -> NowcastTask | None:
+        return self._due_nowcast(snapshot.step) if self._motion is None else self._due_push(snapshot, self._motion)
 
     def _due_nowcast(self, step: int) -> NowcastTask | None:
         settings = self.settings
@@ -270,7 +73,7 @@ class Session:
             self.fail(step, f"the nowcast of step {self._nowcast.base_step} is still being made")
             return None
         try:
-            delta = self._store.create(settings.manifest.num_elements)
+            delta = self._vectors.create(settings.manifest.num_elements)
         except SaturatedError as error:
             # The snapshot is committed all the same: its commit must not be refused for the prediction's sake.
             self.fail(step, str(error))
@@ -297,38 +100,57 @@ class Session:
 
     def _begin(self, task: NowcastTask) -> NowcastTask:
         self._nowcast = task
+        self._num_tries += 1
         for vector in task.held_files:
             vector.pin()
         return task
 
-    def finish(self, task: NowcastTask, prediction: Prediction | None, reason: str = "") -> None:
-        """Takes a nowcast's result: publishes the prediction, or counts the failure. A push may come to nothing."""
+    def finish(
+        self, task: NowcastTask, prediction: Prediction | None, reason: str = "", *, carry_digest: int = 0
+    ) -> None:
+        """Takes a nowcast's result: publishes the prediction, or counts the failure. A push may come to nothing.
+
+        Args:
+            task: What was to be made.
+            prediction: The result.
+            reason: Why there is none, where something went wrong.
+            carry_digest: Of a run with pushes: of its new average.
+        """
         if self._successor is not None:
-            self._successor.finish(task, prediction, reason)
+            self._successor.finish(task, prediction, reason, carry_digest=carry_digest)
             return
-        self._nowcast = None
+        self._nowcast, self._num_tries = None, 0
         if reason:
             # An engine that was given up on may still be reading the states and writing its delta.
-            for vector in (*task.held_files, task.delta):
+            for vector in (*task.held_files, *task.written_files):
                 vector.forbid_reuse()
-        if self._motion is not None:
-            self._motion.end(has_failed=bool(reason))
         for vector in task.held_files:
             vector.unpin()
+        if self._motion is not None and isinstance(task, PushTask):
+            if reason or self._is_closed:
+                # The average may be half written, or is being written to still.
+                self._drop(task.before.vector)
+            else:
+                self._motion.carry = Carry(task.before.vector, carry_digest)
         if prediction is None or self._is_closed:
-            task.delta.delete()
+            self._drop(task.delta)
+            self.record()
             if reason or self._motion is None or self._motion.is_due(task.base_step):
                 self.fail(task.base_step, reason or "there is nothing to apply")
             return
         if self.prediction is not None:
-            self.prediction.task.delta.delete()
+            self._drop(self.prediction.task.delta)
         self.prediction = prediction
         self.counts.published += 1
+        # Before anybody can hear of it: what ranks may have applied is known here after a restart, too.
+        self.record()
         self._notify(prediction)
 
     def settle(self, version: int) -> None:
         """Takes note that the run has decided about a prediction: no resume brings it, or an earlier one, back."""
-        self._settled_version = max(self._settled_version, version)
+        if version > self._settled_version:
+            self._settled_version = version
+            self.record()
 
     def fail(self, base_step: int, reason: str) -> None:
         """Counts a nowcast that was not made."""
@@ -347,6 +169,63 @@ class Session:
             current = "none" if prediction is None else f"version {prediction.task.version}"
             raise WrongStateError(f"version {version} is not published; published: {current}")
         return self._ranks.fetch_plan(rank), prediction
+
+    # --- from one service to the next
+
+    def record(self) -> None:
+        if self.recorder is not None and not self._is_closed:
+            kept = KeptState(
+                epoch=self.epoch,
+                counts=self.counts,
+                settled_version=self._settled_version,
+                last_ended_step=self._last_ended_step,
+                snapshots=tuple(self._snapshots[step] for step in self.history_steps),
+                prediction=self.prediction,
+                carry=None if self._motion is None else self._motion.carry,
+                task=self._nowcast,
+                num_tries=self._num_tries,
+            )
+            self.recorder.write(record_of(kept, self.recorder.identity))
+        for vector in self._dropped:
+            vector.delete()
+        self._dropped.clear()
+
+    def _drop(self, vector: VectorFile) -> None:
+        if self.recorder is None:
+            vector.delete()
+        else:
+            self._dropped.append(vector)
+
+    def note(self, task: PushTask) -> Note | None:
+        """Where the engine that makes a push notes that the new average is whole; None: nowhere."""
+        if self._successor is not None:
+            return self._successor.note(task)
+        return None if self.recorder is None else self.recorder.note(task.nonce)
+
+    def restore(self, kept: KeptState) -> NowcastTask | None:
+        """Goes on where a session was when its service died.
+
+        Args:
+            kept: What was recorded of it.
+
+        Returns:
+            The nowcast that was being made then, to be made once more.
+        """
+        self.epoch, self.counts, self.prediction = kept.epoch, kept.counts, kept.prediction
+        self._settled_version, self._last_ended_step = kept.settled_version, kept.last_ended_step
+        self._snapshots = {snapshot.step: snapshot for snapshot in kept.snapshots}
+        self._num_tries = kept.num_tries
+        if self._motion is not None:
+            # The oldest: a second one is the end of an interval whose push is made again.
+            self._motion.base = min(kept.snapshots, key=lambda item: item.step, default=None)
+            self._motion.carry = kept.carry
+        task = kept.task
+        if task is not None:
+            self._begin(task)
+        elif kept.again_step is not None:
+            task = self._due(self._snapshots[kept.again_step])
+        self.record()
+        return task
 
     # --- from one session of a run to the next
 
@@ -385,6 +264,7 @@ class Session:
             self.prediction, earlier.prediction = earlier.prediction, None
         if earlier._nowcast is not None and is_kept(earlier._nowcast):
             self._nowcast, earlier._successor = earlier._nowcast, self
+            self._num_tries = earlier._num_tries
 
     def close(self) -> None:
         """Refuses everything from now on and gives all space back."""

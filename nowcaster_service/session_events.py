@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sidecast.nowcaster_service.snapshots import Snapshot
 from sidecast.nowcaster_service.vector_store import VectorFile
 from sidecast.protos import nowcast_pb2 as pb
 
@@ -21,34 +22,50 @@ class NowcastTask:
 
     @property
     def held_files(self) -> tuple[VectorFile, ...]:
-        """What an engine has open besides ``delta``."""
+        """What an engine reads."""
         return self.states
+
+    @property
+    def written_files(self) -> tuple[VectorFile, ...]:
+        """What an engine writes to."""
+        return (self.delta,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PushTask(NowcastTask):
-    """One push to be made; ``states`` is the newest state alone, ``delta`` holds the one before until it is made.
+    """One push to be made; ``states`` is the newest state alone, ``delta`` holds the average until it is made.
+
+    ``before`` and ``delta`` are the task's own, and nobody else's, until ``Session.finish``.
 
     Attributes:
-        carry: The average own motion, to be averaged with that of the interval between the two states.
-        begins: Whether the average begins now, and its file holds nothing yet.
+        before: The snapshot before, over which the average with the own motion since is written.
+        carry_digest: Of the average so far, in ``delta``; of the new one, in ``before``, once ``factor`` is known.
+        begins: Whether the average begins now, and ``delta`` holds nothing yet.
         applied: What was added to the weights in between; None for nothing.
         applied_weight: With which factor.
         num_steps: Optimizer steps in between.
         learning_rate_sum: Of those steps.
+        nonce: Names this very attempt.
+        factor: What the new average is to be multiplied with, where an engine of a service that died has made it.
     """
 
-    carry: VectorFile
+    before: Snapshot
+    carry_digest: int
     begins: bool
     applied: VectorFile | None
     applied_weight: float
     num_steps: int
     learning_rate_sum: float
+    nonce: str
+    factor: float | None = None
 
     @property
     def held_files(self) -> tuple[VectorFile, ...]:
-        held = (*self.states, self.carry)
-        return held if self.applied is None else (*held, self.applied)
+        return self.states if self.applied is None else (*self.states, self.applied)
+
+    @property
+    def written_files(self) -> tuple[VectorFile, ...]:
+        return (self.delta, self.before.vector)
 
 
 @dataclass(frozen=True)

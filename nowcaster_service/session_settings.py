@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from sidecast.horizon import horizon_at, resolve_horizons
 from sidecast.manifest import ModelManifest
@@ -23,6 +24,8 @@ MAX_RECEIVING = 2
 NUM_EXTRA_VECTORS = MAX_RECEIVING + 3
 # With pushes: the state that is received, the one before, the average, and the published push.
 NUM_PUSH_VECTORS = 4
+# Fields that say nothing of what is predicted, or that are said in another way.
+_OF_A_SESSION = ("session_id", "world_size", "manifest", "predictor_options")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,14 @@ class SessionSettings:
             return False
         others = replace(other, session_id=self.session_id, world_size=self.world_size, manifest=self.manifest)
         return self == others
+
+    @property
+    def likeness(self) -> str:
+        """Names what ``predicts_like`` compares, for another service: 32 hexadecimal digits."""
+        parts = [f"{item.name}={getattr(self, item.name)!r}" for item in fields(self) if item.name not in _OF_A_SESSION]
+        options = sorted(self.predictor_options.items())
+        text = "\n".join([*parts, f"options={options!r}", self.manifest.schema_hash])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
     def num_vector_bytes(self) -> int:

@@ -5,14 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import replace
 
 from sidecast.nowcaster_service.access.fetches import Fetches
-from sidecast.nowcaster_service.access.owner import Owner
+from sidecast.nowcaster_service.access.owner import Owner, announcement_digest
 from sidecast.nowcaster_service.errors import MalformedError, SaturatedError, UnknownSessionError, WrongStateError
+from sidecast.nowcaster_service.keeping.examination import Found
+from sidecast.nowcaster_service.keeping.kept_runs import KeptRuns, Taken
+from sidecast.nowcaster_service.keeping.restoration import Restoration
+from sidecast.nowcaster_service.keeping.run_folder import RunFolder, folder_name, recorder_of
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.session import Session
-from sidecast.nowcaster_service.session_events import Event, FailureEvent, Prediction, SnapshotEvent, event_message
+from sidecast.nowcaster_service.session_events import (
+    Event,
+    FailureEvent,
+    NowcastTask,
+    Prediction,
+    SnapshotEvent,
+    event_message,
+)
 from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
@@ -37,9 +49,11 @@ class SessionTable:
         session_timeout_s: A session that nobody has used or watched for so long is ended.
         max_sessions: How many may be open at once.
         run_budget_bytes: Most history that one of them may need.
+        lock_timeout_s: How long to wait for an engine of a dead service that is still at work on a run's files.
 
     Attributes:
         fetches: Under way.
+        kept: What earlier services have left.
     """
 
     def __init__(
@@ -51,6 +65,7 @@ class SessionTable:
         *,
         max_sessions: int,
         run_budget_bytes: int,
+        lock_timeout_s: float = 0.0,
     ) -> None:
         self._store = store
         self._metrics = metrics
@@ -64,6 +79,10 @@ class SessionTable:
         self.fetches = Fetches()
         self._watchers: dict[str, list[Watcher]] = {}
         self._superseded: deque[str] = deque(maxlen=MAX_SUPERSEDED)
+        self.kept = KeptRuns(store, clock, lock_timeout_s)
+        self._folders: dict[str, RunFolder] = {}
+        # Of sessions whose history has begun anew: what is told of it, and the ranks that have been.
+        self._losses: dict[str, tuple[pb.SessionEvent, set[int]]] = {}
 
     def find(self, session_id: str) -> Session | None:
         """A session if it is open; an open one has been used just now.
@@ -117,6 +136,7 @@ class SessionTable:
                 self._owners[session_id].require(secret)
         if request.session_id in self._sessions:
             self._owners[request.session_id].require_same(request)
+        self.kept.require_owner(request, secret)
 
     def items(self) -> Iterator[tuple[Session, float]]:
         """Every session with the seconds since it was used."""
@@ -128,8 +148,15 @@ class SessionTable:
 
     # --- from its beginning to its end
 
-    def begin(self, settings: SessionSettings, request: pb.OpenRequest, secret: str) -> None:
+    def begin(
+        self, settings: SessionSettings, request: pb.OpenRequest, secret: str
+    ) -> tuple[Session, NowcastTask] | None:
         """Opens a session; an earlier one of its run ends, and hands over what a resume may keep.
+
+        What ``kept.examine`` has found of the run, the session goes on with.
+
+        Returns:
+            A nowcast that was being made when an earlier service ended, and the session that made it.
 
         Raises:
             MalformedError: Its history is larger than the whole budget.
@@ -140,17 +167,31 @@ class SessionTable:
         self.require_owner(request, secret)
         self._make_room(settings)
         earlier = [session for session in self._sessions.values() if session.settings.run_id == settings.run_id]
-        session_id = settings.session_id
-        session = Session(settings, self._store, lambda event: self._on_event(session_id, event))
+        session_id, run_id = settings.session_id, settings.run_id
+        taken = self.kept.take(request)
+        if run_id not in self._folders:
+            self._folders[run_id] = RunFolder(self._store, taken.folder or self._store.new_folder(folder_name(run_id)))
+        folder = self._folders[run_id]
+        ended = self._supersede(taken, earlier, session_id)
+        recorder = recorder_of(folder, settings, request, secret, ended) if secret else None
+        session = Session(settings, folder, lambda event: self._on_event(session_id, event), recorder)
+        pending = None
+        if taken.found is not None:
+            pending = self._restore(session, folder, taken.found, request)
+        elif taken.reason:
+            self._tell_loss(settings, f"the history begins anew: {taken.reason}", 0)
         for superseded in earlier:
             if request.resumed:
                 session.adopt(superseded, request.resume_step, request.resume_epoch)
+        # Before anything that an earlier record names is given back.
+        session.record()
+        for superseded in earlier:
             self._end(superseded.settings.session_id)
-            self._superseded.append(superseded.settings.session_id)
         self._sessions[session_id] = session
         self._owners[session_id] = Owner(request, secret)
         self._last_seen_s[session_id] = self._clock()
         self._metrics.sessions.set(len(self._sessions))
+        self._metrics.history_bytes.set(self._store.used_bytes)
         self._metrics.begin_run(settings.run_id)
         log.info(
             "session %s of run %s: %d ranks, %d parameters, predictor %s, horizons %s",
@@ -161,6 +202,58 @@ class SessionTable:
             settings.predictor,
             settings.horizons[:12],
         )
+        return pending
+
+    def _restore(
+        self, session: Session, folder: RunFolder, found: Found, request: pb.OpenRequest
+    ) -> tuple[Session, NowcastTask] | None:
+        """Lets a session go on with a history; with its own, or with what a resume keeps of an earlier session's."""
+        settings, identity = session.settings, found.record.identity
+        restoration = Restoration(found, folder.path, self._store, settings)
+        is_same = identity.session_id == settings.session_id
+        is_model = identity.schema_hash == settings.manifest.schema_hash
+        has_pushes = settings.push is not None
+        is_alike = is_model and identity.likeness == settings.likeness
+        if (
+            not is_model
+            or identity.has_pushes != has_pushes
+            or (has_pushes and not is_alike)
+            or (is_same and identity.opened != announcement_digest(request))
+        ):
+            restoration.discard()
+            if is_same:
+                self._tell_loss(settings, "the history begins anew: the session was opened as something else", 0)
+            return None
+        holder = session
+        if not is_same:
+            before = replace(settings, session_id=identity.session_id)
+            holder = Session(before, folder, lambda event: None)
+        task = holder.restore(restoration.state(is_alike=is_alike))
+        if found.lost and found.record.pending is not None:
+            self._tell_loss(settings, found.lost, found.record.pending.step)
+        if not is_same:
+            session.adopt(holder, request.resume_step, request.resume_epoch)
+            session.record()
+            holder.close()
+        log.info(
+            "run %s goes on after a restart, with the snapshots of steps %s", settings.run_id, session.history_steps
+        )
+        return None if task is None else (holder, task)
+
+    def _supersede(self, taken: Taken, earlier: Sequence[Session], session_id: str) -> list[str]:
+        """Refuses all earlier sessions of a run from now on; returns their ids, oldest first."""
+        identities = [session.recorder.identity for session in earlier if session.recorder is not None]
+        if taken.identity is not None:
+            identities.insert(0, taken.identity)
+        ended = [name for identity in identities for name in (*identity.superseded, identity.session_id)]
+        ended += [session.settings.session_id for session in earlier]
+        ended = [name for name in dict.fromkeys(ended) if name != session_id]
+        self._superseded.extend(name for name in ended if name not in self._superseded)
+        return ended
+
+    def _tell_loss(self, settings: SessionSettings, reason: str, step: int) -> None:
+        log.warning("run %s: %s", settings.run_id, reason)
+        self._losses[settings.session_id] = event_message(FailureEvent(step, reason)), set()
 
     def _make_room(self, settings: SessionSettings) -> None:
         """Ends sessions that nobody watches any more, the longest idle first, until this one fits."""
@@ -181,6 +274,11 @@ class SessionTable:
             if session.settings.run_id != settings.run_id
         }
         promised, num_others = sum(other.needed_bytes for other in others.values()), len(others)
+        waiting_bytes = self.kept.num_bytes(besides=settings.run_id)
+        if promised + waiting_bytes + settings.needed_bytes > budget_bytes and self.kept.idle_s > ORPHAN_GRACE_S:
+            self.kept.forget_all(besides=settings.run_id)
+            waiting_bytes = self.kept.num_bytes(besides=settings.run_id)
+        promised += waiting_bytes
         for session_id in sorted(others, key=self._last_seen_s.__getitem__):
             is_orphan = not self._watchers.get(session_id) and self._idle_s(session_id) > ORPHAN_GRACE_S
             lacks_room = promised + settings.needed_bytes > budget_bytes or num_others >= self._max_sessions
@@ -202,7 +300,9 @@ class SessionTable:
         return self._clock() - self._last_seen_s[session_id]
 
     def expire(self) -> None:
-        """Ends the sessions that nobody has used or watched for the session timeout."""
+        """Ends the sessions that nobody has used or watched for the session timeout, and what is left of others."""
+        if self.kept.idle_s > self._session_timeout_s:
+            self.kept.forget_all()
         for session_id in list(self._sessions):
             is_idle = self._idle_s(session_id) > self._session_timeout_s
             if is_idle and not self._watchers.get(session_id):
@@ -213,6 +313,7 @@ class SessionTable:
         run_id = self._sessions[session_id].settings.run_id
         self._end(session_id)
         # A run has one session at a time: a resume ends the one before.
+        self._folders.pop(run_id).remove()
         self._metrics.forget_run(run_id)
 
     def _end(self, session_id: str) -> None:
@@ -222,6 +323,7 @@ class SessionTable:
         self._store.drop_spares()
         self._last_seen_s.pop(session_id, None)
         del self._owners[session_id]
+        self._losses.pop(session_id, None)
         for queue in self._watchers.pop(session_id, []):
             queue.put_nowait(None)
         self._metrics.sessions.set(len(self._sessions))
@@ -229,13 +331,20 @@ class SessionTable:
 
     # --- events
 
-    async def watch(self, session_id: str) -> AsyncGenerator[pb.SessionEvent, None]:
-        """Yields the newest prediction, if there is one, and then everything that happens until the session ends."""
+    async def watch(self, session_id: str, rank: int) -> AsyncGenerator[pb.SessionEvent, None]:
+        """Yields the newest prediction, if there is one, and then everything that happens until the session ends.
+
+        A rank is told first, once, what its session has lost by a restart of the service.
+        """
         session = self.get(session_id)
         queue: Watcher = asyncio.Queue()
         queues = self._watchers.setdefault(session_id, [])
         queues.append(queue)
         try:
+            loss, told = self._losses.get(session_id, (None, set[int]()))
+            if loss is not None and rank not in told:
+                told.add(rank)
+                yield loss
             if session.prediction is not None:
                 yield event_message(session.prediction)
             while (event := await queue.get()) is not None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +36,37 @@ class HistoryFiles:
         return History(self.manifest, [map_vector(path, self.manifest, self.dtype) for path in self.paths])
 
 
+@contextmanager
+def written_alone(*paths: Path) -> Iterator[None]:
+    """Keeps files to whoever writes to them, as long as this process lives; and from a service that takes them over.
+
+    A later service moves a dead one's files away before it looks at them, and looks only while it has their locks: who
+    comes after that finds nothing where the files were, and who came before is waited for.
+
+    Raises:
+        ConfigError: A file is gone, or somebody else has it.
+    """
+    with ExitStack() as opened:
+        for path in paths:
+            try:
+                descriptor = os.open(path, os.O_RDWR)
+            except FileNotFoundError:
+                raise _gone(path) from None
+            opened.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{path} is being written to by somebody else") from None
+            # It may have been moved between the two.
+            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))):
+                raise _gone(path)
+        yield
+
+
+def _gone(path: Path) -> ConfigError:
+    return ConfigError(f"{path} is gone: the service that wrote it has ended")
+
+
 def map_vector(path: Path, manifest: ModelManifest, dtype: torch.dtype, *, writable: bool = False) -> Tensor:
     """Maps a file of one raw parameter vector; privately, so that the file cannot be altered, unless ``writable``.
 
@@ -43,7 +78,7 @@ def map_vector(path: Path, manifest: ModelManifest, dtype: torch.dtype, *, writa
     try:
         found_bytes = path.stat().st_size
     except FileNotFoundError:
-        raise ConfigError(f"{path} is gone: the service that wrote it has ended") from None
+        raise _gone(path) from None
     if found_bytes != expected_bytes:
         raise ConfigError(f"{path} has {found_bytes} bytes; {manifest.num_elements} {dtype} need {expected_bytes}")
     return torch.from_file(str(path), shared=writable, size=manifest.num_elements, dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
+import mmap
 import os
 import shutil
 import tempfile
@@ -12,14 +13,17 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from sidecast.errors import ConfigError, NoRoomError
 from sidecast.mapped_memory import map_new_file
 from sidecast.nowcaster_service.errors import SaturatedError
 
 FP32_BYTES = 4
-# Vectors that are kept for the next ones of their size: one snapshot and one prediction come and go at a time.
+# Vectors of a run that are kept for its next ones: one snapshot and one prediction come and go at a time.
 MAX_SPARES = 2
+# Of the file that says what the vectors beside it are.
+RECORD_NAME = "record"
 LOCK_NAME = "lock"
 LOCK_RETRY_S = 0.05
 
@@ -34,18 +38,15 @@ class VectorFile:
         view: Its bytes, writable.
     """
 
-    def __init__(self, store: HistoryStore, path: Path, num_bytes: int) -> None:
+    def __init__(self, store: HistoryStore, path: Path, num_bytes: int, mapped: mmap.mmap) -> None:
         self.path = path
         self.num_bytes = num_bytes
         self._store = store
         self._num_pins = 0
         self._is_deleted = False
         self._may_be_reused = True
-        try:
-            self._map = map_new_file(path, num_bytes)
-        except NoRoomError as error:
-            raise SaturatedError(str(error)) from error
-        self.view = memoryview(self._map)
+        self._map = mapped
+        self.view = memoryview(mapped)
 
     def pin(self) -> None:
         """Keeps the file on disk until ``unpin``."""
@@ -79,6 +80,18 @@ class VectorFile:
         # A fetch that is being ended may still refer to a slice; the mapping then goes with that.
         with contextlib.suppress(BufferError):
             self._map.close()
+
+
+class Vectors(Protocol):
+    """Where a session's vectors come from."""
+
+    def create(self, num_elements: int) -> VectorFile:
+        """Allocates one vector of fp32; its bytes are undefined until they are written.
+
+        Raises:
+            SaturatedError: There is no room for it.
+        """
+        ...
 
 
 class FolderLock:
@@ -118,18 +131,20 @@ class HistoryStore:
     """Hands out vector files under one folder.
 
     The files lie in a folder of this store's own, with a name that no store before it had: an engine that still works
-    on the nowcast of a service that has died knows paths that lead nowhere, and not to another run's states.
+    on the nowcast of a service that has died knows paths that lead nowhere, and not to another run's states. What is
+    left of runs that earlier services have recorded is moved into it, folder by folder, before anything else happens.
 
     A few deleted files are kept for new vectors of their size: fresh pages cost more than what is written to them.
 
     Args:
-        root: Where it is made. What earlier services left there belongs to no session, and is removed.
+        root: Where it is made. What earlier services left there without a record is removed.
         budget_bytes: Most bytes that all files together may take.
         lock_timeout_s: How long to wait for a service that is just ending.
         remove: Runs what removes a file, in a thread where others must not wait for it; at once by default.
 
     Attributes:
         folder: Of the files.
+        left: Folders within it, of runs that earlier services have recorded.
         used_bytes: Of the vectors that are in use.
 
     Raises:
@@ -150,21 +165,49 @@ class HistoryStore:
         self.used_bytes = 0
         self._spares: list[VectorFile] = []
         self._serial = itertools.count()
-        for left in root.iterdir():
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
+        earlier = [path for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
         # A short name: couriers hand memory over at a socket in it, whose path the system limits to 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="v", dir=root))
+        self.left: list[Path] = []
+        for life in earlier:
+            for recorded in sorted(life.glob(f"*/{RECORD_NAME}")):
+                self.left.append(self.new_folder(recorded.parent.name.partition("-")[0]))
+                # Over the new, empty one. Whoever knew the old path finds nothing there from now on.
+                recorded.parent.rename(self.left[-1])
+            shutil.rmtree(life, ignore_errors=True)
 
     def close(self) -> None:
-        """Removes all files and lets another store have the place."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes all files that no record names, and lets another store have the place."""
+        recorded = {path.parent for path in self.folder.glob(f"*/{RECORD_NAME}")}
+        for path in self.folder.iterdir():
+            if path not in recorded:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if not recorded:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
 
-    def create(self, num_elements: int) -> VectorFile:
+    def new_folder(self, name: str) -> Path:
+        """Makes a folder for the files of one run.
+
+        Args:
+            name: What its name begins with, without a hyphen.
+        """
+        folder = self.folder / f"{name}-{next(self._serial):09d}"
+        folder.mkdir(mode=0o700)
+        return folder
+
+    def remove_folder(self, folder: Path) -> None:
+        """Removes a run's folder with all that is in it, once what was to be removed before is."""
+        self._remove(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+    def create(self, num_elements: int, folder: Path | None = None) -> VectorFile:
         """Allocates one vector, whose bytes are undefined until they are written.
 
         Nothing that a client says goes into its file's name, and no path comes twice.
+
+        Args:
+            num_elements: Of fp32.
+            folder: Where its file is to lie: the store's own, or one that it has made.
 
         Raises:
             SaturatedError: The budget or the disk has no room for it.
@@ -175,16 +218,32 @@ class HistoryStore:
                 f"a vector of {num_bytes} bytes does not fit: {self.used_bytes} of {self.budget_bytes} bytes of "
                 "history are in use (sidecast serve --history-gib)"
             )
+        folder = folder or self.folder
         for index, spare in enumerate(self._spares):
-            if spare.num_bytes == num_bytes:
+            if spare.num_bytes == num_bytes and spare.path.parent == folder:
                 vector = self._spares.pop(index)
                 vector.revive()
                 break
         else:
             self._drop_spares(self.budget_bytes - self.used_bytes - num_bytes)
-            vector = VectorFile(self, self.folder / f"{next(self._serial):09d}.f32", num_bytes)
+            # A run's folder may hold files of earlier services, whose serial numbers are the same.
+            path = folder / f"{self.folder.name}-{next(self._serial):09d}.f32"
+            try:
+                vector = VectorFile(self, path, num_bytes, map_new_file(path, num_bytes))
+            except NoRoomError as error:
+                raise SaturatedError(str(error)) from error
         self.used_bytes += num_bytes
         return vector
+
+    def take_over(self, path: Path, mapped: mmap.mmap) -> VectorFile:
+        """Counts a vector that an earlier service has left, and that has been found to be what it was.
+
+        Args:
+            path: Of its file, in a folder of this store's.
+            mapped: All of it.
+        """
+        self.used_bytes += len(mapped)
+        return VectorFile(self, path, len(mapped), mapped)
 
     def take_back(self, vector: VectorFile, *, may_be_reused: bool) -> None:
         """Takes a vector that nobody uses any more."""
@@ -193,8 +252,10 @@ class HistoryStore:
             self._remove(vector.discard)
             return
         self._spares.append(vector)
-        if len(self._spares) > MAX_SPARES:
-            self._remove(self._spares.pop(0).discard)
+        beside = [spare for spare in self._spares if spare.path.parent == vector.path.parent]
+        if len(beside) > MAX_SPARES:
+            self._spares.remove(beside[0])
+            self._remove(beside[0].discard)
 
     def drop_spares(self) -> None:
         """Gives all space back that no vector uses."""

@@ -71,6 +71,11 @@ class Owner:
                 )
 
 
+def announcement_digest(request: pb.OpenRequest) -> str:
+    """Names what a session was opened with, its model apart, in hexadecimal digits."""
+    return hashlib.sha256(_without_model(request).SerializeToString(deterministic=True)).hexdigest()
+
+
 def _without_model(request: pb.OpenRequest) -> pb.OpenRequest:
     # The schema's hash says the same in a few bytes.
     kept = pb.OpenRequest()

@@ -89,12 +89,13 @@ def average_interval_(
     lr_sum: float,
     applied_P: Tensor | None = None,
     weight: float = 0.0,
+    over_before: bool = False,
 ) -> float | None:
-    """Averages the own motion of one interval into the carry, in place, and says which multiple of it is to be pushed.
+    """Averages the own motion of one interval into the carry, and says which multiple of it is to be pushed.
 
     Args:
         config: Settings of the run.
-        carry_P: The average.
+        carry_P: The average; the new one takes its place.
         before_P: State at the interval's beginning.
         after_P: State at its end.
         step: Of that.
@@ -103,12 +104,15 @@ def average_interval_(
         lr_sum: The sum of the learning rates of those steps.
         applied_P: What was added within it; None for nothing, or for what is in ``before_P``.
         weight: Factor of that.
+        over_before: Whether the new average is to take the place of ``before_P`` instead, and ``carry_P`` to stay.
 
     Returns:
         The factor; 0 where there is nothing to push. None if the carry is not finite any more, and to be thrown away.
     """
     momentum = config.momentum(num_steps)
-    carry_norm, own_norm = _fold_pieces_(carry_P, before_P, after_P, applied_P, weight, lr_sum, momentum)
+    carry_norm, own_norm = _fold_pieces_(
+        carry_P, before_P, after_P, applied_P, weight, lr_sum, momentum, over_before=over_before
+    )
     if not math.isfinite(carry_norm):
         return None
     # A push is worth one interval, also after one that was longer.
@@ -124,6 +128,8 @@ def _fold_pieces_(
     weight: float,
     lr_sum: float,
     momentum: float,
+    *,
+    over_before: bool,
 ) -> tuple[float, float]:
     """Folds piece by piece; returns the Euclidean norms of the whole carry and of the whole own motion."""
     carry_square = own_square = 0.0
@@ -132,8 +138,11 @@ def _fold_pieces_(
         if applied_P is not None and weight != 0.0:
             anchor_P = anchor_P + applied_P[piece] * weight
         own_P = after_P[piece] - anchor_P
-        fold_(carry_P[piece], own_P, lr_sum, momentum)
-        carry_square += float(torch.linalg.vector_norm(carry_P[piece])) ** 2
+        average_P = carry_P[piece].clone() if over_before else carry_P[piece]
+        fold_(average_P, own_P, lr_sum, momentum)
+        if over_before:
+            before_P[piece] = average_P
+        carry_square += float(torch.linalg.vector_norm(average_P)) ** 2
         own_square += float(torch.linalg.vector_norm(own_P)) ** 2
     return math.sqrt(carry_square), math.sqrt(own_square)
 

@@ -19,8 +19,8 @@ from sidecast.trainer.courier.client import NowcastClient
 from sidecast.trainer.courier.refusals import RefusedError, translated
 from sidecast.trainer.pipe.messages import ClientSettings
 from tests.support.limits import HANG_S
-from tests.support.service_calls import INVALID, refusal, send, status
-from tests.support.service_harness import FakeClock, RunningService, join_request, open_request
+from tests.support.services.calls import INVALID, refusal, send, status
+from tests.support.services.harness import FakeClock, RunningService, join_request, open_request
 
 TOKEN = "a token"
 METHODS = ["Open", "Join", "Upload", "Progress", "Commit", "Watch", "Fetch", "Report", "Status"]

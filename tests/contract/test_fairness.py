@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service import joined_ranks
+from sidecast.nowcaster_service import handover, joined_ranks
 from sidecast.nowcaster_service.config import MAX_CHUNK_BYTES
 from sidecast.nowcaster_service.errors import MalformedError, WrongStateError
 from sidecast.nowcaster_service.handover import TICKET_S
@@ -25,8 +25,8 @@ from sidecast.nowcaster_service.vector_store import MAX_SPARES, HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.shards import ShardSpec
 from tests.support.limits import HANG_S
-from tests.support.service_calls import INVALID, next_event, refusal, send, watching
-from tests.support.service_harness import (
+from tests.support.services.calls import INVALID, next_event, refusal, send, watching
+from tests.support.services.harness import (
     MANIFEST,
     RunningService,
     join_request,
@@ -173,13 +173,23 @@ def test_no_buffer_ends_the_handover_of_others(joined: RunningService, monkeypat
     assert hand_over(joined, 1, mmap.PAGESIZE) == b"k"
 
 
+def test_a_connection_that_says_nothing_holds_up_nobody(
+    joined: RunningService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "HANDOVER_S", 3600.0)
+    path = joined.stub.Join(join_request(0)).local_socket
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(path)
+        assert hand_over(joined, 1, mmap.PAGESIZE) == b"k"
+
+
 def test_tickets_are_good_for_a_minute_and_one_for_each_rank(joined: RunningService) -> None:
-    handover = joined.servicer.handover
+    taking = joined.servicer.handover
     joined.stub.Join(join_request(0))
-    assert handover.num_tickets == 2
+    assert taking.num_tickets == 2
     joined.clock.now_s += TICKET_S + 1
     joined.stub.Join(join_request(1))
-    assert handover.num_tickets == 1
+    assert taking.num_tickets == 1
 
 
 # --- files

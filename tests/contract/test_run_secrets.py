@@ -12,8 +12,8 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.transport import RUN_SECRET_KEY
 from sidecast.protos.version import PROTOCOL_VERSION
 from tests.support.limits import HANG_S
-from tests.support.service_calls import INVALID, next_event
-from tests.support.service_harness import (
+from tests.support.services.calls import INVALID, next_event
+from tests.support.services.harness import (
     RunningService,
     chunks,
     commit_request,

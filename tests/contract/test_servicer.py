@@ -11,7 +11,7 @@ import pytest
 
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer
 from sidecast.protos import nowcast_pb2 as pb
-from tests.support.service_calls import (
+from tests.support.services.calls import (
     INVALID,
     UNKNOWN,
     WRONG_STATE,
@@ -24,7 +24,7 @@ from tests.support.service_calls import (
     status,
     watching,
 )
-from tests.support.service_harness import (
+from tests.support.services.harness import (
     MANIFEST,
     RunningService,
     chunks,
@@ -251,7 +251,9 @@ def test_names_from_the_wire_never_become_file_names(service: RunningService, tm
     assert refusal(service.stub.Open, open_request(session_id="../../escaped"))[0] is INVALID
     join(service, "..")
     send(service, 1, 10, session_id="..")
-    assert [path for path in tmp_path.rglob("*.f32") if path.parent != service.store.folder] == []
+    (run_folder,) = [path for path in service.store.folder.iterdir() if path.is_dir()]
+    assert [path.parent for path in tmp_path.rglob("*.f32")] == [run_folder]
+    assert run_folder.name.replace("-", "").isalnum()
     assert not list(tmp_path.parent.glob("escaped*"))
 
 

@@ -13,7 +13,7 @@ import pytest
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.vector_store import MAX_SPARES
 from sidecast.protos import nowcast_pb2 as pb
-from tests.support.service_calls import (
+from tests.support.services.calls import (
     INVALID,
     UNKNOWN,
     WRONG_STATE,
@@ -26,7 +26,7 @@ from tests.support.service_calls import (
     status,
     watching,
 )
-from tests.support.service_harness import (
+from tests.support.services.harness import (
     MANIFEST,
     RunningService,
     chunks,
@@ -148,7 +148,7 @@ def test_a_session_never_outgrows_what_it_was_promised(tmp_path: Path) -> None:
             pass
         # Two states of the window and one prediction.
         assert service.store.used_bytes == 3 * 4 * MANIFEST.num_elements
-        assert len(list(service.store.folder.glob("*.f32"))) == 3 + MAX_SPARES
+        assert len(list(service.store.folder.rglob("*.f32"))) == 3 + MAX_SPARES
 
 
 def test_a_resumed_run_adopts_its_history_up_to_its_step_and_fences_off_the_session_before(

@@ -16,11 +16,11 @@ from sidecast.protos.transport import RUN_SECRET_KEY
 from sidecast.trainer.courier.client import NowcastClient, open_request
 from sidecast.trainer.courier.refusals import RefusedError
 from sidecast.trainer.pipe.messages import ClientSettings
-from tests.support import service_harness
 from tests.support.courier_harness import SECRET
 from tests.support.limits import HANG_S
-from tests.support.service_calls import refusal, refusal_name
-from tests.support.service_harness import MANIFEST, RunningService
+from tests.support.services import harness as service_harness
+from tests.support.services.calls import refusal, refusal_name
+from tests.support.services.harness import MANIFEST, RunningService
 
 SHOWN = ((RUN_SECRET_KEY, SECRET),)
 

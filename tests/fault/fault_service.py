@@ -31,7 +31,7 @@ from sidecast.nowcaster_service.vector_files import HistoryFiles
 from sidecast.predictors.base import Predictor
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame, decode_chunk
-from tests.support.service_harness import RunningService, SteadyEngines
+from tests.support.services.harness import RunningService, SteadyEngines
 
 # What happens to an upload or a fetch as it passes, once for each; all else strikes at some point of it.
 ALTERATIONS = {*CHUNK_ALTERATIONS, "change the memory", "lose the memory"}

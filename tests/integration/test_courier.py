@@ -37,7 +37,7 @@ from tests.support.courier_calls import applied, predicted, settled, stage
 from tests.support.courier_harness import SECRET, session, settings, start_courier, until
 from tests.support.limits import HANG_S
 from tests.support.relay import Relay
-from tests.support.service_harness import CHUNK_BYTES, MANIFEST, RunningService, chunks, open_request, state
+from tests.support.services.harness import CHUNK_BYTES, MANIFEST, RunningService, chunks, open_request, state
 
 ALL = [(0, 0, 15), (1, 0, 40_000)]
 # What another job of the run shows.
@@ -143,6 +143,25 @@ def test_a_restarted_service_is_found_and_the_session_opened_again(tmp_path: Pat
             until(courier, Connected)
             predicted(courier, epoch=2, first_step=30)
             assert second.store.used_bytes == 3 * 4 * MANIFEST.num_elements
+    finally:
+        courier.close()
+
+
+def test_a_restarted_service_goes_on_with_what_the_courier_has_sent(tmp_path: Path) -> None:
+    with RunningService(tmp_path) as first:
+        courier = start_courier(settings(first.endpoint, MANIFEST, ALL))
+        until(courier, Connected)
+        stage(courier, 1, 10)
+        assert until(courier, Sent).reason == ""
+        port = first.port
+    try:
+        until(courier, Disconnected)
+        with RunningService(tmp_path, port=port):
+            until(courier, Connected)
+            stage(courier, 2, 20)
+            message = until(courier, Prediction)
+            assert (message.version, message.base_step) == (1, 20)
+            assert bytes(courier.prediction.view) == (state(2) - state(1)).tobytes()
     finally:
         courier.close()
 

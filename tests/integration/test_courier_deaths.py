@@ -21,7 +21,7 @@ from sidecast.trainer.pipe.messages import TO_HOOK, Connected, Prediction, Stats
 from tests.support.courier_calls import applied, predicted, stage
 from tests.support.courier_harness import settings, start_courier, until
 from tests.support.limits import HANG_S
-from tests.support.service_harness import MANIFEST, RunningService, state
+from tests.support.services.harness import MANIFEST, RunningService, state
 
 ALL = [(0, 0, 15), (1, 0, 40_000)]
 STATS = Stats(totals=Totals(), step=0, loss=None, suspended=False, train_s=0.0, num_courier_deaths=0)

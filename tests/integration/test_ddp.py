@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP
 from tests.support.limits import HANG_S
-from tests.support.service_harness import RunningService
+from tests.support.services.harness import RunningService
 
 RUNS = Path(__file__).with_name("workers") / "ddp_runs.py"
 NUM_RANKS = 2

@@ -18,7 +18,7 @@ from tests.integration.workers.outage_worker import PERIOD_STEPS
 from tests.integration.workers.push_runs import INTERVAL_STEPS, NUM_STEPS, START_STEP
 from tests.integration.workers.snapshot_cases import CASES, SNAPSHOT_STEP
 from tests.support.limits import HANG_S
-from tests.support.service_process import ServiceProcess, launch
+from tests.support.services.process import ServiceProcess, launch
 
 WORKERS = Path(__file__).resolve().with_name("workers")
 LOOK_S = 0.05

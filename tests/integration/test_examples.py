@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.limits import HANG_S
-from tests.support.service_harness import RunningService
-from tests.support.service_process import free_port
+from tests.support.services.harness import RunningService
+from tests.support.services.process import free_port
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -16,7 +16,7 @@ from sidecast.trainer.courier.client import NowcastClient
 from sidecast.trainer.courier.refusals import UnavailableError
 from sidecast.trainer.courier.upload import Upload
 from sidecast.trainer.pipe.messages import ClientSettings
-from tests.support.service_harness import RunningService
+from tests.support.services.harness import RunningService
 
 CHUNK_BYTES = 1 << 20
 NUM_CHUNKS = 64

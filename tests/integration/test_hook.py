@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.limits import HANG_S
-from tests.support.service_harness import RunningService
+from tests.support.services.harness import RunningService
 
 WORKER = Path(__file__).with_name("workers") / "hook_worker.py"
 

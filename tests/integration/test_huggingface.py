@@ -19,8 +19,8 @@ from sidecast.nowcaster_service.nowcasting import NowcastAnswer
 from sidecast.trainer.integrations.state_files import STATE_FILE, load_state
 from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP, section, straight_and_resumed, train
 from tests.support.limits import HANG_S
-from tests.support.service_harness import RunningService
-from tests.support.service_process import free_port
+from tests.support.services.harness import RunningService
+from tests.support.services.process import free_port
 
 RUNS = Path(__file__).with_name("workers") / "huggingface_runs.py"
 

@@ -19,7 +19,7 @@ from sidecast.predictors.registry import ENTRY_POINT_GROUP, create_predictor
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
 from tests.support.limits import HANG_S
-from tests.support.service_harness import (
+from tests.support.services.harness import (
     MANIFEST,
     chunks,
     commit_request,
@@ -28,7 +28,7 @@ from tests.support.service_harness import (
     rank_bytes,
     state,
 )
-from tests.support.service_process import ServiceProcess
+from tests.support.services.process import ServiceProcess
 
 INTERVAL_STEPS = 10
 CONTEXT_LEN = 5

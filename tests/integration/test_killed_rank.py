@@ -13,8 +13,8 @@ import pytest
 
 from sidecast.protos import nowcast_pb2 as pb
 from tests.support.limits import HANG_S
-from tests.support.service_harness import RunningService
-from tests.support.service_process import launch
+from tests.support.services.harness import RunningService
+from tests.support.services.process import launch
 
 WORKER = Path(__file__).with_name("workers") / "killed_rank_worker.py"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer
-from tests.support.service_harness import RunningService
+from tests.support.services.harness import RunningService
 
 pytest.importorskip("lightning")
 

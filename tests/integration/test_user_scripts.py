@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.support.limits import HANG_S
-from tests.support.service_harness import RunningService
-from tests.support.service_process import free_port
+from tests.support.services.harness import RunningService
+from tests.support.services.process import free_port
 
 RUNS = Path(__file__).with_name("workers") / "script_runs.py"
 

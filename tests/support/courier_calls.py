@@ -6,7 +6,7 @@ from sidecast.trainer.hook.courier_handle import CourierHandle
 from sidecast.trainer.hook.messenger import ForHook
 from sidecast.trainer.pipe.messages import Committed, Prediction, Sent, Snapshot
 from tests.support.courier_harness import until
-from tests.support.service_harness import state
+from tests.support.services.harness import state
 
 
 def stage(courier: CourierHandle, seed: int, step: int, epoch: int = 0) -> None:

@@ -13,7 +13,7 @@ from sidecast.nowcaster_service.nowcasting import (
     PredictorRequest,
 )
 from sidecast.nowcaster_service.pushing import PushRequest
-from tests.support.service_harness import SteadyEngines
+from tests.support.services.harness import SteadyEngines
 
 
 class LocalEngines(SteadyEngines):

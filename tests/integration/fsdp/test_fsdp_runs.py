@@ -14,7 +14,7 @@ import pytest
 from tests.integration.workers.fsdp_runs import NUM_RANKS, NUM_STEPS, PERIOD_STEPS, PUSH, SAVE_STEP
 from tests.support.limits import HANG_S
 from tests.support.local_engines import LocalEngines
-from tests.support.service_harness import RunningService
+from tests.support.services.harness import RunningService
 
 RUNS = Path(__file__).resolve().parents[1] / "workers" / "fsdp_runs.py"
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP
 from tests.support.limits import HANG_S
-from tests.support.service_harness import RunningService
+from tests.support.services.harness import RunningService
 
 RUNS = Path(__file__).resolve().parents[1] / "workers" / "fsdp_trainers.py"
 NUM_RANKS = 2

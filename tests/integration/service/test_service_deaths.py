@@ -18,8 +18,8 @@ from sidecast.predictors.registry import ENTRY_POINT_GROUP
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
 from tests.support.limits import HANG_S
-from tests.support.service_harness import chunks, commit_request, join_request, open_request, rank_bytes, state
-from tests.support.service_process import ServiceProcess
+from tests.support.services.harness import chunks, commit_request, join_request, open_request, rank_bytes, state
+from tests.support.services.process import ServiceProcess
 
 LIMIT_S = 10.0
 

@@ -11,7 +11,7 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.trainer.courier.process import announcement
 from sidecast.trainer.pipe.messages import HorizonSettings, Opening, PushSettings, Session
 from tests.support.courier_harness import session, settings
-from tests.support.service_harness import MANIFEST
+from tests.support.services.harness import MANIFEST
 
 # Values that are not what zero or nothing means on the wire, by the kind of a field.
 NEW_VALUES: dict[Any, Any] = {str: "new", int: 77, float: 0.75, bool: True}

@@ -58,10 +58,11 @@ def test_what_is_no_folder_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_no_file_is_ever_emptied(tmp_path: Path) -> None:
     store = HistoryStore(tmp_path, BUDGET_BYTES)
-    (store.folder / "000000000.f32").write_bytes(b"somebody's")
+    path = store.folder / f"{store.folder.name}-000000000.f32"
+    path.write_bytes(b"somebody's")
     with pytest.raises(FileExistsError):
         store.create(MANIFEST.num_elements)
-    assert (store.folder / "000000000.f32").read_bytes() == b"somebody's"
+    assert path.read_bytes() == b"somebody's"
 
 
 class GatedRunner(LocalRunner):

@@ -16,7 +16,7 @@ from sidecast.nowcaster_service.commands import serve
 from sidecast.nowcaster_service.commands.status import render
 from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles, is_loopback
 from sidecast.protos import nowcast_pb2 as pb
-from tests.support.service_harness import service_config
+from tests.support.services.harness import service_config
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from sidecast.nowcaster_service.engines.turns import Turns
 from sidecast.nowcaster_service.errors import EngineGoneError
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest
 from sidecast.nowcaster_service.session_events import NowcastTask
-from tests.support.service_harness import MANIFEST, FakeClock, SteadyEngines
+from tests.support.services.harness import MANIFEST, FakeClock, SteadyEngines
 
 GOOD = NowcastAnswer(digest=1)
 
@@ -140,7 +140,7 @@ class Run(SimpleNamespace):
             rounds_to_bf16=False,
         )
 
-    def finish(self, task: NowcastTask, prediction: object, reason: str) -> None:
+    def finish(self, task: NowcastTask, prediction: object, reason: str, *, carry_digest: int) -> None:
         self.ended.append(reason or "published")
 
 

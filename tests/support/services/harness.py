@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.config import ServiceConfig
+from sidecast.nowcaster_service.keeping.checksums import vector_digest
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorAnswer, PredictorRequest
 from sidecast.nowcaster_service.server import create_server
@@ -85,7 +86,7 @@ class FakeEngines(SteadyEngines):
         if request.rounds_to_bf16:
             round_in_place(delta)
         delta.tofile(request.delta_path)
-        return NowcastAnswer(digest=crc32(delta.tobytes()) + 1, relative_norm=0.1, nowcast_s=0.01)
+        return NowcastAnswer(digest=vector_digest(delta.data.cast("B")), relative_norm=0.1, nowcast_s=0.01)
 
 
 def service_config(folder: Path, **changes: Any) -> ServiceConfig:

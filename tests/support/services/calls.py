@@ -10,7 +10,7 @@ import pytest
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.refusals import REFUSAL_KEY
 from tests.support.limits import HANG_S
-from tests.support.service_harness import (
+from tests.support.services.harness import (
     RunningService,
     chunks,
     commit_request,

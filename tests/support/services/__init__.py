@@ -1,0 +1,1 @@
+"""Harnesses and models that tests of several kinds share."""
