@@ -277,6 +277,9 @@ class Application:
         self._engines_timeout_s = config.engines_timeout_s
         if ray_address is None:
             os.environ.update(LOCAL_RAY_ENVIRONMENT)
+            # Else Ray makes its workers nice by 15, and on a busy host those that answer trainers starve. Who wants
+            # that starts the whole service with `nice`.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             _start_ray(
                 address="local",
                 num_cpus=config.num_engines,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,8 @@ def service(request: pytest.FixtureRequest, tmp_path: Path, gated: dict[str, Any
     running = ServiceProcess(tmp_path, "--history-gib", "0.1", "--nowcast-timeout-s", f"{LIMIT_S}", *arguments)
     running.start()
     try:
+        # Nobody in it is starved by what else a busy host does.
+        assert {process.nice() for process in running.family()} == {os.nice(0)}
         yield running
     finally:
         running.stop()
@@ -115,8 +118,11 @@ def test_an_ingress_waits_for_its_port(service: ServiceProcess) -> None:
         other.bind(("127.0.0.1", service.port))
         other.listen()
         with log.open() as lines:
+            # Without a pause it would take the processor from what it waits for.
+            pause = threading.Event()
             while not any("trying again" in line for line in lines):
                 assert service.process.poll() is None
+                pause.wait(0.05)
     with connection(service) as stub:
         assert outcome(begin(stub, "later", predictor="linear")) == "published"
 
