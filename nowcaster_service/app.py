@@ -261,7 +261,11 @@ async def _until_free(listen: Callable[[], T], deadline_s: float) -> T:
 async def _expire_for_ever(servicer: Servicer) -> None:
     while True:
         await asyncio.sleep(EXPIRY_INTERVAL_S)
-        servicer.sessions.expire()
+        try:
+            servicer.sessions.expire()
+        except Exception:
+            # The next time may be better, and without it no space is ever given back.
+            log.exception("what has expired could not be removed")
 
 
 class Application:

@@ -164,6 +164,9 @@ class Nowcasting:
             self._runner.predict(predictor, files, request.horizon_intervals, request.delta_path)
         except SidecastError as error:
             return NowcastAnswer(refusal=str(error))
+        if request.rounds_to_bf16:
+            # What is checked, named by the digest and sent is what every rank will apply.
+            round_in_place(delta_P.numpy())
         return _checked(request, manifest, delta_P, history.states[-1], started_s)
 
     def push(self, request: PushRequest) -> NowcastAnswer:
@@ -174,7 +177,7 @@ class Nowcasting:
             made = make_push(request)
             if made.is_empty:
                 return NowcastAnswer(is_empty=True, carry_digest=made.carry_digest)
-            delta_P = map_vector(request.delta_path, manifest, torch.float32, writable=True)
+            delta_P = map_vector(request.delta_path, manifest, torch.float32)
             state_P = map_vector(request.state_path, manifest, torch.float32)
         except SidecastError as error:
             return NowcastAnswer(refusal=str(error))
@@ -215,10 +218,7 @@ class Nowcasting:
 def _checked(
     request: NowcastRequest | PushRequest, manifest: ModelManifest, delta_P: Tensor, base_P: Tensor, started_s: float
 ) -> NowcastAnswer:
-    """Rounds a predicted change as it will travel, looks at its size, and names it."""
-    if request.rounds_to_bf16:
-        # What is checked, named by the digest and sent is what every rank will apply.
-        round_in_place(delta_P.numpy())
+    """Looks at the size of a predicted change, and names it."""
     relative_norm = jump_norm(delta_P, base_P)
     if not math.isfinite(relative_norm):
         return NowcastAnswer(refusal=f"the prediction is not finite: {_first_bad_tensor(manifest, delta_P)}")

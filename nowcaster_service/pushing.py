@@ -9,7 +9,7 @@ Shape suffix: P elements of the parameter vector.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,11 @@ from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.keeping.checksums import vector_digest
 from sidecast.nowcaster_service.keeping.run_folder import Note
 from sidecast.nowcaster_service.keeping.sealed import write_sealed
-from sidecast.nowcaster_service.vector_files import map_vector, written_alone
+from sidecast.nowcaster_service.vector_files import gone, map_vector, written_alone
 from sidecast.policies.push import PushConfig, average_interval_
+from sidecast.protos.bf16 import round_in_place
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,16 @@ def make_push(request: PushRequest) -> MadePush:
         return _make_push(request)
 
 
+def _note(note: Note, factor: float, carry_digest: int) -> None:
+    try:
+        write_sealed(note.path, {"factor": factor, "carry_digest": carry_digest}, note.key)
+    except FileNotFoundError:
+        # A later service has moved the run's folder away and waits for the locks: the average so far must stay whole.
+        raise gone(note.path) from None
+    except OSError as error:
+        log.warning("an end of the service would cost the average now: %s cannot be written: %s", note.path, error)
+
+
 def _make_push(request: PushRequest) -> MadePush:
     manifest = ModelManifest.from_json(request.manifest_json)
     fp32 = torch.float32
@@ -114,9 +127,10 @@ def _make_push(request: PushRequest) -> MadePush:
         raise ConfigError(f"the state of step {request.step}, or what is known of the run's motion, is not finite")
     carry_digest = vector_digest(before_P.numpy().data.cast("B"))
     if request.note is not None and request.factor is None:
-        # Without room for the note, an end from here on costs the average.
-        with contextlib.suppress(OSError):
-            write_sealed(request.note.path, {"factor": factor, "carry_digest": carry_digest}, request.note.key)
+        _note(request.note, factor, carry_digest)
     if factor > 0.0:
         torch.mul(before_P, factor, out=delta_P)
+        if request.rounds_to_bf16:
+            # Here, where the file is still this engine's alone.
+            round_in_place(delta_P.numpy())
     return MadePush(is_empty=factor <= 0.0, carry_digest=carry_digest)

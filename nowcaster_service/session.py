@@ -224,6 +224,9 @@ class Session(Receiving):
             self._begin(task)
         elif kept.again_step is not None:
             task = self._due(self._snapshots[kept.again_step])
+        if task is None:
+            # What could not be begun again has failed; the next one was not tried yet.
+            self._num_tries = 0
         self.record()
         return task
 

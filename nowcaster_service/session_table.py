@@ -231,6 +231,9 @@ class SessionTable:
         task = holder.restore(restoration.state(is_alike=is_alike))
         if found.lost and found.record.pending is not None:
             self._tell_loss(settings, found.lost, found.record.pending.step)
+        elif is_alike and task is None and found.record.pending is not None:
+            reason = "the service has ended while it was being made, and states that it needs are gone"
+            self._tell_loss(settings, reason, found.record.pending.step)
         if not is_same:
             session.adopt(holder, request.resume_step, request.resume_epoch)
             session.record()

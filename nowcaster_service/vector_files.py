@@ -51,7 +51,7 @@ def written_alone(*paths: Path) -> Iterator[None]:
             try:
                 descriptor = os.open(path, os.O_RDWR)
             except FileNotFoundError:
-                raise _gone(path) from None
+                raise gone(path) from None
             opened.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,11 +59,12 @@ def written_alone(*paths: Path) -> Iterator[None]:
                 raise ConfigError(f"{path} is being written to by somebody else") from None
             # It may have been moved between the two.
             if not (path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))):
-                raise _gone(path)
+                raise gone(path)
         yield
 
 
-def _gone(path: Path) -> ConfigError:
+def gone(path: Path) -> ConfigError:
+    """The refusal of a file that is not where it was."""
     return ConfigError(f"{path} is gone: the service that wrote it has ended")
 
 
@@ -78,7 +79,7 @@ def map_vector(path: Path, manifest: ModelManifest, dtype: torch.dtype, *, writa
     try:
         found_bytes = path.stat().st_size
     except FileNotFoundError:
-        raise _gone(path) from None
+        raise gone(path) from None
     if found_bytes != expected_bytes:
         raise ConfigError(f"{path} has {found_bytes} bytes; {manifest.num_elements} {dtype} need {expected_bytes}")
     return torch.from_file(str(path), shared=writable, size=manifest.num_elements, dtype=dtype)

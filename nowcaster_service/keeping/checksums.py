@@ -14,6 +14,8 @@ import numpy as np
 from sidecast.protos.codec import buffer_digest
 
 DIGEST_BLOCK_BYTES = 1 << 24
+MAX_PIECES = 1 << 17
+"""A matrix that is cut by columns makes a piece of each row; so many take a tenth of a second to record."""
 
 Piece = tuple[int, int, int]
 """Where a piece of a vector starts, its length in bytes, and its CRC-32."""
@@ -27,8 +29,12 @@ def packed_checksums(pieces: Iterable[Piece], num_bytes: int) -> bytes:
         num_bytes: Size of the vector.
 
     Returns:
-        Rows of 8 bytes; empty if the pieces do not cover the vector exactly once.
+        Rows of 8 bytes; empty if the pieces do not cover the vector exactly once, or are so many that to record them
+        would hold up the event loop at every commit.
     """
+    pieces = list(pieces)
+    if len(pieces) > MAX_PIECES:
+        return b""
     rows_R3 = np.array(sorted(pieces), dtype=np.uint64).reshape(-1, 3)
     stops_R = rows_R3[:, 0] + rows_R3[:, 1]
     is_whole = len(rows_R3) > 0 and rows_R3[0, 0] == 0 and stops_R[-1] == num_bytes

@@ -29,6 +29,10 @@ class _Waiting:
     examination: asyncio.Task[Found | str] | None = None
 
     @property
+    def is_being_read(self) -> bool:
+        return self.examination is not None and not self.examination.done()
+
+    @property
     def num_bytes(self) -> int:
         return len(list(self.record.files())) * self.record.identity.num_bytes
 
@@ -106,8 +110,11 @@ class KeptRuns:
     def forget_all(self, *, besides: str = "") -> None:
         """Gives up what is left of all runs but one, and that of those that are being looked at."""
         kept = folder_name(besides)
-        for name in [name for name, item in self._waiting.items() if name != kept and item.examination is None]:
+        for name in [name for name, item in self._waiting.items() if name != kept and not item.is_being_read]:
             waiting = self._waiting.pop(name)
+            if waiting.examination is not None:
+                # Its session may be about to take it.
+                self._refused[name] = "it has made room for others"
             log.info("what was left of run %s makes room", waiting.record.identity.run_id)
             self._remove(waiting.folder)
 
@@ -145,7 +152,9 @@ class KeptRuns:
     async def _examine(self, waiting: _Waiting, key: bytes) -> Found | str:
         try:
             return await asyncio.to_thread(examine, waiting.folder, waiting.sealed, key, self._lock_timeout_s)
-        except (RecordError, OSError, ValueError) as error:
+        except Exception as error:
+            # Whatever it is, it must not be in the way of the run for ever.
+            log.warning("what is left in %s is of no use: %s", waiting.folder, error)
             return str(error)
 
     def take(self, request: pb.OpenRequest) -> Taken:

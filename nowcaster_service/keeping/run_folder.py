@@ -64,7 +64,11 @@ class RunFolder:
 
 def forget(folder: Path) -> None:
     """Removes the record of a folder: its files are worth nothing to a later service from now on."""
-    (folder / RECORD_NAME).unlink(missing_ok=True)
+    try:
+        (folder / RECORD_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        # A later service finds out by the files' digests.
+        log.warning("the record in %s cannot be removed: %s", folder, error)
 
 
 @dataclass(frozen=True)

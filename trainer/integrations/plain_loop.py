@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ class PlainLoop:
         optimizer.register_step_post_hook(self._after_optimizer_step)
         self._is_making_state = False
         setattr(optimizer, _LOOP_ATTRIBUTE, self)
-        _optimizers[model] = weakref.ref(optimizer)
+        for face in _faces(model):
+            _optimizers[face] = weakref.ref(optimizer)
 
     def save(self, folder: Path) -> None:
         """Adds the nowcasting to a checkpoint's folder; called on every rank.
@@ -112,9 +114,17 @@ class PlainLoop:
 
 def loop_of(model: Any) -> PlainLoop | None:
     """The loop that ``attach`` was called on with this model; None if there is none."""
-    reference = _optimizers.get(model) if isinstance(model, nn.Module) else None
+    reference = next((_optimizers[face] for face in _faces(model) if face in _optimizers), None)
     optimizer = None if reference is None else reference()
     return getattr(optimizer, _LOOP_ATTRIBUTE, None)
+
+
+def _faces(model: Any) -> Iterator[nn.Module]:
+    """A model, and what it is without the wrappers of DDP and torch.compile."""
+    if isinstance(model, nn.Module):
+        yield model
+        for name in ("module", "_orig_mod"):
+            yield from _faces(getattr(model, name, None))
 
 
 def put_on_loop(model: nn.Module, optimizer: Any, settings: Mapping[str, Any]) -> PlainLoop:
@@ -129,14 +139,24 @@ def put_on_loop(model: nn.Module, optimizer: Any, settings: Mapping[str, Any]) -
         ConfigError: As for ``PlainLoop``, or these two are nowcasted already.
     """
     inner = optimizer
-    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
+    # Others that hold an optimizer keep weights of their own, or step it in the middle of their own step.
+    while type(inner).__module__.startswith("accelerate.") and hasattr(inner, "optimizer"):
         inner = inner.optimizer
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the model is a {type(model).__name__}; allowed: a torch.nn.Module")
     if not isinstance(inner, torch.optim.Optimizer):
         raise ConfigError(f"the optimizer is a {type(inner).__name__}; allowed: one torch.optim.Optimizer")
-    if loop_of(model) is not None or hasattr(inner, _LOOP_ATTRIBUTE):
+    for loop in (loop_of(model), getattr(inner, _LOOP_ATTRIBUTE, None)):
+        if loop is None or loop.attachment.hook.is_closed:
+            continue
         raise ConfigError("sidecast.attach was called twice on this model or its optimizer; once is enough")
+    num_processes = os.environ.get("WORLD_SIZE", "1")
+    if num_processes not in ("", "1") and not (dist.is_available() and dist.is_initialized()):
+        # Each of them would jump on its own.
+        raise ConfigError(
+            f"WORLD_SIZE is {num_processes}, and the processes do not know of each other yet; allowed: "
+            "sidecast.attach after torch.distributed.init_process_group"
+        )
     return PlainLoop(model, inner, settings)
 
 

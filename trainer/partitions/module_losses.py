@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from sidecast.trainer.partitions.backward_passes import look_at_backward
 
 # Of which loss a GradScaler has made which tensor, the newest of each scaler.
-_scaled: weakref.WeakKeyDictionary[torch.amp.GradScaler, tuple[weakref.ref[Tensor], Tensor]]
+_scaled: weakref.WeakKeyDictionary[torch.amp.GradScaler, tuple[Callable[[], Tensor | None], Tensor]]
 _scaled = weakref.WeakKeyDictionary()
 _original: dict[str, Callable[..., Any]] = {}
 
@@ -51,7 +51,11 @@ class ModuleLossWatch:
         """Takes note of the tensor that a backward pass through the module began at."""
         for scaled, loss in _scaled.values():
             if scaled() is root:
-                root = loss
+                self._observe(loss)
+                return
+        if _scaled:
+            # A sum or a part of what a GradScaler has made, of which nobody knows the factor.
+            return
         self._observe(root.detach())
 
 
@@ -83,6 +87,10 @@ def _note_pass(watch: weakref.ref[ModuleLossWatch], gradient: Tensor) -> None:
         told.num_passes += 1
 
 
+def _nothing() -> None:
+    return None
+
+
 def _look_at_scalers() -> None:
     """What a GradScaler makes of a loss says nothing of the loss once its factor has changed."""
     if _original:
@@ -92,8 +100,10 @@ def _look_at_scalers() -> None:
     @functools.wraps(scale)
     def scale_and_remember(scaler: torch.amp.GradScaler, outputs: Any) -> Any:
         scaled = scale(scaler, outputs)
-        if isinstance(outputs, Tensor) and scaled is not outputs:
-            _scaled[scaler] = weakref.ref(scaled), outputs.detach()
+        if scaled is not outputs:
+            # Of several losses none is known: a pass may begin at any sum of them.
+            one = isinstance(outputs, Tensor)
+            _scaled[scaler] = weakref.ref(scaled) if one else _nothing, outputs.detach() if one else torch.tensor(0.0)
         return scaled
 
     setattr(torch.amp.GradScaler, "scale", scale_and_remember)  # noqa: B010

@@ -125,8 +125,10 @@ def test_wrappers_are_looked_through(model: nn.Module, optimizer: torch.optim.Op
     wrapper = DistributedDataParallel.__new__(DistributedDataParallel)
     nn.Module.__init__(wrapper)
     wrapper.module = model
-    prepared: Any = SimpleNamespace(optimizer=optimizer)
+    prepared: Any = type("AcceleratedOptimizer", (), {"__module__": "accelerate.optimizer", "optimizer": optimizer})()
     sidecast.attach(wrapper, prepared)
+    # Whichever of the two somebody has at hand later.
+    assert sidecast.hook_of(model) is sidecast.hook_of(wrapper) is attached(wrapper).hook
     names = [spec.fqn for spec in attached(wrapper).run.map_layout().trainable.specs]
     assert names == ["0.weight", "0.bias", "2.weight", "2.bias"]
     optimizer.step()
@@ -156,6 +158,33 @@ def test_where_it_is_disabled_nothing_is_touched(model: nn.Module, optimizer: to
 def test_what_cannot_be_attached_to_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         sidecast.attach(*arguments)
+
+
+def test_an_optimizer_within_another_is_not_taken_for_it(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    around: Any = SimpleNamespace(optimizer=optimizer)
+    with pytest.raises(ConfigError, match=r"the optimizer is a SimpleNamespace; allowed: one torch.optim.Optimizer"):
+        sidecast.attach(model, around)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    model: nn.Module, optimizer: torch.optim.Optimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2, .* after torch.distributed.init_process_group"):
+        sidecast.attach(model, optimizer)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    sidecast.attach(model, optimizer)
+
+
+def test_after_the_end_of_one_there_may_be_another(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    sidecast.attach(model, optimizer)
+    first = attached(model)
+    first.hook.is_closed = True
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    sidecast.attach(model, other)
+    assert attached(model) is not first
+    other.step()
+    assert attached(model).steps == [1]
 
 
 def test_twice_is_refused(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

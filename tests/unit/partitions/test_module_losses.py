@@ -46,6 +46,18 @@ def test_a_loss_is_seen_once_and_without_a_scalers_factor(watched: Watched, way:
     assert watched.seen == [pytest.approx(float(loss.detach())) for loss in losses]
 
 
+def test_what_is_made_of_scaled_losses_is_not_taken_for_one(watched: Watched) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    (scaler.scale(watched.loss()) / 2).backward()
+    first, second = scaler.scale([watched.loss(), watched.loss()])  # type: ignore[call-overload]
+    (first + second).backward()
+    assert watched.seen == []
+    del scaler
+    gc.collect()
+    watched.loss().backward()
+    assert len(watched.seen) == 1
+
+
 def test_the_loss_may_be_an_output_itself() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service import vector_files
+from sidecast.nowcaster_service import pushing, vector_files
 from sidecast.nowcaster_service.dispatch import push_request
+from sidecast.nowcaster_service.keeping.checksums import MAX_PIECES, packed_checksums, vector_digest
 from sidecast.nowcaster_service.keeping.examination import examine
 from sidecast.nowcaster_service.keeping.run_folder import RunFolder, folder_name, key_of, recorder_of
 from sidecast.nowcaster_service.keeping.sealed import RecordError, read_sealed
@@ -117,6 +119,36 @@ def test_what_it_has_made_before_it_was_looked_at_counts(store: HistoryStore, re
     assert found.push is not None
     assert (found.push.carry_file, found.push.carry_digest) == (request_.before_path.name, made.carry_digest)
     assert not found.push.is_untouched
+
+
+def test_an_average_is_not_written_over_where_its_note_finds_no_folder(
+    store: HistoryStore, request_: PushRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service dies, and the next one moves the folder away, while the engine averages."""
+    left: list[Path] = []
+
+    def digest(vector: memoryview) -> int:
+        left.extend(reopened(store).left)
+        return vector_digest(vector)
+
+    monkeypatch.setattr(pushing, "vector_digest", digest)
+    with pytest.raises(ConfigError, match="is gone: the service that wrote it has ended"):
+        make_push(request_)
+    (folder,) = left
+    # Of a run that begins, the average so far is zeros.
+    assert not np.fromfile(folder / request_.delta_path.name, np.float32).any()
+    assert examined(folder, "run").lost.startswith("the interval up to step 20 is left out")
+
+
+def test_a_push_that_travels_in_bf16_is_rounded_while_its_file_is_the_engines(request_: PushRequest) -> None:
+    make_push(replace(request_, rounds_to_bf16=True))
+    assert (np.fromfile(request_.delta_path, np.uint32) & 0xFFFF == 0).all()
+
+
+def test_a_state_in_very_many_pieces_is_not_recorded() -> None:
+    pieces = [(start, 1, 0) for start in range(MAX_PIECES + 1)]
+    assert packed_checksums(pieces[:-1], MAX_PIECES)
+    assert packed_checksums(pieces, MAX_PIECES + 1) == b""
 
 
 def test_a_note_of_another_attempt_says_nothing(store: HistoryStore, request_: PushRequest) -> None:
