@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from sidecast.trainer.partitions.backward_passes import look_at_backward
 
-# Of which loss a GradScaler has made which tensor, the newest of each scaler.
-_scaled: weakref.WeakKeyDictionary[torch.amp.GradScaler, tuple[Callable[[], Tensor | None], Tensor]]
+# Of which loss a GradScaler has made which tensor, the newest of each scaler; None: of several.
+_scaled: weakref.WeakKeyDictionary[torch.amp.GradScaler, tuple[weakref.ref[Tensor], Tensor] | None]
 _scaled = weakref.WeakKeyDictionary()
 _original: dict[str, Callable[..., Any]] = {}
 
@@ -49,9 +49,9 @@ class ModuleLossWatch:
 
     def found(self, root: Tensor) -> None:
         """Takes note of the tensor that a backward pass through the module began at."""
-        for scaled, loss in _scaled.values():
-            if scaled() is root:
-                self._observe(loss)
+        for made in _scaled.values():
+            if made is not None and made[0]() is root:
+                self._observe(made[1])
                 return
         if _scaled:
             # A sum or a part of what a GradScaler has made, of which nobody knows the factor.
@@ -87,10 +87,6 @@ def _note_pass(watch: weakref.ref[ModuleLossWatch], gradient: Tensor) -> None:
         told.num_passes += 1
 
 
-def _nothing() -> None:
-    return None
-
-
 def _look_at_scalers() -> None:
     """What a GradScaler makes of a loss says nothing of the loss once its factor has changed."""
     if _original:
@@ -102,8 +98,8 @@ def _look_at_scalers() -> None:
         scaled = scale(scaler, outputs)
         if scaled is not outputs:
             # Of several losses none is known: a pass may begin at any sum of them.
-            one = isinstance(outputs, Tensor)
-            _scaled[scaler] = weakref.ref(scaled) if one else _nothing, outputs.detach() if one else torch.tensor(0.0)
+            is_one = isinstance(outputs, Tensor)
+            _scaled[scaler] = (weakref.ref(scaled), outputs.detach()) if is_one else None
         return scaled
 
     setattr(torch.amp.GradScaler, "scale", scale_and_remember)  # noqa: B010
