@@ -33,6 +33,7 @@ from prometheus_client import CollectorRegistry
 
 from benchmarks.tcp_peer import TcpClient, serve_tcp
 from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service.access.callers import callers_of
 from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorAnswer, PredictorRequest
@@ -118,7 +119,6 @@ def serve(case: Case, folder: Path) -> None:
         device=None,
         nowcast_timeout_s=100.0,
         session_timeout_s=1000.0,
-        token=None,
         tls=None,
     )
     listener = socket.create_server(("127.0.0.1", 0))
@@ -131,7 +131,7 @@ def serve(case: Case, folder: Path) -> None:
 async def _serve_grpc(config: ServiceConfig, kind: str, peer_port: int) -> None:
     store = HistoryStore(config.history_dir, config.history_budget_bytes)
     servicer = Servicer(config, store, CopyEngines(), ServiceMetrics(CollectorRegistry()), version="bench")
-    server, port = create_server(servicer, 0)
+    server, port = create_server(servicer, callers_of(config), 0)
     servicer.handover.start()
     await server.start()
     bulk_port = port if kind == "aio" else _serve_in_threads(servicer, asyncio.get_running_loop())

@@ -18,9 +18,11 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 import ray
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from sidecast.errors import ConfigError, SidecastError, one_line
+from sidecast.nowcaster_service.access.callers import callers_of
+from sidecast.nowcaster_service.access.scraping import serve_metrics
 from sidecast.nowcaster_service.config import ServiceConfig, host_and_port
 from sidecast.nowcaster_service.engine_pool import DividedRunner
 from sidecast.nowcaster_service.errors import AddressError, EngineGoneError, ServiceLostError
@@ -214,30 +216,23 @@ class IngressActor:
             is_restart = ray.get_runtime_context().was_current_actor_reconstructed
         bind = partial(_until_free, deadline_s=math.inf if is_restart else time.monotonic() + FIRST_BIND_S)
         metrics = ServiceMetrics(CollectorRegistry())
-        if config.metrics_port is not None:
-            await bind(lambda: _serve_metrics(config, metrics.registry))
         # One thread: what is removed is removed in order, and all runs go on meanwhile.
         remover = ThreadPoolExecutor(1, thread_name_prefix="remover")
         self._store = store = HistoryStore(
             config.history_dir, config.history_budget_bytes, LOCK_TIMEOUT_S, remove=remover.submit
         )
         servicer = Servicer(config, store, self._engines, metrics, version=version("sidecast"))
-        server, port = await bind(lambda: create_server(servicer, config.port))
+        callers = callers_of(config)
+        metrics_port = config.metrics_port
+        if metrics_port is not None:
+            visible_runs = servicer.sessions.visible_runs
+            await bind(lambda: serve_metrics(config, metrics.registry, callers, visible_runs, metrics_port))
+        server, port = await bind(lambda: create_server(servicer, callers, config.port))
         servicer.handover.start()
         await server.start()
         self._server = server
         self._started.set_result(port)
         return servicer
-
-
-def _serve_metrics(config: ServiceConfig, registry: CollectorRegistry) -> None:
-    assert config.metrics_port is not None
-    try:
-        start_http_server(config.metrics_port, addr=config.host, registry=registry)
-    except OSError as error:
-        raise AddressError(
-            f"cannot serve metrics at {config.host}:{config.metrics_port}: {error.strerror} (--metrics-port)"
-        ) from error
 
 
 async def _until_free(listen: Callable[[], T], deadline_s: float) -> T:

@@ -6,7 +6,6 @@ import ipaddress
 import os
 import secrets
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from sidecast.errors import ConfigError
@@ -17,6 +16,7 @@ MIN_CHUNK_BYTES = 64 << 10
 MAX_PORT = 65_535
 # gRPC's default limit for a received message is 4 MiB; a chunk's key and framing need room below it.
 MAX_CHUNK_BYTES = (4 << 20) - (64 << 10)
+TOKEN_OPTION, TENANTS_OPTION = "--token-file", "--tenants-file"
 
 
 def read_file(option: str, path: Path) -> bytes:
@@ -49,6 +49,12 @@ class TlsFiles:
 
     certificate: Path = field(metadata=option("--tls-cert", "PEM certificate; needed off loopback", kind=Path))
     private_key: Path = field(metadata=option("--tls-key", "PEM private key; needed off loopback", kind=Path))
+    client_authority: Path | None = field(
+        default=None,
+        metadata=option(
+            "--tls-client-ca", "PEM certificate of the authority that must have signed every client's", kind=Path
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,28 +142,39 @@ class ServiceConfig:
             "--session-timeout-s", "runs that nobody uses or watches for so long are forgotten", kind=float
         ),
     )
-    token: str | None = field(
+    token_file: Path | None = field(
         default=None,
         metadata=option(
-            "--token-file",
-            "file holding the shared secret that clients must send; needed off loopback",
+            TOKEN_OPTION,
+            f"file holding the shared secret that clients must send; this or {TENANTS_OPTION} is needed off loopback",
             kind=Path,
-            read=partial(read_token, "--token-file"),
+            # The ingress may run in another folder.
+            read=Path.resolve,
+        ),
+    )
+    tenants_file: Path | None = field(
+        default=None,
+        metadata=option(
+            TENANTS_OPTION,
+            "file of tenants, who see none but their own runs: lines of a name and the SHA-256 digest of a token",
+            kind=Path,
+            read=Path.resolve,
         ),
     )
     tls: TlsFiles | None = None
 
     def __post_init__(self) -> None:
-        if not is_loopback(self.host) and (self.tls is None or self.token is None):
+        if self.token_file is not None and self.tenants_file is not None:
+            raise ConfigError(f"{TOKEN_OPTION} and {TENANTS_OPTION} are both given; allowed: one of them")
+        has_tokens = self.token_file is not None or self.tenants_file is not None
+        if not is_loopback(self.host) and (self.tls is None or not has_tokens):
             raise ConfigError(
-                f"--host {self.host} is reachable from other machines: --tls-cert, --tls-key and --token-file "
-                "are required (only loopback addresses may do without)"
+                f"--host {self.host} is reachable from other machines: --tls-cert, --tls-key and {TOKEN_OPTION} or "
+                f"{TENANTS_OPTION} are required (only loopback addresses may do without)"
             )
         for name, port in (("--port", self.port), ("--metrics-port", self.metrics_port)):
             if port is not None and not 0 < port <= MAX_PORT:
                 raise ConfigError(f"{name} is {port}; allowed: 1 to {MAX_PORT}")
-        if self.token == "":
-            raise ConfigError("--token-file holds an empty token; it must hold the shared secret")
         if not MIN_CHUNK_BYTES <= self.chunk_bytes <= MAX_CHUNK_BYTES:
             raise ConfigError(
                 f"chunk size is {self.chunk_bytes} bytes; allowed: {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES}"
@@ -191,8 +208,13 @@ class ServiceConfig:
         if self.weights is not None and not self.weights.is_file():
             raise ConfigError(f"--weights {self.weights} is not a file")
         if self.tls is not None:
-            for option, path in (("--tls-cert", self.tls.certificate), ("--tls-key", self.tls.private_key)):
-                read_file(option, path)
+            for option, path in (
+                ("--tls-cert", self.tls.certificate),
+                ("--tls-key", self.tls.private_key),
+                ("--tls-client-ca", self.tls.client_authority),
+            ):
+                if path is not None:
+                    read_file(option, path)
 
 
 def default_engine_gpus(device: str | None) -> float:

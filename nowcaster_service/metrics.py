@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+RUN_LABEL = "run_id"
 NOWCAST_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300)
 SNAPSHOT_STATES = ("committed", "aborted")
 PREDICTION_RESULTS = ("published", "failed")
@@ -23,48 +24,50 @@ class ServiceMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.sessions = Gauge("sidecast_service_sessions", "Open sessions", registry=registry)
-        self.ranks = Gauge("sidecast_service_ranks", "Ranks that have joined", ["run_id"], registry=registry)
+        self.ranks = Gauge("sidecast_service_ranks", "Ranks that have joined", [RUN_LABEL], registry=registry)
         self.history_bytes = Gauge("sidecast_service_history_bytes", "Bytes of history in use", registry=registry)
         self.history_budget_bytes = Gauge(
             "sidecast_service_history_budget_bytes", "Bytes of history allowed", registry=registry
         )
         self.received_bytes = Counter(
-            "sidecast_service_received_bytes", "Snapshot bytes received", ["run_id"], registry=registry
+            "sidecast_service_received_bytes", "Snapshot bytes received", [RUN_LABEL], registry=registry
         )
-        self.sent_bytes = Counter("sidecast_service_sent_bytes", "Prediction bytes sent", ["run_id"], registry=registry)
+        self.sent_bytes = Counter(
+            "sidecast_service_sent_bytes", "Prediction bytes sent", [RUN_LABEL], registry=registry
+        )
         self.snapshots = Counter(
             "sidecast_service_snapshots",
             "Snapshots by how they ended: committed, aborted",
-            ["run_id", "state"],
+            [RUN_LABEL, "state"],
             registry=registry,
         )
         self.predictions = Counter(
             "sidecast_service_predictions",
             "Nowcasts by result: published, failed",
-            ["run_id", "result"],
+            [RUN_LABEL, "result"],
             registry=registry,
         )
         self.jumps = Counter(
             "sidecast_service_jumps",
             "What runs did with predictions: applied, accepted, rolled_back, rejected",
-            ["run_id", "outcome"],
+            [RUN_LABEL, "outcome"],
             registry=registry,
         )
         self.nowcast_seconds = Histogram(
             "sidecast_service_nowcast_seconds",
             "An engine's time for one prediction and its checks",
-            ["run_id", "predictor"],
+            [RUN_LABEL, "predictor"],
             buckets=NOWCAST_BUCKETS_S,
             registry=registry,
         )
         self.relative_norm = Gauge(
             "sidecast_service_jump_relative_norm",
             "Norm of the newest jump relative to the parameters'",
-            ["run_id"],
+            [RUN_LABEL],
             registry=registry,
         )
         self.snapshot_step = Gauge(
-            "sidecast_service_snapshot_step", "Step of the newest committed snapshot", ["run_id"], registry=registry
+            "sidecast_service_snapshot_step", "Step of the newest committed snapshot", [RUN_LABEL], registry=registry
         )
         self.refused = Counter(
             "sidecast_service_refused", "Refused calls by gRPC status", ["status"], registry=registry
@@ -96,4 +99,4 @@ class ServiceMetrics:
     def forget_run(self, run_id: str) -> None:
         """Drops the series of a run that is over, so that a long-lived service does not collect them."""
         for metric in self._of_a_run:
-            metric.remove_by_labels({"run_id": run_id})
+            metric.remove_by_labels({RUN_LABEL: run_id})

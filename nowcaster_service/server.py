@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import Message
 
-from sidecast.errors import SidecastError
+from sidecast.errors import ConfigError, SidecastError
+from sidecast.nowcaster_service.access.callers import Caller, Callers
 from sidecast.nowcaster_service.access.health import HEALTH_CHECK, NOT_SERVING, SERVING, asks_for
 from sidecast.nowcaster_service.access.rarely import Rarely
 from sidecast.nowcaster_service.access.reading import MAX_MESSAGE_BYTES, reader_of
-from sidecast.nowcaster_service.config import host_and_port
+from sidecast.nowcaster_service.config import TlsFiles, host_and_port, read_file
 from sidecast.nowcaster_service.errors import AddressError, MalformedError, ServiceError, UnauthenticatedError
 from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.protos import nowcast_pb2 as pb
@@ -31,15 +32,17 @@ KEEPALIVE_MS = 60_000
 MAX_CALLS = 1 << 15
 MAX_REFUSAL_CHARACTERS = 2_000
 FAILURE_LOG_INTERVAL_S = 60.0
+NO_TOKEN = "the call carries no token, or a wrong one"
 
 
 def create_server(
-    servicer: Servicer, port: int, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+    servicer: Servicer, callers: Callers, port: int, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
 ) -> tuple[grpc.aio.Server, int]:
     """Binds a server on the running event loop; it is not started yet.
 
     Args:
         servicer: Answers the calls; its settings name host and encryption.
+        callers: Whose calls are answered.
         port: Where to listen; 0 picks a free port.
         interceptors: Between the wire and the servicer.
 
@@ -48,6 +51,7 @@ def create_server(
 
     Raises:
         AddressError: The port is in use, or the address is not this host's.
+        ConfigError: A file of certificates or keys cannot be read.
     """
     config = servicer.config
     server = grpc.aio.server(
@@ -64,17 +68,39 @@ def create_server(
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ],
     )
-    server.add_generic_rpc_handlers((GrpcFace(servicer),))
+    server.add_generic_rpc_handlers((GrpcFace(servicer, callers),))
     address = host_and_port(config.host, port)
     try:
         if config.tls is None:
             return server, server.add_insecure_port(address)
-        pair = (config.tls.private_key.read_bytes(), config.tls.certificate.read_bytes())
-        return server, server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        return server, server.add_secure_port(address, _credentials(config.tls))
     except RuntimeError as error:
         raise AddressError(
             f"cannot listen at {address}: the port is in use, or the address is not this host's (--host, --port)"
         ) from error
+
+
+def _credentials(files: TlsFiles) -> grpc.ServerCredentials:
+    """A certificate that may be replaced: every handshake is made with what the files hold then."""
+
+    def read() -> grpc.ServerCertificateConfiguration:
+        authority = files.client_authority
+        return grpc.ssl_server_certificate_configuration(
+            [(read_file("--tls-key", files.private_key), read_file("--tls-cert", files.certificate))],
+            None if authority is None else read_file("--tls-client-ca", authority),
+        )
+
+    latest = read()
+
+    def read_again() -> grpc.ServerCertificateConfiguration:
+        nonlocal latest
+        try:
+            latest = read()
+        except ConfigError as error:
+            log.warning("%s; what it held before holds", error)
+        return latest
+
+    return grpc.dynamic_ssl_server_credentials(latest, read_again, files.client_authority is not None)
 
 
 class GrpcFace(grpc.GenericRpcHandler):
@@ -82,10 +108,12 @@ class GrpcFace(grpc.GenericRpcHandler):
 
     Args:
         servicer: Answers the calls.
+        callers: Whose calls are answered.
     """
 
-    def __init__(self, servicer: Servicer) -> None:
+    def __init__(self, servicer: Servicer, callers: Callers) -> None:
         self._servicer = servicer
+        self._callers = callers
         self._failures = Rarely(FAILURE_LOG_INTERVAL_S)
         unary, feed, stream = (
             grpc.unary_unary_rpc_method_handler,
@@ -113,14 +141,18 @@ class GrpcFace(grpc.GenericRpcHandler):
         if handler_call_details.method == HEALTH_CHECK:
             return self._health
         method = self._methods.get(handler_call_details.method)
-        return method if method is None or self._is_authorized(handler_call_details) else self._refusing
+        return method if method is None or self._caller(handler_call_details) else self._refusing
 
-    def _is_authorized(self, call: grpc.HandlerCallDetails) -> bool:
-        token = self._servicer.config.token
-        # In constant time: the time of a plain comparison tells how much of a guess is right.
-        return token is None or hmac.compare_digest(
-            _metadata(call, AUTHORIZATION_KEY).encode(), f"Bearer {token}".encode()
-        )
+    def _caller(self, call: Any) -> Caller | None:
+        caller = self._callers.caller(_metadata(call, AUTHORIZATION_KEY))
+        return caller and replace(caller, secret=_metadata(call, RUN_SECRET_KEY))
+
+    def _require_caller(self, context: grpc.aio.ServicerContext) -> Caller:
+        caller = self._caller(context)
+        if caller is None:
+            # The token was good when the call began.
+            raise UnauthenticatedError(NO_TOKEN)
+        return caller
 
     async def _check_health(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         if not asks_for(request, SERVICE_NAME):
@@ -128,7 +160,7 @@ class GrpcFace(grpc.GenericRpcHandler):
         return NOT_SERVING if self._servicer.engines_fault else SERVING
 
     async def _refuse_unauthenticated(self, _: Any, context: grpc.aio.ServicerContext) -> None:
-        await self._refuse(context, UnauthenticatedError("the call carries no token, or a wrong one"))
+        await self._refuse(context, UnauthenticatedError(NO_TOKEN))
 
     async def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
         kind, message = RefusalKind.FAILED, "the call failed; the service's log says how"
@@ -151,31 +183,33 @@ class GrpcFace(grpc.GenericRpcHandler):
         if num_unsaid is not None:
             log.error("a call failed, and %d like it since this was last said", num_unsaid, exc_info=error)
 
-    def _answering(self, method: Callable[[Any, str], Awaitable[Message]]) -> Callable[..., Awaitable[Message]]:
+    def _answering(self, method: Callable[[Any, Caller], Awaitable[Message]]) -> Callable[..., Awaitable[Message]]:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> Message:
             try:
-                return await method(_read(request), _secret(context))
+                return await method(_read(request), self._require_caller(context))
             except Exception as error:
                 await self._refuse(context, error)
 
         return call
 
     def _feeding(
-        self, method: Callable[[AsyncIterator[Any], str], Awaitable[Message]]
+        self, method: Callable[[AsyncIterator[Any], Caller], Awaitable[Message]]
     ) -> Callable[..., Awaitable[Message]]:
         async def call(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Message:
             try:
-                return await method((_read(request) async for request in requests), _secret(context))
+                return await method((_read(request) async for request in requests), self._require_caller(context))
             except Exception as error:
                 await self._refuse(context, error)
 
         return call
 
-    def _streaming(self, method: Callable[[Any, str], AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
+    def _streaming(
+        self, method: Callable[[Any, Caller], AsyncGenerator[Any, None]]
+    ) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             try:
                 # Closed at once when the client goes away, so that a fetch does not pin its vector until collected.
-                async with aclosing(method(_read(request), _secret(context))) as messages:
+                async with aclosing(method(_read(request), self._require_caller(context))) as messages:
                     async for message in messages:
                         yield message
             except Exception as error:
@@ -189,10 +223,6 @@ def _read(request: Any) -> Any:
     if isinstance(request, MalformedError):
         raise request
     return request
-
-
-def _secret(context: grpc.aio.ServicerContext) -> str:
-    return _metadata(context, RUN_SECRET_KEY)
 
 
 def _metadata(call: Any, key: str) -> str:

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any, Protocol
 from zlib import crc32
 
+from sidecast.nowcaster_service.access.callers import ANYBODY, Caller
 from sidecast.nowcaster_service.access.owner import check_secret
 from sidecast.nowcaster_service.admission import PredictorChecks, admit
 from sidecast.nowcaster_service.config import MAX_CHUNK_BYTES, ServiceConfig
@@ -95,20 +96,20 @@ class Servicer:
         """Why no nowcast can be made now; empty if they can be."""
         return self._engines.fault()
 
-    # In the order of nowcast.proto. Each call comes with the secret of the run that it is about; empty for none.
+    # In the order of nowcast.proto. Each comes with who calls, and the secret of the run that it is about.
 
-    async def open(self, request: pb.OpenRequest, secret: str = "") -> pb.OpenReply:
+    async def open(self, request: pb.OpenRequest, caller: Caller = ANYBODY) -> pb.OpenReply:
         fault = version_fault("trainer", request.protocol_version)
         if fault:
             raise IncompatibleError(fault)
-        check_secret(secret, request.protocol_version)
-        self.sessions.require_owner(request, secret)
+        check_secret(caller.secret, request.protocol_version)
+        self.sessions.require_owner(request, caller)
         if self.sessions.find(request.session_id) is None:
             settings = await self._admitted(request)
-            await self.sessions.kept.examine(request, secret)
+            await self.sessions.kept.examine(request, caller.secret)
             # A client that gave up waiting and asked again may have been faster.
             if self.sessions.find(request.session_id) is None:
-                pending = self.sessions.begin(settings, request, secret)
+                pending = self.sessions.begin(settings, request, caller)
                 if pending is not None:
                     self._dispatcher.start(*pending)
         return pb.OpenReply(chunk_bytes=self.config.chunk_bytes, protocol_version=request.protocol_version)
@@ -127,47 +128,47 @@ class Servicer:
             await self._engines.replace()
             raise SaturatedError(f"predictor {request.predictor} took longer than {limit_s:g} s to set up") from None
 
-    async def join(self, request: pb.JoinRequest, secret: str = "") -> pb.JoinReply:
-        session = self.sessions.get_for(request.session_id, secret)
+    async def join(self, request: pb.JoinRequest, caller: Caller = ANYBODY) -> pb.JoinReply:
+        session = self.sessions.get_for(request.session_id, caller)
         session.join(request.rank, _shards(request.upload_shards), _shards(request.fetch_shards))
         self.metrics.ranks.labels(session.settings.run_id).set(session.num_joined)
         path, ticket = self.handover.issue(request.session_id, request.rank)
         return pb.JoinReply(chunk_bytes=self.config.chunk_bytes, local_socket=path, local_ticket=ticket)
 
-    async def upload(self, frames: AsyncIterator[ChunkFrame], secret: str = "") -> pb.UploadReply:
+    async def upload(self, frames: AsyncIterator[ChunkFrame], caller: Caller = ANYBODY) -> pb.UploadReply:
         async for frame in frames:
             if frame.shared_bytes > MAX_CHUNK_BYTES:
                 # Its checksum is computed on the event loop.
                 raise MalformedError(
                     f"a chunk refers to {frame.shared_bytes} bytes of shared memory; allowed: {MAX_CHUNK_BYTES}"
                 )
-            session = self.sessions.get_for(frame.key.session_id, secret)
+            session = self.sessions.get_for(frame.key.session_id, caller)
             session.receive(frame)
             num_bytes = frame.shared_bytes or len(frame.data)
             self.metrics.received_bytes.labels(session.settings.run_id).inc(num_bytes)
             self.metrics.history_bytes.set(self._store.used_bytes)
         return pb.UploadReply()
 
-    async def progress(self, request: pb.ProgressRequest, secret: str = "") -> pb.ProgressReply:
-        session = self.sessions.get_for(request.key.session_id, secret)
+    async def progress(self, request: pb.ProgressRequest, caller: Caller = ANYBODY) -> pb.ProgressReply:
+        session = self.sessions.get_for(request.key.session_id, caller)
         ranges = session.progress(request.key)
         return pb.ProgressReply(received=[pb.ByteRange(start=start, stop=stop) for start, stop in ranges])
 
-    async def commit(self, request: pb.CommitRequest, secret: str = "") -> pb.CommitReply:
-        session = self.sessions.get_for(request.session_id, secret)
+    async def commit(self, request: pb.CommitRequest, caller: Caller = ANYBODY) -> pb.CommitReply:
+        session = self.sessions.get_for(request.session_id, caller)
         task = session.commit(request)
         if task is not None:
             self._dispatcher.start(session, task)
         return pb.CommitReply()
 
-    async def watch(self, request: pb.WatchRequest, secret: str = "") -> AsyncGenerator[pb.SessionEvent, None]:
-        self.sessions.get_for(request.session_id, secret)
+    async def watch(self, request: pb.WatchRequest, caller: Caller = ANYBODY) -> AsyncGenerator[pb.SessionEvent, None]:
+        self.sessions.get_for(request.session_id, caller)
         async with aclosing(self.sessions.watch(request.session_id, request.rank)) as events:
             async for event in events:
                 yield event
 
-    async def fetch(self, request: pb.FetchRequest, secret: str = "") -> AsyncGenerator[ChunkFrame, None]:
-        session = self.sessions.get_for(request.session_id, secret)
+    async def fetch(self, request: pb.FetchRequest, caller: Caller = ANYBODY) -> AsyncGenerator[ChunkFrame, None]:
+        session = self.sessions.get_for(request.session_id, caller)
         plan, prediction = session.fetch_plan(request.rank, request.version)
         task = prediction.task
         is_bf16 = request.dtype == pb.BF16
@@ -198,8 +199,8 @@ class Servicer:
                     yield ChunkFrame(key, start, crc32(data), data)
                 sent.inc(length)
 
-    async def report(self, request: pb.ReportRequest, secret: str = "") -> pb.ReportReply:
-        session = self.sessions.get_for(request.session_id, secret)
+    async def report(self, request: pb.ReportRequest, caller: Caller = ANYBODY) -> pb.ReportReply:
+        session = self.sessions.get_for(request.session_id, caller)
         outcome = _OUTCOMES.get(request.outcome)
         if outcome is None:
             raise MalformedError(f"outcome is {request.outcome}; allowed: {', '.join(_OUTCOMES.values())}")
@@ -211,7 +212,7 @@ class Servicer:
         session.begin_epoch(request.epoch)
         return pb.ReportReply()
 
-    async def status(self, request: pb.StatusRequest, secret: str = "") -> pb.StatusReply:
+    async def status(self, request: pb.StatusRequest, caller: Caller = ANYBODY) -> pb.StatusReply:
         return pb.StatusReply(
             service_version=self._version,
             uptime_seconds=self._clock() - self._started_s,
@@ -222,7 +223,7 @@ class Servicer:
             if request.without_sessions
             else [
                 pb.SessionStatus(
-                    session_id=self._shown_id(session, secret),
+                    session_id=self._shown_id(session, caller),
                     run_id=session.settings.run_id,
                     predictor=session.settings.predictor,
                     world_size=session.settings.world_size,
@@ -240,12 +241,13 @@ class Servicer:
                     idle_seconds=idle_s,
                 )
                 for session, idle_s in self.sessions.items()
+                if self.sessions.is_visible(session.settings.session_id, caller)
             ],
         )
 
-    def _shown_id(self, session: Session, secret: str) -> str:
+    def _shown_id(self, session: Session, caller: Caller) -> str:
         session_id = session.settings.session_id
-        return session_id if self.sessions.is_shown_to(session_id, secret) else ""
+        return session_id if self.sessions.is_shown_to(session_id, caller) else ""
 
 
 def _shards(messages: Any) -> tuple[ShardSpec, ...]:

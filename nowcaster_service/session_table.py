@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
 
+from sidecast.nowcaster_service.access.callers import Caller
 from sidecast.nowcaster_service.access.fetches import Fetches
 from sidecast.nowcaster_service.access.owner import Owner, announcement_digest
 from sidecast.nowcaster_service.errors import MalformedError, SaturatedError, UnknownSessionError, WrongStateError
@@ -109,22 +110,34 @@ class SessionTable:
         self._last_seen_s[session_id] = self._clock()
         return session
 
-    def get_for(self, session_id: str, secret: str) -> Session:
+    def get_for(self, session_id: str, caller: Caller) -> Session:
         """An open session, for a call that shows its run's secret.
 
         Raises:
-            ForbiddenError: The call shows another one, or none.
+            ForbiddenError: The call shows another one, or none, or is another tenant's.
             UnknownSessionError: There is no such session.
         """
         if (owner := self._owners.get(session_id)) is not None:
-            owner.require(secret)
+            owner.require(caller)
         return self.get(session_id)
 
-    def is_shown_to(self, session_id: str, secret: str) -> bool:
+    def is_shown_to(self, session_id: str, caller: Caller) -> bool:
         """Whether a call may learn a session's id: it is of no use to others once the run is protected."""
-        return self._owners[session_id].admits(secret)
+        return self._owners[session_id].admits(caller)
 
-    def require_owner(self, request: pb.OpenRequest, secret: str) -> None:
+    def is_visible(self, session_id: str, caller: Caller) -> bool:
+        """Whether a call may learn that there is such a session."""
+        return caller.sees(self._owners[session_id].tenant)
+
+    def visible_runs(self, caller: Caller) -> set[str]:
+        """Names of the runs that a caller may learn of; may be called from any thread."""
+        return {
+            session.settings.run_id
+            for session_id, session in list(self._sessions.items())
+            if (owner := self._owners.get(session_id)) is not None and caller.sees(owner.tenant)
+        }
+
+    def require_owner(self, request: pb.OpenRequest, caller: Caller) -> None:
         """Refuses to open a session of a run that is somebody else's.
 
         Raises:
@@ -133,10 +146,10 @@ class SessionTable:
         """
         for session_id, session in self._sessions.items():
             if session_id == request.session_id or session.settings.run_id == request.run_id:
-                self._owners[session_id].require(secret)
+                self._owners[session_id].require(caller)
         if request.session_id in self._sessions:
             self._owners[request.session_id].require_same(request)
-        self.kept.require_owner(request, secret)
+        self.kept.require_owner(request, caller.secret)
 
     def items(self) -> Iterator[tuple[Session, float]]:
         """Every session with the seconds since it was used."""
@@ -149,7 +162,7 @@ class SessionTable:
     # --- from its beginning to its end
 
     def begin(
-        self, settings: SessionSettings, request: pb.OpenRequest, secret: str
+        self, settings: SessionSettings, request: pb.OpenRequest, caller: Caller
     ) -> tuple[Session, NowcastTask] | None:
         """Opens a session; an earlier one of its run ends, and hands over what a resume may keep.
 
@@ -164,7 +177,7 @@ class SessionTable:
             ForbiddenError: The run is somebody else's.
         """
         self.expire()
-        self.require_owner(request, secret)
+        self.require_owner(request, caller)
         self._make_room(settings)
         earlier = [session for session in self._sessions.values() if session.settings.run_id == settings.run_id]
         session_id, run_id = settings.session_id, settings.run_id
@@ -173,7 +186,7 @@ class SessionTable:
             self._folders[run_id] = RunFolder(self._store, taken.folder or self._store.new_folder(folder_name(run_id)))
         folder = self._folders[run_id]
         ended = self._supersede(taken, earlier, session_id)
-        recorder = recorder_of(folder, settings, request, secret, ended) if secret else None
+        recorder = recorder_of(folder, settings, request, caller.secret, ended) if caller.secret else None
         session = Session(settings, folder, lambda event: self._on_event(session_id, event), recorder)
         pending = None
         if taken.found is not None:
@@ -188,7 +201,7 @@ class SessionTable:
         for superseded in earlier:
             self._end(superseded.settings.session_id)
         self._sessions[session_id] = session
-        self._owners[session_id] = Owner(request, secret)
+        self._owners[session_id] = Owner(request, caller)
         self._last_seen_s[session_id] = self._clock()
         self._metrics.sessions.set(len(self._sessions))
         self._metrics.history_bytes.set(self._store.used_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 
+from sidecast.nowcaster_service.access.callers import Caller
 from sidecast.nowcaster_service.errors import ForbiddenError, MalformedError
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.transport import MAX_RUN_SECRET_CHARACTERS, MIN_RUN_SECRET_CHARACTERS
@@ -31,26 +32,33 @@ class Owner:
 
     Args:
         request: The announcement.
-        secret: That came with it; empty for a run that is not protected, as of older trainers.
+        caller: Who made it; without a secret for a run that is not protected, as of older trainers.
+
+    Attributes:
+        tenant: Whose run it is; empty where there are no tenants.
     """
 
-    def __init__(self, request: pb.OpenRequest, secret: str) -> None:
+    def __init__(self, request: pb.OpenRequest, caller: Caller) -> None:
         self._opened = _without_model(request)
-        self._digest = _digest(secret) if secret else b""
+        self._digest = _digest(caller.secret) if caller.secret else b""
+        self.tenant = caller.tenant
 
-    def admits(self, secret: str) -> bool:
-        """Whether a call with this secret may act for the run."""
+    def admits(self, caller: Caller) -> bool:
+        """Whether a call may act for the run."""
         # In constant time: the time of a plain comparison tells how much of a guess is right.
-        return not self._digest or hmac.compare_digest(_digest(secret), self._digest)
+        has_secret = not self._digest or hmac.compare_digest(_digest(caller.secret), self._digest)
+        return has_secret and caller.tenant == self.tenant
 
-    def require(self, secret: str) -> None:
+    def require(self, caller: Caller) -> None:
         """Refuses a call that may not act for the run.
 
         Raises:
-            ForbiddenError: It carries another secret, or none.
+            ForbiddenError: It is another tenant's, or carries another secret, or none.
         """
-        if not self.admits(secret):
-            given = "another secret" if secret else "no secret"
+        if caller.tenant != self.tenant:
+            raise ForbiddenError(f"run {self._opened.run_id} is another tenant's")
+        if not self.admits(caller):
+            given = "another secret" if caller.secret else "no secret"
             raise ForbiddenError(f"run {self._opened.run_id} is protected; the call carries {given}")
 
     def require_same(self, request: pb.OpenRequest) -> None:

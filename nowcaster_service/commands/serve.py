@@ -24,6 +24,7 @@ import psutil
 
 from sidecast.atomic_files import replacing
 from sidecast.errors import ConfigError, SidecastError
+from sidecast.nowcaster_service.access.callers import callers_of
 from sidecast.nowcaster_service.config import MAX_PORT, ServiceConfig, TlsFiles, default_engine_gpus, require_ray_token
 from sidecast.nowcaster_service.errors import AddressError
 from sidecast.nowcaster_service.options import Option, add_options, given_settings, options_of
@@ -168,6 +169,8 @@ def service_config(args: argparse.Namespace, history_dir: Path) -> ServiceConfig
     """Turns parsed arguments into checked settings."""
     if (args.tls_cert is None) != (args.tls_key is None):
         raise ConfigError("--tls-cert and --tls-key go together; one of them is missing")
+    if args.tls_client_ca is not None and args.tls_cert is None:
+        raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
     settings = given_settings(ServiceConfig, args) | {"history_dir": history_dir}
     if args.port == 0:
         settings["port"] = _free_port(settings.get("host", ServiceConfig.host))
@@ -175,7 +178,10 @@ def service_config(args: argparse.Namespace, history_dir: Path) -> ServiceConfig
         settings["engine_gpus"] = default_engine_gpus(args.device)
     if args.tls_cert is not None:
         settings["tls"] = TlsFiles(**given_settings(TlsFiles, args))
-    return ServiceConfig(**settings)
+    config = ServiceConfig(**settings)
+    # What is wrong with a file of tokens is said before Ray takes seconds to start.
+    callers_of(config)
+    return config
 
 
 def _check_ports(config: ServiceConfig) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sidecast.errors import SidecastError
+from sidecast.errors import ConfigError, SidecastError
 from sidecast.nowcaster_service.config import ServiceConfig, read_file, read_token
 
 
@@ -20,6 +20,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("endpoint", nargs="?", default=default, help="HOST:PORT (default: %(default)s)")
     parser.add_argument("--token-file", type=Path, help="file holding the shared secret")
     parser.add_argument("--tls-ca", type=Path, help="PEM certificate of the authority that signed the service's")
+    parser.add_argument("--tls-cert", type=Path, help="PEM certificate to show, where the service asks for one")
+    parser.add_argument("--tls-key", type=Path, help="its PEM private key")
     parser.add_argument("--timeout-s", type=float, default=5.0, help="how long to wait (default: %(default)s)")
     parser.set_defaults(run=run)
 
@@ -32,12 +34,16 @@ def run(args: argparse.Namespace) -> int:
 
     # Hosts often have proxies for the web, which cannot carry this. And a list of many sessions is long.
     options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
+    if (args.tls_cert is None) != (args.tls_key is None) or (args.tls_cert is not None and args.tls_ca is None):
+        raise ConfigError("--tls-cert and --tls-key go together, and with --tls-ca; one of them is missing")
     if args.tls_ca is None:
         channel = grpc.insecure_channel(args.endpoint, options)
     else:
-        channel = grpc.secure_channel(
-            args.endpoint, grpc.ssl_channel_credentials(read_file("--tls-ca", args.tls_ca)), options
+        authority, key, certificate = (
+            None if path is None else read_file(option, path)
+            for option, path in (("--tls-ca", args.tls_ca), ("--tls-key", args.tls_key), ("--tls-cert", args.tls_cert))
         )
+        channel = grpc.secure_channel(args.endpoint, grpc.ssl_channel_credentials(authority, key, certificate), options)
     metadata = []
     if args.token_file is not None:
         metadata.append(("authorization", f"Bearer {read_token('--token-file', args.token_file)}"))

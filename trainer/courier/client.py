@@ -91,7 +91,10 @@ class NowcastClient:
         config = self._config
         if config.tls_ca is None:
             return grpc.insecure_channel(config.endpoint, self._options)
-        credentials = grpc.ssl_channel_credentials(Path(config.tls_ca).read_bytes())
+        key, certificate = (
+            None if path is None else Path(path).read_bytes() for path in (config.tls_key, config.tls_cert)
+        )
+        credentials = grpc.ssl_channel_credentials(Path(config.tls_ca).read_bytes(), key, certificate)
         return grpc.secure_channel(config.endpoint, credentials, self._options)
 
     def close(self) -> None:

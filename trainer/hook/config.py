@@ -142,6 +142,10 @@ class NowcasterConfig:
     """File with the service's shared secret."""
     tls_ca: str | None = None
     """PEM certificate of the authority that signed the service's; needed off loopback."""
+    tls_cert: str | None = None
+    """PEM certificate that the service is shown, where it asks for one (``sidecast serve --tls-client-ca``)."""
+    tls_key: str | None = None
+    """PEM private key of ``tls_cert``."""
     wire_dtype: Literal["fp32", "bf16_delta"] = "fp32"
     """``bf16_delta``: after a first snapshot in fp32, changes travel in bf16, rounding errors in the next one, and
     predictions too: about half the traffic, for 4 bytes of memory per uploaded parameter."""
@@ -275,8 +279,12 @@ class NowcasterConfig:
         is_port = self.metrics_port is None or 0 <= self.metrics_port <= MAX_PORT
         check("metrics_port", self.metrics_port, is_port, f"0 to {MAX_PORT}, or null")
         # The courier reads them; here their absence is one line instead of a courier that dies again and again.
-        for name, path in (("token_file", self.token_file), ("tls_ca", self.tls_ca)):
+        for name in ("token_file", "tls_ca", "tls_cert", "tls_key"):
+            path = getattr(self, name)
             check(name, path, path is None or Path(path).is_file(), "an existing file")
+        check("tls_key", self.tls_key, (self.tls_key is None) == (self.tls_cert is None), "a file if tls_cert is one")
+        is_encrypted = self.tls_cert is None or self.tls_ca is not None
+        check("tls_ca", self.tls_ca, is_encrypted, "an existing file, since tls_cert is set")
         is_folder = self.record_dir is None or not Path(self.record_dir).exists() or Path(self.record_dir).is_dir()
         check("record_dir", self.record_dir, is_folder, "a folder")
         ladder = self.timeouts

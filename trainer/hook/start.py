@@ -157,6 +157,8 @@ def _client_settings(config: NowcasterConfig) -> ClientSettings:
         endpoint=config.endpoint,
         token_file=_absolute(config.token_file),
         tls_ca=_absolute(config.tls_ca),
+        tls_cert=_absolute(config.tls_cert),
+        tls_key=_absolute(config.tls_key),
         connect_s=config.timeouts.connect_s,
         chunk_s=config.timeouts.chunk_s,
         stream_s=config.timeouts.stream_s,

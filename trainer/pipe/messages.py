@@ -49,6 +49,8 @@ class ClientSettings:
     connect_s: float
     chunk_s: float
     stream_s: float
+    tls_cert: str | None = None
+    tls_key: str | None = None
     channels: int = 1
     max_bytes_per_s: float | None = None
 

@@ -15,6 +15,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service.access.callers import callers_of
 from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.keeping.checksums import vector_digest
 from sidecast.nowcaster_service.metrics import ServiceMetrics
@@ -111,6 +112,7 @@ class RunningService:
         engines: Who predicts, if not the fake ones.
         interceptors: Between the wire and the servicer.
         before_start: Called with the servicer before anybody can reach it.
+        token: What all clients share; none by default.
         changes: Of the settings.
     """
 
@@ -122,8 +124,12 @@ class RunningService:
         engines: Any = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         before_start: Callable[[Servicer], object] | None = None,
+        token: str | None = None,
         **changes: Any,
     ) -> None:
+        if token is not None:
+            changes["token_file"] = folder / "service-token"
+            changes["token_file"].write_text(f"{token}\n")
         self.clock = FakeClock()
         self.engines = FakeEngines() if engines is None else engines
         self._interceptors = interceptors
@@ -149,7 +155,9 @@ class RunningService:
         self.servicer = Servicer(self.config, self.store, self.engines, self.metrics, version="test", clock=self.clock)
         if self._before_start is not None:
             self._before_start(self.servicer)
-        self._server, self.port = create_server(self.servicer, self._wanted_port, self._interceptors)
+        self._server, self.port = create_server(
+            self.servicer, callers_of(self.config), self._wanted_port, self._interceptors
+        )
         self.servicer.handover.start()
         await self._server.start()
 

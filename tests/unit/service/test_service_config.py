@@ -33,7 +33,10 @@ from tests.support.services.harness import service_config
         ({"device": "tpu"}, "--device is 'tpu'; allowed: cpu, cuda"),
         ({"nowcast_timeout_s": 60.0}, r"nowcast \(60 s\) < session \(60 s\)"),
         ({"weights": Path("/nowhere")}, "--weights /nowhere is not a file"),
-        ({"token": ""}, "--token-file holds an empty token"),
+        (
+            {"token_file": Path("a"), "tenants_file": Path("b")},
+            "--token-file and --tenants-file are both given; allowed: one of them",
+        ),
     ],
 )
 def test_refusals(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -47,7 +50,11 @@ def test_refusals(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     [
         (["--tls-cert", "x"], "--tls-cert and --tls-key go together"),
         (["--tls-cert", "/no/cert", "--tls-key", "/no/key"], "--tls-cert /no/cert"),
+        (["--tls-client-ca", "/no/ca"], "--tls-client-ca needs --tls-cert and --tls-key"),
         (["--token-file", "/nowhere"], "--token-file /nowhere cannot be read: No such file"),
+        (["--token-file", "/dev/null"], "--token-file /dev/null holds no token; allowed: one line"),
+        (["--tenants-file", "/nowhere"], "--tenants-file /nowhere cannot be read: No such file"),
+        (["--tenants-file", "/dev/null"], "--tenants-file /dev/null names no tenant"),
         (["--history-gib", "nan"], "the history budget is 0 bytes"),
     ],
 )
@@ -84,7 +91,8 @@ GIVEN = {
     "--nowcast-timeout-s": ("2.5", "nowcast_timeout_s", 2.5),
     "--engines-timeout-s": ("9", "engines_timeout_s", 9.0),
     "--session-timeout-s": ("4000", "session_timeout_s", 4000.0),
-    "--token-file": ("a-file", "token", "secret"),
+    "--token-file": ("a-file", "token_file", Path("a-file")),
+    "--tenants-file": ("tenants", "tenants_file", Path("tenants")),
 }
 
 
@@ -97,19 +105,23 @@ def test_without_options_every_setting_has_its_declared_default(tmp_path: Path) 
 
 
 def test_every_setting_has_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = {"--tls-cert", "--tls-key", "--history-dir", "--port-file", "--ray-address"}
+    plain = {"--tls-cert", "--tls-key", "--tls-client-ca", "--history-dir", "--port-file", "--ray-address"}
     assert set(GIVEN) | plain == {option.flag for option in serve.OPTIONS}
     assert {name for _, name, _ in GIVEN.values()} | {"tls", "history_dir"} == {
         item.name for item in dataclasses.fields(ServiceConfig)
     }
     monkeypatch.chdir(tmp_path)
     Path("a-file").write_text("secret\n")
+    Path("tenants").write_text(f"one {'0' * 64}\n")
     for flag, (text, name, value) in GIVEN.items():
         # Engines may run in another folder.
         setting: Any = {name: value.resolve() if isinstance(value, Path) else value}
         assert parsed(tmp_path, flag, text) == ServiceConfig(history_dir=tmp_path, **setting), flag
     pair = TlsFiles(certificate=Path("a-file"), private_key=Path("a-file"))
-    assert parsed(tmp_path, "--tls-cert", "a-file", "--tls-key", "a-file").tls == pair
+    both = ("--tls-cert", "a-file", "--tls-key", "a-file")
+    assert parsed(tmp_path, *both).tls == pair
+    mutual = dataclasses.replace(pair, client_authority=Path("a-file"))
+    assert parsed(tmp_path, *both, "--tls-client-ca", "a-file").tls == mutual
 
 
 def test_port_0_is_a_free_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +139,7 @@ def test_the_help_shows_defaults_in_the_options_own_units(capsys: pytest.Capture
         "both ways (default: 1024)",
         "(default: a temporary one)",
         "given up (default: 300)",
-        "must send; needed off loopback --tls-cert",
+        "must send; this or --tenants-file is needed off loopback --tenants-file",
     ):
         assert words in text
 
