@@ -19,8 +19,9 @@ demo: $(VENV)/.installed ## train a small Llama with nowcasting and write runs/d
 
 test: lint types imports proto-check docs-check unit ## lint, types, generated code and all tests
 
+# Two files of tests at a time: most of what tests do is to start processes, and to wait for them.
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 format: $(VENV)/.installed ## ruff: mend what it can, and lay out the code
 	$(BIN)/ruff check --fix .
