@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -269,9 +270,10 @@ class Application:
     Args:
         config: Settings.
         ray_address: An existing Ray cluster, or None to start a local one that lives as long as this process.
+        ray_dir: Where a local one has its logs and sockets, with a path that is short.
     """
 
-    def __init__(self, config: ServiceConfig, ray_address: str | None = None) -> None:
+    def __init__(self, config: ServiceConfig, ray_address: str | None = None, ray_dir: Path | None = None) -> None:
         self._is_own_ray = ray_address is None
         self._engines_timeout_s = config.engines_timeout_s
         if ray_address is None:
@@ -286,6 +288,7 @@ class Application:
                 log_to_driver=True,
                 logging_level=logging.WARNING,
                 _node_ip_address="127.0.0.1",
+                _temp_dir=None if ray_dir is None else str(ray_dir),
             )
             _require_gpus(config, ray.cluster_resources().get("GPU", 0))
         else:

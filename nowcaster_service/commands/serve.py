@@ -10,11 +10,9 @@ import random
 import shutil
 import signal
 import socket
-import stat
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +23,7 @@ import psutil
 from sidecast.atomic_files import replacing
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.nowcaster_service.access.callers import callers_of
+from sidecast.nowcaster_service.commands.temporary_folders import make_temporary, remove_left
 from sidecast.nowcaster_service.config import MAX_PORT, ServiceConfig, TlsFiles, default_engine_gpus, require_ray_token
 from sidecast.nowcaster_service.errors import AddressError
 from sidecast.nowcaster_service.options import Option, add_options, given_settings, options_of
@@ -37,8 +36,10 @@ REAP_TIMEOUT_S = 5.0
 EPHEMERAL_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _EPHEMERAL_PORTS = (32_768, 60_999)
 MIN_PORT = 10_000
-HISTORY_PREFIX = "sidecast-history-"
-MIN_LEFT_S = 60.0
+HISTORY_PREFIX, RAY_PREFIX = "sidecast-history-", "sidecast-ray-"
+# Sockets lie there, whose paths the system limits to 107 bytes: no folder of the user's choice, which may be long.
+RAY_PARENT = Path("/tmp")
+MIN_LEFT_S, MIN_LEFT_LOGS_S = 60.0, 86_400.0
 VECTORS = "vectors"
 NUM_PORT_TRIES = 100
 OPTIONS = (
@@ -65,40 +66,37 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         history_dir = args.history_dir
         if history_dir is None:
-            _remove_left_histories()
-            history_dir = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix=HISTORY_PREFIX, ignore_cleanup_errors=True))
-            )
-            # Held until both processes have ended, however they do: only then may another service clear the folder.
-            FolderLock(history_dir)
+            parent = Path(tempfile.gettempdir())
+            remove_left(HISTORY_PREFIX, parent, MIN_LEFT_S, locked=(VECTORS,))
+            history_dir = make_temporary(HISTORY_PREFIX, parent)
+            stack.callback(shutil.rmtree, history_dir, ignore_errors=True)
         config = service_config(args, history_dir / VECTORS)
         _check_ports(config)
         # Another running service's folder is told of before Ray takes seconds to start; the ingress keeps the lock.
         FolderLock(config.history_dir).release()
-        return _supervise(lambda: _serve(config, args.ray_address, args.port_file), stack.close)
+        ray_dir = None
+        if args.ray_address is None:
+            remove_left(RAY_PREFIX, RAY_PARENT, MIN_LEFT_LOGS_S)
+            ray_dir = make_temporary(RAY_PREFIX, RAY_PARENT)
+
+        def clean_up(status: int) -> None:
+            stack.close()
+            if ray_dir is not None and status == 0:
+                shutil.rmtree(ray_dir, ignore_errors=True)
+
+        status = _supervise(lambda: _serve(config, args.ray_address, ray_dir, args.port_file), clean_up)
+        if ray_dir is not None and status != 0:
+            sys.stderr.write(f"sidecast: Ray's logs are in {ray_dir} for a day\n")
+        return status
 
 
-def _remove_left_histories() -> None:
-    """Removes the temporary histories of services that were killed together with their supervisors."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{HISTORY_PREFIX}*"):
-        with contextlib.suppress(ConfigError, OSError):
-            found = folder.lstat()
-            # One that is just being made is not locked yet.
-            is_old = time.time() - found.st_mtime > MIN_LEFT_S
-            if found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode) and is_old:
-                locks = [FolderLock(folder), FolderLock(folder / VECTORS)]
-                shutil.rmtree(folder, ignore_errors=True)
-                for lock in locks:
-                    lock.release()
-
-
-def _serve(config: ServiceConfig, ray_address: str | None, port_file: Path | None) -> int:
+def _serve(config: ServiceConfig, ray_address: str | None, ray_dir: Path | None, port_file: Path | None) -> int:
     if ray_address is None:
         require_ray_token()
     # Importing Ray takes seconds; wrong arguments are answered before.
     from sidecast.nowcaster_service.app import Application
 
-    application = Application(config, ray_address)
+    application = Application(config, ray_address, ray_dir)
     try:
         # Only now: Ray installs handlers of its own when it starts.
         stop = threading.Event()
@@ -119,7 +117,7 @@ def _serve(config: ServiceConfig, ray_address: str | None, port_file: Path | Non
     return 0
 
 
-def _supervise(work: Callable[[], int], clean_up: Callable[[], None]) -> int:
+def _supervise(work: Callable[[], int], clean_up: Callable[[int], None]) -> int:
     """Runs the service in a child process; whichever of the two dies, the other clears away what is left.
 
     Ray's agents outlive their parents by minutes or for ever when those are killed. Both processes are
@@ -148,7 +146,7 @@ def _supervise(work: Callable[[], int], clean_up: Callable[[], None]) -> int:
             traceback.print_exc()
         finally:
             _reap_children()
-            clean_up()
+            clean_up(status)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
@@ -158,7 +156,9 @@ def _supervise(work: Callable[[], int], clean_up: Callable[[], None]) -> int:
         _, wait_status = os.waitpid(child, 0)
     finally:
         _reap_children()
-    return abs(os.waitstatus_to_exitcode(wait_status))
+    status = abs(os.waitstatus_to_exitcode(wait_status))
+    clean_up(status)
+    return status
 
 
 def _exit(*_: object) -> NoReturn:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import tempfile
 from pathlib import Path
 
 import pytest
 
+from sidecast.errors import ConfigError
 from sidecast.nowcaster_service.commands import serve
+from sidecast.nowcaster_service.commands.temporary_folders import make_temporary, remove_left
 from sidecast.nowcaster_service.config import host_and_port
 from sidecast.nowcaster_service.vector_store import FolderLock
 
@@ -37,8 +38,7 @@ def test_addresses_of_version_6_can_be_used(monkeypatch: pytest.MonkeyPatch) -> 
     assert (host_and_port("::1", 5), host_and_port("127.0.0.1", 5)) == ("[::1]:5", "127.0.0.1:5")
 
 
-def test_only_what_nobody_uses_any_more_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_only_what_nobody_uses_any_more_is_removed(tmp_path: Path) -> None:
     folders = {}
     for name in ("left", "new", "supervised", "served", "other"):
         prefix = "" if name == "other" else serve.HISTORY_PREFIX
@@ -50,8 +50,19 @@ def test_only_what_nobody_uses_any_more_is_removed(tmp_path: Path, monkeypatch: 
     for name, folder in folders.items():
         if name != "new":
             os.utime(folder, (0, 0))
-    serve._remove_left_histories()
+    remove_left(serve.HISTORY_PREFIX, tmp_path, serve.MIN_LEFT_S, locked=(serve.VECTORS,))
     assert [name for name, folder in folders.items() if not folder.exists()] == ["left"]
     assert (folders["other"] / serve.VECTORS / "000000000.f32").exists()
     for lock in locks:
         lock.release()
+    remove_left(serve.HISTORY_PREFIX, tmp_path, 0.0, locked=(serve.VECTORS,))
+    assert [name for name, folder in folders.items() if folder.exists()] == ["other"]
+
+
+def test_a_temporary_folder_is_its_makers_until_that_ends(tmp_path: Path) -> None:
+    folder = make_temporary("ours-", tmp_path)
+    os.utime(folder, (0, 0))
+    remove_left("ours-", tmp_path, 60.0)
+    assert folder.exists()
+    with pytest.raises(ConfigError, match="in use by another running service"):
+        FolderLock(folder)

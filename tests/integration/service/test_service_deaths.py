@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ import grpc
 import psutil
 import pytest
 
+from sidecast.nowcaster_service.commands.serve import RAY_PARENT, RAY_PREFIX
 from sidecast.predictors.registry import ENTRY_POINT_GROUP
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
@@ -89,6 +92,13 @@ def process_of(service: ServiceProcess, name: str) -> psutil.Process:
     return found
 
 
+def folder_of_ray(service: ServiceProcess) -> Path:
+    """Where this service's own Ray keeps its logs and sockets."""
+    words = process_of(service, "raylet/raylet").cmdline()
+    (name,) = {found[0] for word in words if (found := re.search(rf"{RAY_PARENT}/{RAY_PREFIX}[^/,:=]+", word))}
+    return Path(name)
+
+
 def test_a_nowcast_that_hangs_and_an_engine_that_dies_cost_one_nowcast_each_at_most(
     service: ServiceProcess, gated: dict[str, Any]
 ) -> None:
@@ -125,10 +135,20 @@ def test_an_ingress_waits_for_its_port(service: ServiceProcess) -> None:
                 pause.wait(0.05)
     with connection(service) as stub:
         assert outcome(begin(stub, "later", predictor="linear")) == "published"
+    folder = folder_of_ray(service)
+    assert folder.exists()
+    assert service.stop() == 0
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("service", [("--engines-timeout-s", "5")], indirect=True)
 def test_a_service_without_ray_ends_and_says_why(service: ServiceProcess) -> None:
+    folder = folder_of_ray(service)
     process_of(service, "raylet/raylet").kill()
     assert service.process.wait(HANG_S) == 2
-    assert "and it has not come back within 5 s" in (service.history.parent / "service.log").read_text()
+    log = (service.history.parent / "service.log").read_text()
+    assert "and it has not come back within 5 s" in log
+    # Whoever wants to know why finds it.
+    assert f"Ray's logs are in {folder} for a day" in log
+    assert list(folder.glob("session_*/logs/raylet*"))
+    shutil.rmtree(folder)
