@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from sidecast.errors import ConfigError, SidecastError
-from sidecast.nowcaster_service.config import ServiceConfig, read_file, read_token
+from sidecast.nowcaster_service.config import MAX_PORT, ServiceConfig, read_file, read_token
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,6 +28,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
+    host, _, port = args.endpoint.rpartition(":")
+    if not host or not (port.isascii() and port.isdecimal() and 0 < int(port) <= MAX_PORT):
+        raise ConfigError(f"endpoint is {args.endpoint!r}; allowed: HOST:PORT")
+    # What fails is said here, once; gRPC would log it besides.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import grpc
 
     from sidecast.protos import nowcast_pb2 as pb
@@ -52,10 +58,45 @@ def run(args: argparse.Namespace) -> int:
             stub = nowcast_pb2_grpc.NowcasterStub(channel)
             reply = stub.Status(pb.StatusRequest(), timeout=args.timeout_s, metadata=metadata)
         except grpc.RpcError as error:
-            raise SidecastError(f"no answer from {args.endpoint}: {error.code().name}: {error.details()}") from error
+            raise SidecastError(explained(args.endpoint, error.code(), error.details() or "")) from error
     sys.stdout.write(render(reply))
     # So that a health check sees it: sessions are kept, and nothing comes of them.
     return 1 if reply.engines_fault else 0
+
+
+def explained(endpoint: str, code: object, details: str) -> str:
+    """What a call that failed means, for people.
+
+    Args:
+        endpoint: That was called.
+        code: gRPC's status.
+        details: What gRPC, or the service, says of it.
+    """
+    import grpc
+
+    # gRPC has one status for all that keeps a call from its service; only its words tell them apart.
+    causes = {
+        "Connection refused": "nothing listens there (is `sidecast serve` running, and on this port?)",
+        "errors resolving": "the host's name is not known here",
+        "No route to host": "no network leads there",
+        "Network is unreachable": "no network leads there",
+        "CERTIFICATE_VERIFY_FAILED": "its certificate is not of the authority in --tls-ca, or not for this host name",
+        "Peer name": "its certificate is not for this host name",
+        "CERTIFICATE_REQUIRED": "it asks for a certificate of the caller (--tls-cert, --tls-key)",
+        "WRONG_VERSION_NUMBER": "it does not speak TLS: leave --tls-ca out",
+        "Failed parsing HTTP/2": "what listens there does not speak gRPC",
+        "Socket closed": "it ended the connection: it speaks TLS (--tls-ca), or asks for a certificate (--tls-cert)",
+    }
+    if code is grpc.StatusCode.UNAVAILABLE:
+        why = next((why for words, why in causes.items() if words in details), " ".join(details.split()))
+        return f"no service can be reached at {endpoint}: {why}"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return f"no answer from {endpoint} in time: it is busy, or packets to it are dropped on the way (--timeout-s)"
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return f"{endpoint} refuses to answer: {details} (--token-file)"
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return f"what listens at {endpoint} is no nowcaster service"
+    return f"no answer from {endpoint}: {' '.join(details.split())}"
 
 
 def render(reply: object) -> str:

@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": "sidecast.commands.predict",
     "graph": "sidecast.commands.graph",
     "evaluate": "sidecast.commands.evaluate",
+    "doctor": "sidecast.commands.doctor",
 }
 
 
