@@ -25,6 +25,7 @@ from sidecast.trainer.hook.jump import require_learning_rates
 from sidecast.trainer.hook.memory_budget import rank_memory, require_room
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.replay import Replayer
+from sidecast.trainer.hook.replicas import require_equal_replicas
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.hook.training_run import TrainingRun
 from sidecast.trainer.partitions import Partition
@@ -120,6 +121,7 @@ def _agree(section: Any, run: TrainingRun, ranks: Ranks) -> tuple[NowcasterConfi
     for rank, fingerprint in enumerate(fingerprints):
         if fingerprint != fingerprints[0]:
             raise ConfigError(f"rank {rank} has other nowcaster settings, or another model, than rank 0")
+    require_equal_replicas(partition, ranks)
     return config, partition, manifest
 
 

@@ -80,6 +80,22 @@ def test_a_distributed_checkpoint_resumes_bit_for_bit_in_the_middle_of_a_probati
         assert resumed["held"] == straight["held"]
 
 
+def test_whole_models_that_differ_between_ranks_are_refused(ranks: list[dict[str, Any]]) -> None:
+    refusals = {rank["begun apart"]["refusal"] for rank in ranks}
+    (refusal,) = refusals
+    assert "parameter 'few' has other values on rank 1 than on rank 0" in refusal
+    assert "put DistributedDataParallel around the model before sidecast.attach" in refusal
+
+
+def test_whole_models_that_drift_apart_are_never_nowcasted(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        seen = rank["drifted apart"]
+        assert steps_of(seen, "applied") == []
+        rejected = steps_of(seen, "rejected")
+        assert [step for _, step, _ in rejected] == [PERIOD_STEPS, 2 * PERIOD_STEPS]
+        assert all("ranks hold other values of the same parameters" in reason for _, _, reason in rejected)
+
+
 def test_pushes_reach_bf16_models(ranks: list[dict[str, Any]]) -> None:
     first, other = (rank["pushes"] for rank in ranks)
     assert steps_of(first, "applied") == steps_of(other, "applied")

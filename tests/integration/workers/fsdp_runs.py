@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import sidecast
-from tests.integration.workers.fsdp_models import CASES, batch, build, full_weights, held, load, save, train
+from sidecast.errors import ConfigError
+from tests.integration.workers.fsdp_models import CASES, Small, batch, build, full_weights, held, load, save, train
 
 NUM_RANKS = 2
 PERIOD_STEPS = 20
@@ -58,6 +60,23 @@ def run(
         hook.close()
         seen["num_losses"] = hook.summary()["num_losses"]
     return seen | {"held": digest(held(optimizer)), "weights": digest(full_weights(model))}
+
+
+def train_apart(settings: Mapping[str, Any], *, few: int) -> dict[str, Any]:
+    """Every rank trains a whole model on its own batches, and nobody exchanges gradients."""
+    model = Small()
+    nn.init.constant_(model.few, few)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2.0**-6)
+    try:
+        sidecast.attach(model, optimizer, settings)
+    except ConfigError as error:
+        return {"refusal": str(error)}
+    events: list[Any] = []
+    hook: Any = sidecast.hook_of(model)
+    hook.add_listener(lambda event: events.append([event.kind, event.step, event.details.get("reason")]))
+    train(model, optimizer, range(NUM_STEPS), evaluates=False)
+    hook.close()
+    return {"events": events}
 
 
 def evaluate(model: Any) -> None:
@@ -110,6 +129,8 @@ def run_rank(rank: int, folder: Path, endpoint: str) -> None:
         "replicas": run("replicas", jumps),
         "pushes": run("bf16", pushes | {"push": PUSH}),
         "without pushes": run("bf16", None),
+        "begun apart": train_apart(jumps, few=rank),
+        "drifted apart": train_apart(jumps, few=0),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
     dist.barrier()
