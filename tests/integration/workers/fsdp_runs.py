@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import sys
 from collections.abc import Mapping
@@ -106,17 +107,16 @@ def digest(value: Any) -> str:
     return found.hexdigest()
 
 
+def jump_settings(endpoint: str) -> dict[str, Any]:
+    always = {"endpoint": endpoint, "require": True, "mode": "sync"}
+    return always | {"period_steps": PERIOD_STEPS, "max_relative_norm": 1e3}
+
+
 def run_rank(rank: int, folder: Path, endpoint: str) -> None:
     """All runs of one rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=NUM_RANKS)
-    jumps = {
-        "endpoint": endpoint,
-        "require": True,
-        "mode": "sync",
-        "period_steps": PERIOD_STEPS,
-        "max_relative_norm": 1e3,
-    }
+    jumps = jump_settings(endpoint)
     pushes = {"endpoint": endpoint, "require": True, "mode": "sync", "policy": "push"}
     checkpoint = folder / "checkpoint"
     seen = {
@@ -126,6 +126,8 @@ def run_rank(rank: int, folder: Path, endpoint: str) -> None:
         "jumps": run("gathered", jumps),
         "saved": run("gathered", jumps, num_steps=SAVE_STEP, save_to=checkpoint),
         "resumed": run("gathered", jumps, load_from=checkpoint),
+        # Of a run that nobody else goes on with: its service keeps what a window needs, and nothing of longer ago.
+        "saved for one": run("gathered", jumps, num_steps=SAVE_STEP, save_to=folder / "for-one"),
         "replicas": run("replicas", jumps),
         "pushes": run("bf16", pushes | {"push": PUSH}),
         "without pushes": run("bf16", None),
@@ -137,15 +139,31 @@ def run_rank(rank: int, folder: Path, endpoint: str) -> None:
     dist.destroy_process_group()
 
 
+def run_alone(folder: Path, endpoint: str) -> None:
+    """One rank goes on from the checkpoint of two."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-of-one", rank=0, world_size=1)
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("sidecast").addHandler(handler)
+    seen = run("gathered", jump_settings(endpoint), load_from=folder / "for-one")
+    (folder / "alone.json").write_text(json.dumps(seen | {"warnings": warnings}))
+    dist.destroy_process_group()
+
+
 def main(folder: Path, endpoint: str) -> int:
     """Forks the ranks, as importing torch takes longer than all their runs; returns how many have failed."""
     forked = multiprocessing.get_context("fork")
     ranks = [forked.Process(target=run_rank, args=(rank, folder, endpoint)) for rank in range(NUM_RANKS)]
+    alone = forked.Process(target=run_alone, args=(folder, endpoint))
     for process in ranks:
         process.start()
     for process in ranks:
         process.join()
-    return sum(process.exitcode != 0 for process in ranks)
+    alone.start()
+    alone.join()
+    return sum(process.exitcode != 0 for process in (*ranks, alone))
 
 
 if __name__ == "__main__":
