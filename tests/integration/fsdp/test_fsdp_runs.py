@@ -73,6 +73,7 @@ def test_a_distributed_checkpoint_resumes_bit_for_bit_in_the_middle_of_a_probati
 
 
 def test_whole_models_that_differ_between_ranks_are_refused(ranks: list[dict[str, Any]]) -> None:
+    """Scripts seed each rank for itself (detr issue 297) and count on DDP to broadcast (nanoGPT issue 22)."""
     refusals = {rank["begun apart"]["refusal"] for rank in ranks}
     (refusal,) = refusals
     assert "parameter 'few' has other values on rank 1 than on rank 0" in refusal

@@ -47,6 +47,7 @@ def test_the_step_after_a_reset_is_the_first_one_of_a_new_optimizer(name: str, m
 def test_a_distributed_checkpoint_after_a_reset_loads(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Torch refuses one that lacks the state of a trained parameter (pytorch issue 192224)."""
     monkeypatch.setitem(OPTIMIZERS, name, RESET[name])
     nowcasted = Training(name, moments="reset", max_weight=1e-30, probation_steps=0)
     nowcasted.train(PERIOD_STEPS)

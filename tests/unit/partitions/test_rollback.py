@@ -222,6 +222,7 @@ def test_the_learning_rate_of_every_group_is_told() -> None:
 
 
 def test_a_step_waits_for_the_copies_that_were_begun_before_it_and_only_that_one() -> None:
+    """A hook that removes itself fails where another comes after it, as those of modules (pytorch issue 60132)."""
     optimizer, parameter = stepped_adam()
     seen: list[torch.Tensor] = []
     before = parameter.detach().clone()
