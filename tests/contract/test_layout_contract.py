@@ -200,6 +200,22 @@ def test_every_element_is_read_exactly_once(make: Make, size: tuple[str, int]) -
                 assert_same_bits(piece, flat[shard.parameter][shard.start : shard.stop])
 
 
+def test_sums_of_bits_tell_values_apart_and_are_those_of_the_whole(make: Make, size: tuple[str, int]) -> None:
+    partitions = [Partition(held.map_layout) for held in make(*size)]
+    # Whoever holds the same, has the same sums; those of all that is held add up.
+    sums = {partition.owned_shards: partition.checksums() for partition in partitions}
+    assert all(sums[partition.owned_shards] == partition.checksums() for partition in partitions)
+    whole = [int(values.view(torch.int32).sum(dtype=torch.int64)) for values in true_weights(size[0]).values()]
+    assert [sum(column) for column in zip(*sums.values(), strict=True)] == whole
+    holding = [partition for partition in partitions if partition.owned_shards]
+    assert all(partition.has_replicas == (len(sums) < len(holding)) for partition in partitions)
+    partition = holding[0]
+    delta = torch.zeros(total_elements(partition.owned_shards))
+    delta[0] = 2.0**-10
+    partition.apply(delta, 1.0)
+    assert partition.checksums() != sums[partition.owned_shards]
+
+
 def test_pieces_are_listed_as_they_lie_in_memory_so_that_neighbours_are_one_copy(
     make: Make, size: tuple[str, int]
 ) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP
-from tests.support.limits import HANG_S
+from tests.integration.workers.huggingface_runs import NUM_STEPS, PERIOD_STEPS, SAVE_STEP
+from tests.support.scripts import run_script
 from tests.support.services.harness import RunningService
 
 RUNS = Path(__file__).with_name("workers") / "ddp_runs.py"
@@ -28,17 +25,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
 
 def run(kind: str, folder: Path, endpoint: str) -> list[dict[str, Any]]:
     """Trains on all ranks; what each of them saw."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
-    ended = subprocess.run(
-        [*command, str(RUNS), kind, str(folder), endpoint],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=HANG_S,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stdout[-6000:]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
+    run_script(RUNS, kind, folder, endpoint, launcher=launcher)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(NUM_RANKS)]
 
 
@@ -55,5 +43,11 @@ def test_replicas_jump_together_and_resume_bit_for_bit(kind: str, service: Runni
     straight, resumed = first["straight"], first["resumed"]
     assert [step for event, step in straight["events"] if event == "applied"] == [PERIOD_STEPS, 2 * PERIOD_STEPS]
     assert straight["weights"] != first["plain"]["weights"]
+    if kind == "huggingface":
+        # The Trainer logs every step, and the whole at the end, on the first rank alone.
+        jumps = [step for event, step in straight["events"] if event == "applied"]
+        logged = [*range(1, NUM_STEPS + 1), NUM_STEPS]
+        assert straight["shown"] == [sum(step <= at for step in jumps) for at in logged]
+        assert other["straight"]["shown"] == []
     assert decisions(resumed) == [event for event in decisions(straight) if event[1] > SAVE_STEP]
     assert resumed["weights"] == straight["weights"]

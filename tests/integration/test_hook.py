@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sidecast.trainer.hook.vote import ANOTHER_RANK
 from tests.support.limits import HANG_S
 from tests.support.services.harness import RunningService
 
@@ -56,9 +57,9 @@ def test_votes_are_read_alike_by_all(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_a_rank_that_leaves_is_found_gone_in_whichever_round_is_next(ranks: list[dict[str, Any]]) -> None:
-    ended = [False, False]
+    ended = [False, ANOTHER_RANK]
     assert ranks[0]["departures"] == [ended, ended, 0]
-    assert ranks[1]["departures"] == [[-1, 0], ended, [3, None, False, 0], ended, 1]
+    assert ranks[1]["departures"] == [[-1, 0], ended, [3, None, ANOTHER_RANK, 0], ended, 1]
 
 
 def test_groups_that_have_ended_leave_no_descriptor_and_no_thread(ranks: list[dict[str, Any]]) -> None:

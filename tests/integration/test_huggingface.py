@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 from sidecast import NowcastCallback
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer
 from sidecast.trainer.integrations.state_files import STATE_FILE, load_state
-from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP, section, straight_and_resumed, train
-from tests.support.limits import HANG_S
+from tests.integration.workers.huggingface_runs import (
+    NUM_STEPS,
+    PERIOD_STEPS,
+    SAVE_STEP,
+    section,
+    straight_and_resumed,
+    train,
+)
+from tests.support.scripts import alone, run_script
 from tests.support.services.harness import RunningService
-from tests.support.services.process import free_port
 
 RUNS = Path(__file__).with_name("workers") / "huggingface_runs.py"
 
@@ -63,19 +67,26 @@ def test_a_resumed_run_equals_the_uninterrupted_one(service: RunningService, tmp
     assert_resumed(*straight_and_resumed(tmp_path, service.endpoint, None))
 
 
+class Hiding(Trainer):
+    """Begins its backward passes by itself."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss: torch.Tensor = self.compute_loss(model.train(), inputs)
+        loss.backward()
+        return loss.detach()
+
+
+def test_without_losses_no_jump_is_made_and_one_warning_says_so(
+    service: RunningService, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nowcasted = train(tmp_path, section(service.endpoint), trainer_class=Hiding)
+    assert len(nowcasted["losses"]) == NUM_STEPS
+    assert steps_of(nowcasted, "applied") == []
+    assert caplog.text.count("no jump is applied as long as too few losses are seen") == 1
+
+
 def test_a_resumed_deepspeed_run_equals_the_uninterrupted_one(service: RunningService, tmp_path: Path) -> None:
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    environment = {**os.environ, **alone, "MASTER_PORT": f"{free_port()}", "DS_ACCELERATOR": "cpu"}
-    ended = subprocess.run(
-        [sys.executable, str(RUNS), str(tmp_path), service.endpoint],
-        env={**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=HANG_S,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stdout[-4000:]
+    run_script(RUNS, tmp_path, service.endpoint, environment=alone())
     assert_resumed(*json.loads((tmp_path / "results.json").read_text()))
 
 
@@ -88,10 +99,18 @@ class FakeTrainer:
         self.is_deepspeed_enabled = False
         self.num_passes = 0
         self.resumed_from: Any = None
+        self.is_writing = True
+        self.logged: list[dict[str, float]] = []
         self.create_accelerator_and_postprocess()
 
     def create_accelerator_and_postprocess(self) -> None:
         self.accelerator: Any = SimpleNamespace(prepare=None, backward=self._backward)
+
+    def is_world_process_zero(self) -> bool:
+        return self.is_writing
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.logged.append(logs)
 
     def _backward(self, loss: Any) -> None:
         self.num_passes += 1
@@ -121,8 +140,19 @@ def callback(trainer: Any, seen: list[float]) -> Any:
         observe=lambda loss: seen.append(float(loss)),
         state_dict=lambda: {"step": 3},
         save_rollback_copy=lambda folder: None,
+        hook=SimpleNamespace(summary=lambda: {"num_applied": 3, "nowcast_s": [0.5]}),
     )
     return made
+
+
+def test_numbers_are_logged_with_losses_on_the_rank_that_writes(trainer: Any, callback: Any) -> None:
+    rows = [{"loss": 0.5}, {"eval_loss": 0.5}, {"train_loss": 0.5}]
+    for row in rows:
+        trainer.log(dict(row), 0.0)
+    trainer.is_writing = False
+    trainer.log(dict(rows[0]))
+    numbers = {"sidecast/num_applied": 3.0}
+    assert trainer.logged == [rows[0] | numbers, rows[1], rows[2] | numbers, rows[0]]
 
 
 @pytest.mark.parametrize("way", ["as it was", "assigned", "hyperparameter search"])

@@ -19,6 +19,8 @@ from tests.integration.workers.lightning_runs import (
     NUM_STEPS,
     PERIOD_STEPS,
     SAVE_STEP,
+    Collecting,
+    Hiding,
     Manual,
     Overflowing,
     section,
@@ -70,10 +72,19 @@ def test_scaled_losses_are_seen_as_they_are_and_skipped_steps_are_no_steps(servi
 
 
 def test_several_steps_for_each_batch_are_nowcasted_as_other_steps_are(service: RunningService) -> None:
-    module = Manual()
-    hook, seen = train_by_hand(module, section(service.endpoint))
+    module, logger = Manual(), Collecting()
+    hook, seen = train_by_hand(module, section(service.endpoint), logger=logger)
     assert hook.step == NUM_STEPS
     assert seen == module.losses
     summary = hook.summary()
     assert summary["num_staged"] == NUM_STEPS // (PERIOD_STEPS // 5)
     assert summary["num_applied"] == NUM_STEPS // PERIOD_STEPS
+    assert [row["sidecast/num_applied"] for row in logger.rows][-1] == summary["num_applied"]
+
+
+def test_without_losses_no_jump_is_made_and_one_warning_says_so(
+    service: RunningService, caplog: pytest.LogCaptureFixture
+) -> None:
+    hook, seen = train_by_hand(Hiding(), section(service.endpoint))
+    assert (seen, hook.step, hook.summary()["num_applied"]) == ([], NUM_STEPS, 0)
+    assert caplog.text.count("no jump is applied as long as too few losses are seen") == 1

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.limits import HANG_S
+from tests.support.scripts import alone, run_script
 from tests.support.services.harness import RunningService
-from tests.support.services.process import free_port
 
 RUNS = Path(__file__).with_name("workers") / "script_runs.py"
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("scripts")
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    environment = {**os.environ, **alone, "MASTER_PORT": f"{free_port()}", "DS_ACCELERATOR": "cpu"}
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scripts")
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> dict[str, Any]:
     # Somebody's modules in the working directory are not what a courier imports.
     (folder / "queue.py").write_text("raise SystemExit('not mine')\n")
     with RunningService(folder / "service") as service:
-        ended = subprocess.run(
-            [sys.executable, str(RUNS), str(folder), service.endpoint],
-            env={**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=HANG_S,
-            check=False,
-        )
-    assert ended.returncode == 0, ended.stdout[-4000:]
-    assert "courier died" not in ended.stdout
+        output = run_script(RUNS, folder, service.endpoint, environment=alone(), cwd=folder)
+    assert "courier died" not in output
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return results
 
@@ -50,7 +38,27 @@ def test_a_harmful_jump_is_undone_whatever_begins_the_backward_pass(seen: dict[s
     assert run["num_losses"] == run["num_steps"] - 1
 
 
-def test_what_was_attached_and_dropped_leaves_nothing(seen: dict[str, Any]) -> None:
-    first, *later = seen["ends"]
+def test_deepspeeds_monitor_shows_what_was_done(seen: dict[str, Any], folder: Path) -> None:
+    for kind in ("applied", "rolled_back"):
+        rows = (folder / "monitor" / f"Train_Samples_sidecast_num_{kind}.csv").read_text().split()
+        assert rows[0] == f"step,num_{kind}"
+        samples = [row.split(",")[0] for row in rows[1:] if row.endswith(",1.0")]
+        (step,) = [step for event, step in seen["torch_style"]["events"] if event == kind]
+        assert samples[0] == f"{8 * step}"
+
+
+@pytest.mark.parametrize("what", ["engines", "loops", "sharded loops"])
+def test_what_was_attached_and_dropped_leaves_nothing(seen: dict[str, Any], what: str) -> None:
+    first, *later = seen[f"ends of {what}"]
     assert first["is_gone"] == [True, True]
-    assert later == [first] * len(later)
+    assert first["backward_is_of"] != "backward_passes.py"
+    assert (first["our_objects"], first["shared_bytes"]) == ([], 0)
+    assert later == [first] * 9
+
+
+@pytest.mark.parametrize("what", ["an engine", "a loop", "a sharded loop"])
+def test_without_losses_no_jump_is_made_and_one_warning_says_so(seen: dict[str, Any], what: str) -> None:
+    run = seen[f"no losses of {what}"]
+    assert (run["num_applied"], run["num_losses"]) == (0, 0)
+    assert len(run["warnings"]) == 1
+    assert "no jump is applied as long as too few losses are seen" in run["warnings"][0]

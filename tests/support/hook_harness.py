@@ -12,7 +12,7 @@ from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.hook.messenger import ForHook, FromHook
 from sidecast.trainer.hook.slots import Slot, SlotState, has_free, take_free
-from sidecast.trainer.hook.vote import Ballot, Decision, decide
+from sidecast.trainer.hook.vote import ANOTHER_RANK, NO_VALUES, Ballot, Decision, decide
 from sidecast.trainer.pipe.buffers import SharedBuffer
 from sidecast.trainer.pipe.messages import Failed, Prediction, Snapshot
 
@@ -34,6 +34,7 @@ class FakePartition:
 
     upload_shards = owned_shards = (ShardSpec(0, 0, 2),)
     parameters = ()
+    has_replicas = False
     device = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -143,8 +144,8 @@ class OneVoter:
         assert self.ballot is not None
         return decide([self.ballot])
 
-    def confirm(self, is_ready: bool) -> bool:
-        return is_ready
+    def confirm(self, is_ready: bool, values: tuple[int, int] = NO_VALUES) -> str:
+        return "" if is_ready else ANOTHER_RANK
 
 
 def new_hook(

@@ -34,6 +34,18 @@ class Counting(torch.optim.Optimizer):
         return loss
 
 
+class CountingAround(torch.optim.SGD):
+    """Counts in its groups, and leaves the rest of its step to its parent."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.02)
+        self.param_groups[0]["k"] = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.param_groups[0]["k"] += 1
+        return super().step(closure)
+
+
 class Rateless(torch.optim.Optimizer):
     """Has no learning rate."""
 
@@ -60,6 +72,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01, momentum=0.5, centered=True),
     "nadam": lambda parameters: torch.optim.NAdam(parameters, lr=0.01),
     "counting": Counting,
+    "counting around": CountingAround,
     "lbfgs": lambda parameters: torch.optim.LBFGS(parameters, lr=0.05, max_iter=2, tolerance_change=0),
 }
 

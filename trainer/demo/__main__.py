@@ -19,6 +19,7 @@ from typing import Any
 
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.trainer.demo.children import Child, ChildFailedError, Children
+from sidecast.trainer.demo.leftovers import find_lock, free_shared_buffers
 from sidecast.trainer.job.config import load_config, parse_override
 from sidecast.trainer.job.progress import ProgressBar
 from sidecast.trainer.job.run_log import METRICS_NAME, Record, read_records
@@ -63,6 +64,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, [parse_override(text) for text in arguments.set])
     num_steps = arguments.steps if arguments.steps is not None else config.training.steps
     environment = _environment(arguments.num_ranks)
+    _note_lock(environment)
     _empty(out)
     started_s = time.monotonic()
     with Children() as children:
@@ -160,6 +162,11 @@ def _environment(num_ranks: int) -> dict[str, str]:
     return environment
 
 
+def _note_lock(environment: Mapping[str, str]) -> None:
+    if lock := find_lock(environment):
+        _say(f"training waits for whoever compiles DeepSpeed's operator; if nobody does, remove {lock}")
+
+
 def _start_service(
     children: Children, out: Path, arguments: argparse.Namespace, environment: Mapping[str, str]
 ) -> tuple[Child, str]:
@@ -217,6 +224,8 @@ def _train(
                 _say(f"training goes on without nowcasts, because {service.failure()}")
     finally:
         bar.close()
+        # They have no other name, and go on being used by whoever has them.
+        free_shared_buffers(command[command.index("--master_port") + 1])
     if child.process.wait() != 0:
         raise child.failure()
     children.end(child)

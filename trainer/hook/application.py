@@ -7,7 +7,6 @@ first prepares everything that can fail, and one blocking round confirms that al
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -19,14 +18,13 @@ from sidecast.errors import SidecastError
 from sidecast.protos.shards import total_elements
 from sidecast.trainer.hook.config import NowcasterConfig
 from sidecast.trainer.hook.jump import merge
+from sidecast.trainer.hook.replicas import replica_values, shards_digest
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
-from sidecast.trainer.hook.vote import Votes
+from sidecast.trainer.hook.vote import NO_VALUES, Votes
 from sidecast.trainer.partitions import Partition, RollbackCopy
 from sidecast.trainer.partitions.rollback import RollbackError
 
 log = logging.getLogger(__name__)
-
-ANOTHER_RANK = "another rank could not prepare for it"
 
 
 class JumpApplier:
@@ -103,7 +101,7 @@ class JumpApplier:
         Returns:
             Why no rank has jumped; empty if all have.
         """
-        reason = ""
+        reason, values = "", NO_VALUES
         try:
             self.partition.require_current()
             if self._config.moments == "reset":
@@ -112,10 +110,11 @@ class JumpApplier:
                 reason = f"the base of step {base_step}, which it would replace, is not held"
             elif self.rollback_copy is not None:
                 self.partition.capture(self.rollback_copy)
+            values = replica_values(self.partition)
         except SidecastError as error:
             reason = str(error)
-        if not self._votes.confirm(not reason):
-            return reason or ANOTHER_RANK
+        if other_reason := self._votes.confirm(not reason, values):
+            return reason or other_reason
         merge(self.partition, delta, weight, base=self._base, moments=self._config.moments)
         return ""
 
@@ -131,8 +130,8 @@ class JumpApplier:
             self.partition.require_restorable(self.rollback_copy)
         except SidecastError as error:
             reason = str(error)
-        if not self._votes.confirm(not reason):
-            return reason or ANOTHER_RANK
+        if other_reason := self._votes.confirm(not reason):
+            return reason or other_reason
         assert self.rollback_copy is not None
         self.partition.restore(self.rollback_copy)
         return ""
@@ -144,7 +143,7 @@ class JumpApplier:
             RollbackError: The copy cannot be read.
         """
         assert self.rollback_copy is not None
-        return {**self.rollback_copy.state_dict(), "shards": self._shards()}
+        return {**self.rollback_copy.state_dict(), "shards": shards_digest(self.partition)}
 
     def load_rollback_copy(self, state: Mapping[str, Any]) -> None:
         """Takes the rollback copy of a checkpoint that was saved during probation.
@@ -153,15 +152,11 @@ class JumpApplier:
             RollbackError: It is of other shards than this rank's, or does not fit.
         """
         # Some checkpoints bring what one rank has said to all, and another number of ranks cuts other shards.
-        if state.get("shards", self._shards()) != self._shards():
+        shards = shards_digest(self.partition)
+        if state.get("shards", shards) != shards:
             raise RollbackError("the copy is of other shards than this rank's")
         needed_bytes = state["buffer"].numel()
         if self.rollback_copy is None or self.rollback_copy.num_bytes < needed_bytes:
             # The run goes on with other settings, or keeps more than was assumed; the jump is judged all the same.
             self.rollback_copy = RollbackCopy.allocate(needed_bytes)
         self.rollback_copy.load_state_dict(state)
-
-    def _shards(self) -> str:
-        """A digest of what this rank applies."""
-        owned = [(shard.parameter, shard.start, shard.stop) for shard in self.partition.owned_shards]
-        return hashlib.blake2b(repr(owned).encode(), digest_size=16).hexdigest()

@@ -150,6 +150,17 @@ class Reporter:
         }
 
 
+def log_event(event: NowcastEvent) -> None:
+    """Writes one line, for whoever follows the log of a run at INFO."""
+    if log.isEnabledFor(logging.INFO):
+        details = ", ".join(f"{name} {_brief(value)}" for name, value in event.details.items())
+        log.info("step %d: %s %s%s", event.step, event.policy, event.kind, f" ({details})" if details else "")
+
+
+def _brief(value: float | int | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"
+
+
 def applied_details(held: Prediction, policy: Policy, weight: float, staleness_steps: int) -> dict[str, Any]:
     """What the event of an applied prediction tells, and what its record needs for a replay.
 

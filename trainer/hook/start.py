@@ -25,6 +25,8 @@ from sidecast.trainer.hook.jump import require_learning_rates
 from sidecast.trainer.hook.memory_budget import rank_memory, require_room
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.replay import Replayer
+from sidecast.trainer.hook.replicas import require_equal_replicas
+from sidecast.trainer.hook.reporting import log_event
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.hook.training_run import TrainingRun
 from sidecast.trainer.partitions import Partition
@@ -78,6 +80,8 @@ def _start_with(section: Any, run: TrainingRun, ranks: Ranks) -> Attachment:
     if config.replay_dir is not None:
         with ranks.refused_together():
             replayer = Replayer(Path(config.replay_dir), partition, rank=ranks.rank, step=step, on_close=ranks.close)
+        if ranks.rank == 0:
+            replayer.add_listener(log_event)
         return Attachment(run, replayer, partition, ranks)
     require_room(ranks.gather(rank_memory(config, partition)), config.max_host_memory_gib)
     session = new_session(ranks, step)
@@ -99,6 +103,8 @@ def _start_with(section: Any, run: TrainingRun, ranks: Ranks) -> Attachment:
         rollback_copy=rollback_copy,
         is_linked=is_linked,
     )
+    if ranks.rank == 0:
+        hook.add_listener(log_event)
     # What is dropped without having been closed; at the process's end the courier finds out by itself.
     weakref.finalize(hook, _end, courier, ranks).atexit = False
     return Attachment(run, hook, partition, ranks, courier)
@@ -120,6 +126,7 @@ def _agree(section: Any, run: TrainingRun, ranks: Ranks) -> tuple[NowcasterConfi
     for rank, fingerprint in enumerate(fingerprints):
         if fingerprint != fingerprints[0]:
             raise ConfigError(f"rank {rank} has other nowcaster settings, or another model, than rank 0")
+    require_equal_replicas(partition, ranks)
     return config, partition, manifest
 
 

@@ -21,6 +21,9 @@ import torch.distributed as dist
 
 NO_VERSION = -1
 NO_STEP = -1
+NO_VALUES = (0, 0)
+ANOTHER_RANK = "another rank could not prepare for it"
+OTHER_VALUES = "ranks hold other values of the same parameters; put DistributedDataParallel around the model"
 _FIELDS = 10
 _POLL_S = 0.005
 
@@ -139,10 +142,18 @@ class Votes(Protocol):
     def peek(self) -> Decision:
         """As ``read``, and leaves the vote to be read later."""
 
-    def confirm(self, is_ready: bool) -> bool:
-        """Whether every rank is ready to do what the last vote decided; waits for all of them.
+    def confirm(self, is_ready: bool, values: tuple[int, int] = NO_VALUES) -> str:
+        """Asks whether every rank is ready to do what the last vote decided; waits for all of them.
 
         Rare, unlike votes: once for each jump and for each rollback.
+
+        Args:
+            is_ready: Whether this one is.
+            values: What it holds, and a digest of its values, 63 bits each: who holds the same must hold the same
+                values. NO_VALUES where that is not to be compared.
+
+        Returns:
+            Why nobody may go on, the same on all ranks that are ready; empty if all may.
         """
 
 
@@ -174,8 +185,8 @@ class SoloVotes:
         assert self._ballot is not None
         return decide([self._ballot])
 
-    def confirm(self, is_ready: bool) -> bool:
-        return is_ready
+    def confirm(self, is_ready: bool, values: tuple[int, int] = NO_VALUES) -> str:
+        return "" if is_ready else ANOTHER_RANK
 
 
 class VoteBox:
@@ -204,13 +215,18 @@ class VoteBox:
         if self.left_rank is None:
             self._work = self._cast(ballot, self._rows)
 
-    def confirm(self, is_ready: bool) -> bool:
+    def confirm(self, is_ready: bool, values: tuple[int, int] = NO_VALUES) -> str:
         assert self._work is None
         if self.left_rank is not None:
-            return False
-        self._work = self._cast(Ballot(is_ready=is_ready), self._rows)
+            return ANOTHER_RANK
+        held, digest = values
+        self._work = self._cast(Ballot(is_ready=is_ready, version=held, digest=digest), self._rows)
         ballots = self._count()
-        return self.left_rank is None and all(ballot.is_ready for ballot in ballots)
+        if self.left_rank is not None or not all(ballot.is_ready for ballot in ballots):
+            return ANOTHER_RANK
+        digests: dict[int, int] = {}
+        are_equal = all(digests.setdefault(ballot.version, ballot.digest) == ballot.digest for ballot in ballots)
+        return "" if are_equal else OTHER_VALUES
 
     def read(self) -> Decision:
         return decide(self._count())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sidecast.errors import ConfigError
 from sidecast.trainer.hook.attachment import Attachment, Hook
 from sidecast.trainer.hook.start import is_disabled, start
 from sidecast.trainer.hook.training_run import TrainingRun, model_config_of
+from sidecast.trainer.integrations.loggers import log_numbers
 from sidecast.trainer.partitions.deepspeed import applied_steps, layout_of, nowcaster_section, skipped_steps, zero_stage
 from sidecast.trainer.partitions.deepspeed_losses import LossWatch
 from sidecast.trainer.partitions.trainable import TrainedNames
@@ -70,7 +72,24 @@ def put_on(engine: Any, section: Any, *, sees_losses: bool = True) -> Attachment
     attachment = start(section, _run_of(engine))
     setattr(engine, _HOOK_ATTRIBUTE, attachment.hook)
     wrap(engine, attachment, sees_losses=sees_losses)
+    if dist.get_rank() == 0 and engine.monitor.enabled:
+        log_numbers(attachment.hook, _writer_of(engine))
     return attachment
+
+
+def _writer_of(engine: Any) -> Callable[[dict[str, float]], None]:
+    """Writes where the engine itself writes of its run: whatever monitors its ds_config has."""
+    # Weakly, as the hook keeps it.
+    engine_ref = weakref.ref(engine)
+
+    def write(numbers: dict[str, float]) -> None:
+        engine = engine_ref()
+        if engine is None:
+            return
+        samples = engine.global_samples
+        engine.monitor.write_events([(f"Train/Samples/{name}", value, samples) for name, value in numbers.items()])
+
+    return write
 
 
 def _run_of(engine: Any) -> TrainingRun:

@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from sidecast.trainer.hook.attachment import Attachment
 from sidecast.trainer.hook.start import start
 from sidecast.trainer.integrations.deepspeed import put_on
+from sidecast.trainer.integrations.loggers import numbers_of
 from sidecast.trainer.integrations.replicas import replica_of
 from sidecast.trainer.integrations.settings import choose_settings
 from sidecast.trainer.integrations.state_files import load_state, save_state
@@ -29,8 +30,9 @@ class NowcastCallback(TrainerCallback):
     resumes the nowcasting, too.
 
     Losses are those given to ``accelerator.backward``, times the micro-batches of their step, so that gradient
-    accumulation does not change their scale. To see them, and the engine, it wraps ``train`` of this Trainer and
-    ``prepare`` and ``backward`` of its accelerator: add it before ``train`` is called.
+    accumulation does not change their scale. Whenever the Trainer logs a loss, it logs ``sidecast/num_applied`` and
+    more of the hook's summary with it. For all this it wraps ``train`` and ``log`` of this Trainer and ``prepare`` and
+    ``backward`` of its accelerator: add it before ``train`` is called.
 
     Args:
         trainer: Which it will be added to.
@@ -106,6 +108,7 @@ class NowcastCallback(TrainerCallback):
 
     def _wrap_train(self) -> None:
         train, output_dir = self._trainer.train, self._trainer.args.output_dir
+        log, is_writing = self._trainer.log, self._trainer.is_world_process_zero
         create_accelerator = self._trainer.create_accelerator_and_postprocess
 
         def train_from(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -122,8 +125,15 @@ class NowcastCallback(TrainerCallback):
             create_accelerator(*args, **kwargs)
             self._wrap_accelerator()
 
+        def log_with_nowcasts(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            # In the Trainer's own rows: each call is a line on somebody's screen.
+            if self._attachment is not None and logs.keys() & {"loss", "train_loss"} and is_writing():
+                logs = {**logs, **numbers_of(self._attachment.hook)}
+            log(logs, *args, **kwargs)
+
         for name, method in (
             ("train", train_from),
+            ("log", log_with_nowcasts),
             ("create_accelerator_and_postprocess", create_accelerator_and_wrap),
         ):
             setattr(self._trainer, name, method)

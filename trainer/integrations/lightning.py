@@ -9,12 +9,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from sidecast.errors import ConfigError
 from sidecast.trainer.hook.attachment import Attachment
 from sidecast.trainer.hook.start import start
 from sidecast.trainer.integrations.deepspeed import put_on
+from sidecast.trainer.integrations.loggers import log_numbers
+from sidecast.trainer.integrations.optimizer_steps import OptimizerSteps
 from sidecast.trainer.integrations.replicas import replica_of
 from sidecast.trainer.integrations.settings import choose_settings
 from sidecast.trainer.partitions.deepspeed import nowcaster_section
@@ -26,7 +27,8 @@ class LightningNowcastCallback(Callback):
     With the DeepSpeed strategy it sits on the engine as ``sidecast.attach`` does; without, on what one process, DDP or
     FSDP2 (``ModelParallelStrategy``) train, after every optimizer step that a GradScaler did not skip. Its state, with
     the copy for undoing a jump on probation, is part of Lightning's checkpoints; with FSDP2 they hold rank 0's copy
-    alone, and a resumed run keeps that jump.
+    alone, and a resumed run keeps that jump. The Trainer's loggers are given ``sidecast/num_applied`` and more of the
+    hook's summary at every event.
 
     Args:
         settings: As in the ``"nowcaster"`` section; None: that section of the DeepSpeed strategy's config.
@@ -42,7 +44,7 @@ class LightningNowcastCallback(Callback):
         self._loaded: Mapping[str, Any] | None = None
         self._is_engine = False
         self._num_steps = 0
-        self._step_hook: RemovableHandle | None = None
+        self._steps: OptimizerSteps | None = None
 
     @property
     def hook(self) -> Any:
@@ -60,6 +62,7 @@ class LightningNowcastCallback(Callback):
         section = choose_settings(self, self._settings, nowcaster_section(engine))
         if section is not None:
             self._attachment = put_on(engine, section)
+            self._log_numbers(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_engine:
@@ -73,6 +76,7 @@ class LightningNowcastCallback(Callback):
         self._num_steps = trainer.global_step
         run = replica_of(pl_module, optimizer, lambda: self._num_steps, trainer.local_rank)
         self._attachment = start(section, run)
+        self._log_numbers(trainer)
         if trainer.global_step > 0:
             state = self._loaded or {}
             saved = self._attachment.from_first(state.get("hook"))
@@ -80,7 +84,18 @@ class LightningNowcastCallback(Callback):
             self._num_steps = trainer.global_step if saved is None else saved["step"]
             self._attachment.resume(saved, None, state.get("rollback"))
         self._loaded = None
-        self._step_hook = optimizer.register_step_post_hook(self._after_optimizer_step)
+        self._steps = OptimizerSteps(optimizer, self._after_step, self._attachment.hook.after_skipped_step)
+
+    def _log_numbers(self, trainer: Trainer) -> None:
+        """Has them written by the Trainer's loggers, at the step that Lightning has counted so far."""
+        if not trainer.is_global_zero or self._attachment is None:
+            return
+
+        def write(numbers: dict[str, float]) -> None:
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=trainer.global_step)
+
+        log_numbers(self._attachment.hook, write)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._attachment is not None and not self._is_engine:
@@ -91,14 +106,9 @@ class LightningNowcastCallback(Callback):
                 loss = loss / scaler.scale(torch.ones((), device=loss.device))
             self._attachment.observe(loss)
 
-    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self) -> None:
         """Is called after every step that the optimizer made itself, of which a batch may bring several or none."""
-        if self._attachment is None:
-            return
-        # A GradScaler lets a fused optimizer find out by itself that there is nothing to do.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            return
+        assert self._attachment is not None
         self._num_steps += 1
         self._attachment.after_step()
 
@@ -110,8 +120,8 @@ class LightningNowcastCallback(Callback):
 
     def _close(self) -> None:
         # The hook stays, for its summary.
-        if self._step_hook is not None:
-            self._step_hook.remove()
+        if self._steps is not None:
+            self._steps.remove()
         if self._attachment is not None:
             self._attachment.close()
 

@@ -20,6 +20,7 @@ from sidecast.trainer.hook.boundary import NowcastHook
 from sidecast.trainer.hook.config import JUMP_SETTINGS, NowcasterConfig, parse_section, require_unset
 from sidecast.trainer.hook.jump import require_learning_rates
 from sidecast.trainer.hook.ranks import Ranks
+from sidecast.trainer.hook.reporting import log_event
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
 from sidecast.trainer.integrations.in_process import InProcessNowcaster
 from sidecast.trainer.integrations.in_process_pushes import InProcessPusher
@@ -125,6 +126,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         )
         """The hook: ``add_listener`` tells of every jump or push, ``summary()`` counts them, ``close()`` frees the
         memory."""
+        self.hook.add_listener(log_event)
         self._attachment = Attachment(run, self.hook, partition, ranks)
 
     def observe(self, loss: Tensor | float) -> None:

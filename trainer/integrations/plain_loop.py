@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sidecast.errors import ConfigError
 from sidecast.trainer.hook.attachment import Attachment
 from sidecast.trainer.hook.start import start
+from sidecast.trainer.integrations.optimizer_steps import OptimizerSteps
 from sidecast.trainer.integrations.replicas import replica_of
 from sidecast.trainer.integrations.state_files import STATE_FILE, load_state, save_state
 from sidecast.trainer.partitions.module_losses import ModuleLossWatch
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 # On the optimizer, which leaves it out of copies and pickles of itself, as a model would not.
 _LOOP_ATTRIBUTE = "_sidecast_loop"
-_DCP_STATE_MODULE = "torch.distributed.checkpoint.state_dict"
 
 _optimizers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
 
@@ -55,10 +54,8 @@ class PlainLoop:
         local_rank = dist.get_node_local_rank(fallback_rank=0) if dist.is_available() else 0
         run = replica_of(self._module, optimizer, lambda: self._num_steps, local_rank)
         self.attachment: Attachment = start(settings, run)
-        self._losses = ModuleLossWatch(model, self.attachment.observe)
-        optimizer.register_step_pre_hook(self._before_optimizer_step)
-        optimizer.register_step_post_hook(self._after_optimizer_step)
-        self._is_making_state = False
+        self._losses: ModuleLossWatch | None = ModuleLossWatch(model, self.attachment.observe)
+        self._steps = OptimizerSteps(optimizer, self._after_step, self.attachment.hook.after_skipped_step)
         setattr(optimizer, _LOOP_ATTRIBUTE, self)
         for face in _faces(model):
             _optimizers[face] = weakref.ref(optimizer)
@@ -96,17 +93,15 @@ class PlainLoop:
             self._num_steps = saved["step"]
         self.attachment.resume(saved, folder)
 
-    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # Distributed checkpoints make an optimizer's state by a step without gradients and rate: no step of the run.
-        self._is_making_state = not optimizer.state and _is_called_by(_DCP_STATE_MODULE)
+    def let_go(self) -> None:
+        """Leaves the model and the optimizer as they were; for one whose hook is closed."""
+        self._steps.remove()
+        self._losses = None
 
-    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._is_making_state:
-            return
-        # A GradScaler lets a fused optimizer find out by itself that there is nothing to do.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            self.attachment.hook.after_skipped_step()
+    def _after_step(self) -> None:
+        if self.attachment.hook.is_closed:
+            # The rest of ``let_go`` cannot be done while torch goes through these hooks.
+            self._losses = None
             return
         self._num_steps += 1
         self.attachment.after_step()
@@ -147,7 +142,10 @@ def put_on_loop(model: nn.Module, optimizer: Any, settings: Mapping[str, Any]) -
     if not isinstance(inner, torch.optim.Optimizer):
         raise ConfigError(f"the optimizer is a {type(inner).__name__}; allowed: one torch.optim.Optimizer")
     for loop in (loop_of(model), getattr(inner, _LOOP_ATTRIBUTE, None)):
-        if loop is None or loop.attachment.hook.is_closed:
+        if loop is None:
+            continue
+        if loop.attachment.hook.is_closed:
+            loop.let_go()
             continue
         raise ConfigError("sidecast.attach was called twice on this model or its optimizer; once is enough")
     num_processes = os.environ.get("WORLD_SIZE", "1")
@@ -158,12 +156,3 @@ def put_on_loop(model: nn.Module, optimizer: Any, settings: Mapping[str, Any]) -
             "sidecast.attach after torch.distributed.init_process_group"
         )
     return PlainLoop(model, inner, settings)
-
-
-def _is_called_by(module_name: str) -> bool:
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_globals.get("__name__") == module_name:
-            return True
-    return False

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidecast.trainer.partitions.step_hooks import is_within_a_step
+
 # Never an optimizer's own: a schedule is further on after a rollback, too.
 _OF_SCHEDULES = ("params", "lr", "initial_lr")
 
@@ -31,13 +33,14 @@ class OwnGroupEntries:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.keys: set[str] = set()
         self._before: list[dict[str, Any]] = []
-        optimizer.register_step_pre_hook(lambda optimizer, *_: self._begin(optimizer))
-        optimizer.register_step_post_hook(lambda optimizer, *_: self._end(optimizer))
+        optimizer.register_step_pre_hook(self._begin)
+        optimizer.register_step_post_hook(self._end)
 
-    def _begin(self, optimizer: torch.optim.Optimizer) -> None:
-        self._before = [_marks(group) for group in optimizer.param_groups]
+    def _begin(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not is_within_a_step(optimizer):
+            self._before = [_marks(group) for group in optimizer.param_groups]
 
-    def _end(self, optimizer: torch.optim.Optimizer) -> None:
+    def _end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for before, group in zip(self._before, optimizer.param_groups, strict=False):
             now = _marks(group)
             self.keys.update(key for key in now if key not in before or before[key] != now[key])

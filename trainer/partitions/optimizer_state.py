@@ -20,7 +20,6 @@ _ASSUMED_MOMENTS = 2
 _ASSUMED_STEP_BYTES = 4
 _MOMENTUM_KEYS = ("exp_avg", "momentum_buffer")
 _STEP_KEY = "step"
-_SUM_KEY = "sum"
 # What is zero before the first step, in the state of whichever optimizer keeps it.
 _ZERO_AT_FIRST = frozenset(
     (_STEP_KEY, "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta")
@@ -84,6 +83,7 @@ class OptimizerState:
         self._optimizers = optimizers
         self._loss_scaler = loss_scaler
         self._local_of = local_of
+        self._waiting: list[tuple[list[Callable[[], None]], RemovableHandle]] = []
 
     def num_bytes(self, masters: Sequence[Master]) -> int:
         """Size of a rollback copy of these masters with their state."""
@@ -106,14 +106,19 @@ class OptimizerState:
 
     def before_next_step(self, callback: Callable[[], None]) -> None:
         """Calls back once, just before the masters are updated next."""
-        handles: list[RemovableHandle] = []
+        # None can be removed while torch goes through them.
+        for waiting, handle in self._waiting:
+            if not waiting:
+                handle.remove()
+        self._waiting = [each for each in self._waiting if each[0]]
+        waiting = [callback]
 
         def call_once(*_: Any) -> None:
-            for handle in handles:
-                handle.remove()
-            callback()
+            while waiting:
+                waiting.pop()()
 
-        handles.extend(optimizer.register_step_pre_hook(call_once) for optimizer in self._optimizers)
+        for optimizer in self._optimizers:
+            self._waiting.append((waiting, optimizer.register_step_pre_hook(call_once)))
 
     def scale_momentum(self, masters: Sequence[Master], factor: float) -> None:
         """Multiplies the first moments of these masters."""
@@ -132,10 +137,10 @@ class OptimizerState:
             raise RollbackError(f"moments: reset cannot reset {name!r}, which the optimizer keeps in its groups")
         for master in masters:
             optimizer = self._optimizer_of(master)
-            if self._is_made_anew(optimizer) or isinstance(optimizer, torch.optim.Adagrad):
+            if self._is_made_anew(optimizer):
                 continue
             for key in self._entries(master):
-                if key not in _ZERO_AT_FIRST:
+                if _first_value(optimizer, master, key) is None:
                     raise RollbackError(
                         f"moments: reset does not know what {key!r} of the optimizer's state begins with"
                     )
@@ -143,15 +148,15 @@ class OptimizerState:
     def reset_moments(self, masters: Sequence[Master]) -> None:
         """Brings the state of these masters back to where it was before the first step."""
         for master in masters:
-            optimizer = self._optimizer_of(master)
-            if self._is_made_anew(optimizer):
+            optimizer, entries = self._optimizer_of(master), self._entries(master)
+            first = {key: _first_value(optimizer, master, key) for key in entries}
+            if None in first.values() and self._is_made_anew(optimizer):
                 optimizer.state.pop(master.key, None)
                 continue
-            # In place: DeepSpeed refers to these tensors, too.
-            entries = self._entries(master)
+            # In place: DeepSpeed refers to these tensors, too, and a distributed checkpoint asks for all of them.
             for key, value in entries.items():
                 if isinstance(value, Tensor):
-                    value.fill_(_first_sum(optimizer, master) if key == _SUM_KEY else 0)
+                    self._local_of(value).fill_(first[key] or 0.0)
                 elif key == _STEP_KEY:
                     entries[key] = 0
 
@@ -268,11 +273,23 @@ def _rate_of(group: Mapping[str, Any]) -> float:
         return math.nan
 
 
-def _first_sum(optimizer: torch.optim.Optimizer, master: Master) -> float:
-    """What Adagrad's sums begin with."""
+def _first_value(optimizer: torch.optim.Optimizer, master: Master, key: str) -> float | None:
+    """What all elements of an entry begin with; None where that is not one number, or not known."""
     groups = optimizer.param_groups
     group = next((group for group in groups if any(item is master.key for item in group["params"])), groups[0])
-    return float(group.get("initial_accumulator_value", 0.0))
+    match key:
+        case "sum" if isinstance(optimizer, torch.optim.Adagrad):
+            return float(group["initial_accumulator_value"])
+        case "mu_product" if isinstance(optimizer, torch.optim.NAdam):
+            return 1.0
+        case "step_size" if isinstance(optimizer, torch.optim.Rprop):
+            return float(group["lr"])
+        case "prev" if isinstance(optimizer, torch.optim.Rprop):
+            return 0.0
+        case "momentum_buffer" if group.get("dampening", 0):
+            # It begins as the first gradient, all of it.
+            return None
+    return 0.0 if key in _ZERO_AT_FIRST else None
 
 
 def _require_single_weights(optimizer: torch.optim.Optimizer) -> None:

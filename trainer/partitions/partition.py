@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from sidecast.trainer.partitions.rollback import RollbackCopy
 
 # Large enough to hide the cost of a call, small enough to stay in a core's cache.
 _SCRATCH_ELEMENTS = 1 << 18
+_BITS_OF_BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Partition:
@@ -58,6 +60,11 @@ class Partition:
         self._num_upload = total_elements(self.upload_shards)
         self._num_owned = total_elements(self.owned_shards)
         self._use(layout)
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether other ranks hold what this one holds, so that it uploads a part of that only."""
+        return self.upload_shards != self.owned_shards
 
     def map_anew(self) -> None:
         """Finds out again where everything lies, as when a checkpoint was loaded; local.
@@ -129,6 +136,26 @@ class Partition:
         _require_flat("out", out, self._num_owned)
         for run in self._owned_runs:
             copy_to_host(out[run.buffer], flats[run.master][run.source])
+
+    @torch.no_grad()
+    def checksums(self) -> list[int]:
+        """Sums up the bits of what this rank owns of every parameter, as integers; local, and blocks.
+
+        Equal elements have equal sums, whatever device they are on.
+
+        Returns:
+            One sum for each of ``parameters``.
+
+        Raises:
+            StalePartitionError: As for ``require_current``.
+        """
+        flats = self._current_flats()
+        sums = torch.zeros(len(self.parameters), dtype=torch.int64, device=self.device)
+        for parameter, fragments in groupby(self._layout.owned, key=lambda fragment: fragment.shard.parameter):
+            for run in runs_of(fragments):
+                sums[parameter] += _sum_of_bits(flats[run.master][run.source])
+        found: list[int] = sums.tolist()
+        return found
 
     def learning_rates(self) -> tuple[float, ...]:
         """The optimizer's learning rates now, one per parameter group; nan where a group has none that is a number."""
@@ -307,6 +334,10 @@ def _pieces(runs: Sequence[Run], limit: int) -> Iterator[Run]:
     for run in runs:
         for done in range(0, run.numel, limit):
             yield Run(run.start + done, run.master, run.offset + done, min(limit, run.numel - done))
+
+
+def _sum_of_bits(flat: Tensor) -> Tensor:
+    return flat.view(_BITS_OF_BYTES[flat.itemsize]).sum(dtype=torch.int64)
 
 
 def _require_flat(name: str, tensor: Tensor, numel: int) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import pytest
 
 from tests.integration.workers.fsdp_models import CASES
 from tests.integration.workers.fsdp_worker import CHECKS, WORLD_SIZES
-from tests.support.limits import HANG_S
+from tests.support.scripts import run_script
 
 WORKER = Path(__file__).resolve().parents[1] / "workers" / "fsdp_worker.py"
 
@@ -22,19 +19,11 @@ WORKER = Path(__file__).resolve().parents[1] / "workers" / "fsdp_worker.py"
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], dict[str, str | None]]:
     """The checks of one case on so many ranks, by name, and what failed."""
     folder = tmp_path_factory.mktemp("fsdp")
-    ended = subprocess.run(
-        [sys.executable, str(WORKER), str(folder)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=HANG_S,
-        check=False,
-    )
+    output = run_script(WORKER, folder)
 
     def found(world_size: int, case: str) -> dict[str, str | None]:
         path = folder / f"{world_size}" / f"{case}.json"
-        assert path.is_file(), f"the workers ended before this case did:\n{ended.stdout[-6000:]}"
+        assert path.is_file(), f"the workers ended before this case did:\n{output[-6000:]}"
         checks: dict[str, str | None] = json.loads(path.read_text())
         return checks
 

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.workers.fsdp_runs import NUM_RANKS, NUM_STEPS, PERIOD_STEPS, PUSH, SAVE_STEP
-from tests.support.limits import HANG_S
 from tests.support.local_engines import LocalEngines
+from tests.support.scripts import run_script
 from tests.support.services.harness import RunningService
 
 RUNS = Path(__file__).resolve().parents[1] / "workers" / "fsdp_runs.py"
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
     """What each rank saw."""
-    folder = tmp_path_factory.mktemp("runs")
     with RunningService(folder / "service", engines=LocalEngines()) as service:
-        ended = subprocess.run(
-            [sys.executable, str(RUNS), str(folder), service.endpoint],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=HANG_S,
-            check=False,
-        )
-    assert ended.returncode == 0, ended.stdout[-6000:]
+        run_script(RUNS, folder, service.endpoint)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(NUM_RANKS)]
 
 
@@ -78,6 +70,37 @@ def test_a_distributed_checkpoint_resumes_bit_for_bit_in_the_middle_of_a_probati
         assert steps_of(resumed, "applied", "accepted", "rolled_back") == later
         assert resumed["losses"] == straight["losses"][SAVE_STEP:]
         assert resumed["held"] == straight["held"]
+
+
+def test_whole_models_that_differ_between_ranks_are_refused(ranks: list[dict[str, Any]]) -> None:
+    """Scripts seed each rank for itself (detr issue 297) and count on DDP to broadcast (nanoGPT issue 22)."""
+    refusals = {rank["begun apart"]["refusal"] for rank in ranks}
+    (refusal,) = refusals
+    assert "parameter 'few' has other values on rank 1 than on rank 0" in refusal
+    assert "put DistributedDataParallel around the model before sidecast.attach" in refusal
+
+
+def test_whole_models_that_drift_apart_are_never_nowcasted(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        seen = rank["drifted apart"]
+        assert steps_of(seen, "applied") == []
+        rejected = steps_of(seen, "rejected")
+        assert [step for _, step, _ in rejected] == [PERIOD_STEPS, 2 * PERIOD_STEPS]
+        assert all("ranks hold other values of the same parameters" in reason for _, _, reason in rejected)
+
+
+def test_another_number_of_ranks_goes_on_with_the_history_and_says_what_is_lost(
+    ranks: list[dict[str, Any]], folder: Path
+) -> None:
+    assert steps_of(ranks[0]["saved for one"], "applied") == [["applied", PERIOD_STEPS]]
+    alone = json.loads((folder / "alone.json").read_text())
+    # A window of this jump begins before the checkpoint.
+    assert SAVE_STEP > PERIOD_STEPS + PERIOD_STEPS // 5
+    assert steps_of(alone, "applied") == [["applied", 2 * PERIOD_STEPS]]
+    # Each rank's copy is of its own shards: the jump that was on probation stays.
+    assert [event for event in steps_of(alone, "accepted", "rolled_back") if event[1] < 2 * PERIOD_STEPS] == []
+    (warning,) = alone["warnings"]
+    assert "the jump on probation cannot be undone: the copy is of other shards than this rank's" in warning
 
 
 def test_pushes_reach_bf16_models(ranks: list[dict[str, Any]]) -> None:

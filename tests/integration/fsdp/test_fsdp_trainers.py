@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP
-from tests.support.limits import HANG_S
+from tests.support.scripts import run_script
 from tests.support.services.harness import RunningService
 
 RUNS = Path(__file__).resolve().parents[1] / "workers" / "fsdp_trainers.py"
@@ -26,16 +23,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     pytest.importorskip("lightning")
     folder = tmp_path_factory.mktemp("trainers")
     with RunningService(folder / "service") as service:
-        ended = subprocess.run(
-            [sys.executable, str(RUNS), str(folder), service.endpoint],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=HANG_S,
-            check=False,
-        )
-    assert ended.returncode == 0, ended.stdout[-6000:]
+        run_script(RUNS, folder, service.endpoint)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(NUM_RANKS)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import sys
 from collections.abc import Mapping
@@ -15,9 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import sidecast
-from tests.integration.workers.fsdp_models import CASES, batch, build, full_weights, held, load, save, train
+from sidecast.errors import ConfigError
+from tests.integration.workers.fsdp_models import CASES, Small, batch, build, full_weights, held, load, save, train
 
 NUM_RANKS = 2
 PERIOD_STEPS = 20
@@ -60,6 +63,23 @@ def run(
     return seen | {"held": digest(held(optimizer)), "weights": digest(full_weights(model))}
 
 
+def train_apart(settings: Mapping[str, Any], *, few: int) -> dict[str, Any]:
+    """Every rank trains a whole model on its own batches, and nobody exchanges gradients."""
+    model = Small()
+    nn.init.constant_(model.few, few)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2.0**-6)
+    try:
+        sidecast.attach(model, optimizer, settings)
+    except ConfigError as error:
+        return {"refusal": str(error)}
+    events: list[Any] = []
+    hook: Any = sidecast.hook_of(model)
+    hook.add_listener(lambda event: events.append([event.kind, event.step, event.details.get("reason")]))
+    train(model, optimizer, range(NUM_STEPS), evaluates=False)
+    hook.close()
+    return {"events": events}
+
+
 def evaluate(model: Any) -> None:
     """As Lightning does before anything else; leaves the root's parameters gathered."""
     with torch.no_grad():
@@ -87,17 +107,16 @@ def digest(value: Any) -> str:
     return found.hexdigest()
 
 
+def jump_settings(endpoint: str) -> dict[str, Any]:
+    always = {"endpoint": endpoint, "require": True, "mode": "sync"}
+    return always | {"period_steps": PERIOD_STEPS, "max_relative_norm": 1e3}
+
+
 def run_rank(rank: int, folder: Path, endpoint: str) -> None:
     """All runs of one rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=NUM_RANKS)
-    jumps = {
-        "endpoint": endpoint,
-        "require": True,
-        "mode": "sync",
-        "period_steps": PERIOD_STEPS,
-        "max_relative_norm": 1e3,
-    }
+    jumps = jump_settings(endpoint)
     pushes = {"endpoint": endpoint, "require": True, "mode": "sync", "policy": "push"}
     checkpoint = folder / "checkpoint"
     seen = {
@@ -107,12 +126,29 @@ def run_rank(rank: int, folder: Path, endpoint: str) -> None:
         "jumps": run("gathered", jumps),
         "saved": run("gathered", jumps, num_steps=SAVE_STEP, save_to=checkpoint),
         "resumed": run("gathered", jumps, load_from=checkpoint),
+        # Of a run that nobody else goes on with: its service keeps what a window needs, and nothing of longer ago.
+        "saved for one": run("gathered", jumps, num_steps=SAVE_STEP, save_to=folder / "for-one"),
         "replicas": run("replicas", jumps),
         "pushes": run("bf16", pushes | {"push": PUSH}),
         "without pushes": run("bf16", None),
+        "begun apart": train_apart(jumps, few=rank),
+        "drifted apart": train_apart(jumps, few=0),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
     dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_alone(folder: Path, endpoint: str) -> None:
+    """One rank goes on from the checkpoint of two."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-of-one", rank=0, world_size=1)
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("sidecast").addHandler(handler)
+    seen = run("gathered", jump_settings(endpoint), load_from=folder / "for-one")
+    (folder / "alone.json").write_text(json.dumps(seen | {"warnings": warnings}))
     dist.destroy_process_group()
 
 
@@ -120,11 +156,14 @@ def main(folder: Path, endpoint: str) -> int:
     """Forks the ranks, as importing torch takes longer than all their runs; returns how many have failed."""
     forked = multiprocessing.get_context("fork")
     ranks = [forked.Process(target=run_rank, args=(rank, folder, endpoint)) for rank in range(NUM_RANKS)]
+    alone = forked.Process(target=run_alone, args=(folder, endpoint))
     for process in ranks:
         process.start()
     for process in ranks:
         process.join()
-    return sum(process.exitcode != 0 for process in ranks)
+    alone.start()
+    alone.join()
+    return sum(process.exitcode != 0 for process in (*ranks, alone))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ class FakePartition:
     def __init__(self, rank: int) -> None:
         self.parameters: tuple[ParameterSpec, ...] = MANIFEST.parameters
         self.aliases: Mapping[str, str] = {}
+        self.has_replicas = False
         self.upload_shards = self.owned_shards = tuple(ShardSpec(*shard) for shard in SHARDS[rank])
         self.master_dtype = torch.float32
         self.device = torch.device("cpu")

@@ -90,7 +90,8 @@ def train(
     # Paths are what transformers takes, whatever its annotations say.
     trainer.train(resume_from_checkpoint=resume)  # type: ignore[arg-type]
     losses = {str(entry["step"]): entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-    return {"losses": losses, "events": events, "weights": sums(model.parameters())}
+    shown = [entry["sidecast/num_applied"] for entry in trainer.state.log_history if "sidecast/num_applied" in entry]
+    return {"losses": losses, "events": events, "shown": shown, "weights": sums(model.parameters())}
 
 
 class _Listener(TrainerCallback):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from sidecast.errors import ConfigError
 from sidecast.trainer.integrations.optimizer import NowcastOptimizer
@@ -37,6 +40,24 @@ def test_the_step_after_a_reset_is_the_first_one_of_a_new_optimizer(name: str, m
     for training in (nowcasted, fresh):
         training.train(2)
     assert_equal(nowcasted.weights(), fresh.weights())
+
+
+# A dampened momentum begins as the first gradient, so that before it there is nothing to be saved.
+@pytest.mark.parametrize("name", sorted(RESET.keys() - {"dampened"}))
+def test_a_distributed_checkpoint_after_a_reset_loads(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Torch refuses one that lacks the state of a trained parameter (pytorch issue 192224)."""
+    monkeypatch.setitem(OPTIMIZERS, name, RESET[name])
+    nowcasted = Training(name, moments="reset", max_weight=1e-30, probation_steps=0)
+    nowcasted.train(PERIOD_STEPS)
+    _, saved = get_state_dict(nowcasted.model, nowcasted.optimizer.optimizer)
+    dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
+    fresh = Training(name, is_nowcasted=False)
+    weights, loaded = get_state_dict(fresh.model, fresh.optimizer)
+    dcp.load({"optimizer": loaded}, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(fresh.model, fresh.optimizer, model_state_dict=weights, optim_state_dict=loaded)
+    assert_equal(fresh.inner_state()["state"], nowcasted.inner_state()["state"])
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,30 @@ def test_the_state_that_a_distributed_checkpoint_makes_is_no_step(
     assert attached(model).steps == [1, 2]
 
 
+def test_a_step_within_that_of_a_subclass_is_no_other_step(model: nn.Module) -> None:
+    class Clipping(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            return super().step(closure)
+
+    # Torch tells of the steps of a class once there is an optimizer of that class itself.
+    torch.optim.AdamW(model.parameters())
+    optimizer = Clipping(model.parameters())
+    sidecast.attach(model, optimizer)
+    get_state_dict(model, optimizer)
+    train(model, optimizer, 3)
+    assert attached(model).steps == [1, 2, 3]
+
+
+def test_what_others_derive_after_a_step_is_of_what_a_jump_has_made(model: nn.Module) -> None:
+    optimizer, told = torch.optim.SGD(model.parameters(), lr=0.1), []
+    # As scripts do that give FSDP2 an event to wait on.
+    optimizer.register_step_post_hook(lambda *_: told.append(list(attached(model).steps)))
+    sidecast.attach(model, optimizer)
+    train(model, optimizer, 2)
+    assert told == [[1], [1, 2]]
+
+
 def test_a_step_that_a_fused_optimizer_leaves_out_is_told_as_such(model: nn.Module) -> None:
     optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler("cpu", init_scale=8.0)
     sidecast.attach(model, optimizer)
@@ -185,6 +209,16 @@ def test_after_the_end_of_one_there_may_be_another(model: nn.Module, optimizer: 
     assert attached(model) is not first
     other.step()
     assert attached(model).steps == [1]
+    assert len(model._forward_hooks) == 1
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_closed_one_watches_no_losses(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    sidecast.attach(model, optimizer)
+    attached(model).hook.is_closed = True
+    train(model, optimizer, 1)
+    assert not model._forward_hooks
+    assert attached(model).steps == []
 
 
 def test_twice_is_refused(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -222,14 +222,23 @@ def test_the_learning_rate_of_every_group_is_told() -> None:
 
 
 def test_a_step_waits_for_the_copies_that_were_begun_before_it_and_only_that_one() -> None:
+    """A hook that removes itself fails where another comes after it, as those of modules (pytorch issue 60132)."""
     optimizer, parameter = stepped_adam()
     seen: list[torch.Tensor] = []
     before = parameter.detach().clone()
-    OptimizerState([optimizer], None).before_next_step(lambda: seen.append(parameter.detach().clone()))
+    state = OptimizerState([optimizer], None)
+    state.before_next_step(lambda: seen.append(parameter.detach().clone()))
+    # Somebody else's, which torch comes to after ours.
+    optimizer.register_step_pre_hook(lambda *_: None)
     for _ in range(2):
         step(optimizer, parameter)
     assert len(seen) == 1
     assert seen[0].equal(before)
+    num_hooks = len(optimizer._optimizer_step_pre_hooks)
+    for _ in range(3):
+        state.before_next_step(lambda: None)
+        step(optimizer, parameter)
+    assert len(optimizer._optimizer_step_pre_hooks) == num_hooks
 
 
 def test_a_grad_scalers_scale_and_growth_go_back_too() -> None:
