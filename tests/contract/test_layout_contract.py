@@ -207,6 +207,13 @@ def test_sums_of_bits_tell_values_apart_and_are_those_of_the_whole(make: Make, s
     assert all(sums[partition.owned_shards] == partition.checksums() for partition in partitions)
     whole = [int(values.view(torch.int32).sum(dtype=torch.int64)) for values in true_weights(size[0]).values()]
     assert [sum(column) for column in zip(*sums.values(), strict=True)] == whole
+    for partition in partitions:
+        # In shares, as pushes look at them.
+        shares = [partition.checksums(first, 3) for first in range(3)]
+        assert [sum(column) for column in zip(*shares, strict=True)] == partition.checksums()
+        assert all(
+            share[index] == 0 for first, share in enumerate(shares) for index in range(len(share)) if index % 3 != first
+        )
     holding = [partition for partition in partitions if partition.owned_shards]
     assert all(partition.has_replicas == (len(sums) < len(holding)) for partition in partitions)
     partition = holding[0]

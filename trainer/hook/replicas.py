@@ -48,15 +48,20 @@ def require_equal_replicas(partition: Partition, ranks: Ranks) -> None:
     )
 
 
-def replica_values(partition: Partition) -> tuple[int, int]:
+def replica_values(partition: Partition, first: int = 0, every: int = 1) -> tuple[int, int]:
     """What a rank holds that others hold, too, and its values, as digests of 63 bits for a confirmation; local.
+
+    Args:
+        partition: What it holds.
+        first: Index of the first parameter whose values count.
+        every: Of it and those after it, each so-manieth counts.
 
     Raises:
         StalePartitionError: The optimizer's tensors are away now.
     """
     if not partition.has_replicas:
         return NO_VALUES
-    return _number(shards_digest(partition)), _number(_digest(partition.checksums()))
+    return _number(shards_digest(partition)), _number(_digest(partition.checksums(first, every)))
 
 
 def shards_digest(partition: Partition) -> str:

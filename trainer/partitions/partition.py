@@ -138,13 +138,17 @@ class Partition:
             copy_to_host(out[run.buffer], flats[run.master][run.source])
 
     @torch.no_grad()
-    def checksums(self) -> list[int]:
-        """Sums up the bits of what this rank owns of every parameter, as integers; local, and blocks.
+    def checksums(self, first: int = 0, every: int = 1) -> list[int]:
+        """Sums up the bits of what this rank owns of parameters, as integers; local, and blocks.
 
         Equal elements have equal sums, whatever device they are on.
 
+        Args:
+            first: Index of the first parameter that is summed up.
+            every: Of it and those after it, each so-manieth is.
+
         Returns:
-            One sum for each of ``parameters``.
+            One sum for each of ``parameters``; 0 for those that are left out.
 
         Raises:
             StalePartitionError: As for ``require_current``.
@@ -152,6 +156,8 @@ class Partition:
         flats = self._current_flats()
         sums = torch.zeros(len(self.parameters), dtype=torch.int64, device=self.device)
         for parameter, fragments in groupby(self._layout.owned, key=lambda fragment: fragment.shard.parameter):
+            if parameter not in range(first, len(self.parameters), every):
+                continue
             for run in runs_of(fragments):
                 sums[parameter] += _sum_of_bits(flats[run.master][run.source])
         found: list[int] = sums.tolist()

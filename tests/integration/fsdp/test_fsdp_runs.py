@@ -87,6 +87,9 @@ def test_whole_models_that_drift_apart_are_never_nowcasted(ranks: list[dict[str,
         rejected = steps_of(seen, "rejected")
         assert [step for _, step, _ in rejected] == [PERIOD_STEPS, 2 * PERIOD_STEPS]
         assert all("ranks hold other values of the same parameters" in reason for _, _, reason in rejected)
+        seen = rank["drifted apart, pushed"]
+        assert steps_of(seen, "applied") == []
+        assert any("ranks hold other values" in reason for _, _, reason in steps_of(seen, "rejected"))
 
 
 def test_another_number_of_ranks_goes_on_with_the_history_and_says_what_is_lost(

@@ -133,6 +133,7 @@ def run_rank(rank: int, folder: Path, endpoint: str) -> None:
         "without pushes": run("bf16", None),
         "begun apart": train_apart(jumps, few=rank),
         "drifted apart": train_apart(jumps, few=0),
+        "drifted apart, pushed": train_apart(pushes | {"push": PUSH}, few=0),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
     dist.barrier()
