@@ -15,7 +15,7 @@ from sidecast.checkpoints.checkpoint import Checkpoint, read_json_object
 from sidecast.checkpoints.huggingface import CONFIG_FILE
 from sidecast.checkpoints.opening import holds_weights, open_checkpoint
 from sidecast.checkpoints.staging import manifest_of
-from sidecast.commands.graph_check import check_config, check_module, load_module
+from sidecast.commands.graph_check import check_module, line_of_config, load_module
 from sidecast.commands.transformers_models import model_of_config
 from sidecast.errors import ConfigError
 from sidecast.graphs import Topology, build_topology
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     config, checkpoint = _open_model(args.model)
     if args.check:
-        sys.stdout.write(f"{check_config(config)}\n")
+        sys.stdout.write(f"{line_of_config(config)}\n")
     if args.out is None:
         return 0
     if args.snapshot is not None:
