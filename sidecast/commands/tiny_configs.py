@@ -175,6 +175,11 @@ def _shrink_heads(tiny: dict[str, Any], config: Mapping[str, Any], stream: str, 
     for key in _FOLLOWS_STREAM:
         if tiny.get(key) is not None:
             tiny[key] = tiny[stream]
+    if tiny.get("mamba_n_heads") is not None and tiny.get("mamba_d_head") is not None:
+        tiny["mamba_n_heads"] = 2
+        tiny["mamba_d_head"] = tiny[stream] * int(tiny.get("mamba_expand") or 1) // 2
+        if tiny.get("mamba_d_ssm") is not None:
+            tiny["mamba_d_ssm"] = 2 * tiny["mamba_d_head"]
     if tiny.get("head_dim") is not None:
         # Wider heads than the stream has room for stay wider.
         is_wide = _count(config, "head_dim") * _count(config, heads) != _count(config, stream)

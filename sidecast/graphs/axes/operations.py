@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from sidecast.graphs.axes.calls import Axes, Call, broadcast
-from sidecast.graphs.axes.dimensions import Dimension, factorised, held, hold, unite
+from sidecast.graphs.axes.dimensions import Dimension, cut, factorised, held, hold, unite
 from sidecast.graphs.axes.indexing import INDEXING
 from sidecast.graphs.axes.views import VIEWS
 
@@ -205,6 +205,16 @@ def _attended(call: Call) -> list[Axes]:
     return [attended, *(list(axes) for axes in others)]
 
 
+def _gated(call: Call) -> list[Axes]:
+    """One half of an axis gates the other."""
+    axes = call.axes("self")
+    number = call.axis(len(axes))
+    half = axes[number].size // 2
+    axes[number], gate = cut(axes[number], (half, half))
+    unite(axes[number], gate)
+    return [axes]
+
+
 FOLLOWED: dict[str, Follow] = {
     **VIEWS,
     **INDEXING,
@@ -231,6 +241,7 @@ FOLLOWED: dict[str, Follow] = {
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit_no_training"), _normalised_channels),
     "native_group_norm": _normalised_groups,
     "convolution": _convolved,
+    "glu": _gated,
     **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "upsample_nearest2d"), _pooled),
     **dict.fromkeys(
         ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention"), _attended

@@ -69,7 +69,11 @@ def _called_with(module: nn.Module, example_inputs: ExampleInputs) -> tuple[tupl
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
     def place(value: Any) -> Any:
-        return value.detach().to(device) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        if value.device.type == "meta" != device.type:
+            raise ConfigError("an example input is on the meta device and has no values; give one on the CPU")
+        return value.detach().to(device)
 
     if isinstance(example_inputs, Tensor):
         return (place(example_inputs),), {}
