@@ -45,7 +45,7 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 48},
 }
-MAX_SECONDS = 15
+MAX_SECONDS = 120
 
 
 @dataclass(frozen=True, kw_only=True)
