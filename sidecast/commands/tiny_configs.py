@@ -31,10 +31,13 @@ _TINY = {
         ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions", "context_length"), 16
     ),
     **dict.fromkeys(("sliding_window", "window_size", "attention_window_size", "sliding_window_size"), 4),
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    **dict.fromkeys(("n_group", "n_groups", "topk_group", "num_expert_group", "mamba_n_groups"), 1),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 6),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rotary_dim", "index_head_dim"), _HEAD_DIM),
     **dict.fromkeys(("chunk_size", "mamba_chunk_size", "state_size", "mamba_d_state", "ssm_state_size"), 4),
+    **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), _HEAD_DIM),
+    **dict.fromkeys(("linear_num_heads", "linear_num_key_heads"), 2),
+    "linear_num_value_heads": 4,
     "qk_head_dim": 2 * _HEAD_DIM,
     "index_n_heads": 2,
     "image_size": 8,
@@ -180,7 +183,9 @@ def _shrink_heads(tiny: dict[str, Any], config: Mapping[str, Any], stream: str, 
         tiny["mamba_d_head"] = tiny[stream] * int(tiny.get("mamba_expand") or 1) // 2
         if tiny.get("mamba_d_ssm") is not None:
             tiny["mamba_d_ssm"] = 2 * tiny["mamba_d_head"]
-    if tiny.get("head_dim") is not None:
+    if heads == "num_heads" and tiny.get("expand") is not None:
+        tiny["head_dim"] = _HEAD_DIM * int(tiny["expand"])
+    elif tiny.get("head_dim") is not None:
         # Wider heads than the stream has room for stay wider.
         is_wide = _count(config, "head_dim") * _count(config, heads) != _count(config, stream)
         tiny["head_dim"] = _HEAD_DIM + 2 * (is_wide and config.get("qk_rope_head_dim") is None)

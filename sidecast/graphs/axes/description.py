@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -62,10 +63,7 @@ class _Part:
 
 
 def _parts(axes: Axes, shape: Sequence[int]) -> list[_Part]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.insert(0, step)
-        step *= size
+    strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
     parts = []
     for runs in product(*(runs_of(axis) for axis in axes)):
         offset = sum(run.offset * stride for run, stride in zip(runs, strides, strict=True))

@@ -87,11 +87,11 @@ class _AxisGraph:
             if place not in inner_source and place not in inner_target
         ]
         kernel = list(part["kernel"])
-        for places in product(*(range(sizes[place]) for place in outer)):
-            fixed = dict(zip(outer, places, strict=True))
+        for indices in product(*(range(sizes[place]) for place in outer)):
+            fixed = dict(zip(outer, indices, strict=True))
             offset = int(part["offset"]) + sum(index * factors[place][1] for place, index in fixed.items())
             self._draw_block(
-                name + "".join(f".{index}" for index in places),
+                name + "".join(f".{index}" for index in indices),
                 ParameterView(
                     fqn=fqn,
                     offset=offset,
