@@ -341,7 +341,6 @@ FREE = {
     "difference": 8,
     "concatenation": 8,
     "einsum": 8,
-    "two layers with one weight": 6,
     "recurrent cell": 5,
     "batch norm over positions": 8,
 }
