@@ -55,6 +55,7 @@ docs-check: $(VENV)/.installed
 
 bench: $(VENV)/.installed ## the benchmarks' short presets, a minute each, on the CPU
 	$(BIN)/python -m benchmarks.bench_graph --preset ci
+	$(BIN)/python -m benchmarks.bench_families --preset ci
 	$(BIN)/python -m benchmarks.bench_nino --preset small
 	$(BIN)/python -m benchmarks.bench_transport --quick
 	$(BIN)/python -m benchmarks.bench_stall --preset quick

@@ -16,6 +16,9 @@ from sidecast.errors import ConfigError
 # What torch.compile, FSDP, Lightning and activation checkpointing put between a module and its parent.
 _INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_forward_module|_checkpoint_wrapped_module)\.")
 
+GRAPH_ATTRIBUTE = "sidecast_graph"
+"""Where a module keeps the description of its graph, in the place of a configuration."""
+
 
 def unwrapped_name(fqn: str) -> str:
     """A parameter's name without what wrappers inside of the model add to it."""

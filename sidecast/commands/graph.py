@@ -15,7 +15,8 @@ from sidecast.checkpoints.checkpoint import Checkpoint, read_json_object
 from sidecast.checkpoints.huggingface import CONFIG_FILE
 from sidecast.checkpoints.opening import holds_weights, open_checkpoint
 from sidecast.checkpoints.staging import manifest_of
-from sidecast.commands.graph_check import check_config, check_module, load_module
+from sidecast.commands.family_graph import graph_config
+from sidecast.commands.graph_check import check_module, line_of_config, load_module
 from sidecast.commands.transformers_models import model_of_config
 from sidecast.errors import ConfigError
 from sidecast.graphs import Topology, build_topology
@@ -90,12 +91,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     config, checkpoint = _open_model(args.model)
     if args.check:
-        sys.stdout.write(f"{check_config(config)}\n")
+        sys.stdout.write(f"{line_of_config(config)}\n")
     if args.out is None:
         return 0
     if args.snapshot is not None:
         checkpoint = open_checkpoint(args.snapshot, config)
-    manifest = _manifest_of_config(config) if checkpoint is None else manifest_of(checkpoint, config)
+    drawn_from = graph_config(config)
+    manifest = _manifest_of_config(config, drawn_from) if checkpoint is None else manifest_of(checkpoint, drawn_from)
     topology = build_topology(manifest, args.layout, unknown_parameters=args.unknown_parameters)
     _draw(topology, checkpoint, args.out)
     return 0
@@ -149,8 +151,8 @@ def _reader(checkpoint: Checkpoint) -> ReadTensor:
     return read
 
 
-def _manifest_of_config(config: Mapping[str, Any]) -> ModelManifest:
+def _manifest_of_config(config: Mapping[str, Any], drawn_from: Mapping[str, Any]) -> ModelManifest:
     """The parameters of the architecture that the configuration names, without weights."""
     model = model_of_config(config, device="meta")
     shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    return ModelManifest.from_shapes(shapes, config)
+    return ModelManifest.from_shapes(shapes, drawn_from)

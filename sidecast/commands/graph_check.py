@@ -8,43 +8,84 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from sidecast.commands.transformers_models import example_inputs_of, model_of_config, shrunken
-from sidecast.errors import ConfigError
+from sidecast.commands.tiny_configs import scaled, shrunken
+from sidecast.commands.transformers_models import example_inputs_of, model_of_config
+from sidecast.errors import ConfigError, one_line
 from sidecast.graphs.automorphism_check import AutomorphismCheck, check_automorphisms
+from sidecast.graphs.axes.description import describe_axes
 from sidecast.graphs.double_precision import ExampleInputs
 from sidecast.graphs.module_trace import checked_manifest_of_module
-from sidecast.graphs.registry import build_topology
+from sidecast.graphs.registry import build_topology, graph_builders
 from sidecast.graphs.topology import Topology
 from sidecast.manifest import ModelManifest
 
 _LAYOUT = "symmetric"
+_NEEDS_MODULE = ("sequential", "module_graph", "axis_graph")
+_MAX_ELEMENTS = 5_000_000
 
 
-def check_config(config: Mapping[str, Any]) -> str:
+def check_config(config: Mapping[str, Any]) -> tuple[Topology, AutomorphismCheck]:
     """Checks the graph of a family of transformers at tiny widths, with random weights.
+
+    A family without a builder is followed axis by axis.
 
     Args:
         config: The model's configuration, of any size.
 
     Returns:
-        One line for the user.
+        The tiny model's graph, and what was done.
 
     Raises:
         ConfigError: The graph is wrong, or cannot be checked.
     """
     model_type = config.get("model_type")
-    if model_type in ("sequential", "module_graph"):
+    if model_type in _NEEDS_MODULE:
         raise ConfigError(f"a configuration of model_type {model_type!r} names no class to run; give --module instead")
-    tiny = {**shrunken(config), "use_cache": False}
-    model = model_of_config(tiny, device="cpu")
+    model, inputs = _tiny_model(config)
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    described = model.config.to_dict() if model_type in graph_builders() else describe_axes(model, inputs)
+    topology = build_topology(ModelManifest.from_shapes(shapes, described), _LAYOUT)
+    return topology, check_automorphisms(topology, model, inputs)
+
+
+def _tiny_model(config: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """A small model of a family and its inputs, in the first of the ways to make it small that can be run."""
+    problems = []
+    for make_small in (shrunken, scaled):
+        try:
+            return _running_model({**make_small(config), "use_cache": False})
+        except ConfigError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def _running_model(config: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    model = model_of_config(config, device="meta")
+    num_elements = sum(parameter.numel() for parameter in model.parameters())
+    if num_elements > _MAX_ELEMENTS:
+        raise ConfigError(
+            f"{type(model).__name__} still has {num_elements:,} parameters where a check has made it small, and "
+            f"{_MAX_ELEMENTS:,} are the most; make it small yourself, and give it as --module"
+        )
+    model = model_of_config(config, device="cpu")
     # Kernels of attention and experts that know no double precision.
     model.config._attn_implementation = "eager"
     model.config._experts_implementation = "eager"
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    topology = build_topology(ModelManifest.from_shapes(shapes, model.config.to_dict()), _LAYOUT)
-    return _line(topology, check_automorphisms(topology, model, example_inputs_of(model)), "at tiny widths")
+    inputs = example_inputs_of(model)
+    try:
+        with torch.no_grad():
+            model.eval()(**inputs)
+    except Exception as error:  # whatever a model's forward raises
+        raise ConfigError(f"{type(model).__name__} cannot be run at tiny widths: {one_line(error)}") from error
+    return model, inputs
+
+
+def line_of_config(config: Mapping[str, Any]) -> str:
+    """Checks the graph of a family as ``check_config`` does, and says so in one line."""
+    return _line(*check_config(config), "at tiny widths")
 
 
 def load_module(name: str) -> tuple[nn.Module, ExampleInputs]:

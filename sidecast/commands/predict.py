@@ -8,6 +8,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from sidecast.checkpoints.output import check_output, missing_config, write_nowc
 from sidecast.checkpoints.series import check_series, with_shared_aliases
 from sidecast.checkpoints.staging import StagedHistory, manifest_of, stage_history
 from sidecast.checkpoints.steps import Step
+from sidecast.commands.family_graph import graph_config
+from sidecast.commands.graph_check import load_module
 from sidecast.errors import ConfigError, one_line, printable
-from sidecast.predictors.base import check_context_len, check_horizon
+from sidecast.graphs import manifest_of_module
+from sidecast.manifest import ModelManifest
+from sidecast.predictors.base import ModelPredictor, Predictor, check_context_len, check_horizon
 from sidecast.predictors.file_workspace import predict_with_files
 from sidecast.predictors.registry import create_predictor
 
@@ -95,6 +100,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="the model's config.json, where the checkpoints have none; copied to the output, but not beside adapters",
     )
     parser.add_argument(
+        "--module",
+        metavar="MODULE:FUNCTION",
+        help="a Python function that gives (module, example_inputs) of the model, for predictors that need its graph",
+    )
+    parser.add_argument(
         "--scratch", type=Path, metavar="DIR", help="folder for temporary files as large as the checkpoints' weights"
     )
     parser.add_argument("--force", action="store_true", help="overwrite files in the output folder")
@@ -134,7 +144,7 @@ def _predict(args: argparse.Namespace) -> list[str]:
     # Before anything large is copied; the predictor itself would say so only afterwards.
     check_context_len(predictor, len(checkpoints), f"{len(checkpoints)} checkpoints given")
     newest = checkpoints[-1]
-    manifest = manifest_of(newest, config)
+    manifest = _with_graph(manifest_of(newest, config), predictor, args.module)
     folder = _scratch_folder(args)
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".sidecast-predict-", dir=folder) as scratch:
         staged = stage_history(checkpoints, manifest, Path(scratch))
@@ -151,6 +161,16 @@ def _predict(args: argparse.Namespace) -> list[str]:
             f"written    {path}",
             *([f"           without {missing}, which no loader does without: copy yours"] if missing else []),
         ]
+
+
+def _with_graph(manifest: ModelManifest, predictor: Predictor, module: str | None) -> ModelManifest:
+    """The manifest with what a predictor on graphs draws the model from."""
+    if not isinstance(predictor, ModelPredictor):
+        if module is not None:
+            raise ConfigError(f"--module describes a graph, and predictor {predictor.name!r} has none; leave it out")
+        return manifest
+    described = graph_config(manifest.config) if module is None else manifest_of_module(*load_module(module)).config
+    return replace(manifest, config=described)
 
 
 def _steps(text: str | None) -> list[int] | None:

@@ -23,7 +23,10 @@ class ModelConfig:
     def model_type(self) -> str:
         value = self.values.get("model_type")
         if not isinstance(value, str):
-            raise ConfigError(f"the model's configuration has model_type={value!r}; a graph needs its name")
+            raise ConfigError(
+                f"the model's configuration has model_type={value!r}; a graph needs its name, or a description: "
+                "sidecast.graphs.remember_graph(model, example_inputs) before training, --module with saved models"
+            )
         return value
 
     def count(self, key: str, default: int | None = None) -> int:

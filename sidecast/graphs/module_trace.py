@@ -16,10 +16,11 @@ from torch.nn.parameter import UninitializedParameter
 
 from sidecast.errors import ConfigError
 from sidecast.graphs.automorphism_check import AutomorphismCheck, check_automorphisms
+from sidecast.graphs.axes.description import describe_axes
 from sidecast.graphs.double_precision import ExampleInputs
 from sidecast.graphs.registry import build_topology
 from sidecast.graphs.topology import Topology
-from sidecast.manifest import ModelManifest, ParameterSpec
+from sidecast.manifest import GRAPH_ATTRIBUTE, ModelManifest, ParameterSpec
 
 MODEL_TYPE = "module_graph"
 
@@ -51,17 +52,17 @@ def manifest_of_module(module: nn.Module, example_inputs: ExampleInputs | None =
     graph: the output may not change. Frozen parameters are treated as trainable there.
 
     Args:
-        module: On any device; ``torch.fx`` must be able to trace it. On ``meta`` it may have no buffers but those of
-            norms.
+        module: On any device. On ``meta`` it may have no buffers but those of norms. What ``torch.fx`` cannot trace, or
+            a graph of layers has no place for, is run and followed axis by axis.
         example_inputs: What it is called with: a tensor, a sequence of arguments, or a mapping of named ones. A warning
             names parameters that have no effect on the output: sequences of one token, for one, show no recurrence.
 
     Returns:
-        A manifest of model type ``module_graph``.
+        A manifest of model type ``module_graph``, or ``axis_graph``.
 
     Raises:
-        ConfigError: The module cannot be traced, does something that has no place in a graph, or its graph has a
-            symmetry that it lacks; or the example inputs are missing or do not fit.
+        ConfigError: The module cannot be run, or its graph has a symmetry that it lacks; or the example inputs are
+            missing or do not fit.
         NoRoomError: Memory has no room for the copy.
     """
     manifest, check = checked_manifest_of_module(module, example_inputs)
@@ -73,6 +74,21 @@ def checked_manifest_of_module(
     module: nn.Module, example_inputs: ExampleInputs | None
 ) -> tuple[ModelManifest, AutomorphismCheck]:
     """What ``manifest_of_module`` gives, and what its check has done, in place of a warning."""
+    if example_inputs is None:
+        raise _missing_inputs(module)
+    try:
+        config = _operations_of(module)
+        check = _check(module, config, example_inputs)
+    except ConfigError:
+        # Followed axis by axis it is less symmetric at worst, where layers and operations say too little.
+        _manifest(module, {}, frozen=True)
+        config = describe_axes(module, example_inputs)
+        check = _check(module, config, example_inputs)
+    return _manifest(module, config, frozen=False), check
+
+
+def _operations_of(module: nn.Module) -> dict[str, Any]:
+    """The configuration of a module whose layers and operations all have a place in a graph."""
     name = type(module).__name__
     try:
         traced = fx.Tracer().trace(module)
@@ -81,9 +97,29 @@ def checked_manifest_of_module(
         raise ConfigError(f"{name} cannot be traced: {type(error).__name__}: {first}") from error
     reader = _OperationReader(module)
     operations = [operation for node in traced.nodes if (operation := reader.read(node)) is not None]
-    config = {"model_type": MODEL_TYPE, "operations": operations}
-    check = _check(module, config, example_inputs)
-    return _manifest(module, config, frozen=False), check
+    return {"model_type": MODEL_TYPE, "operations": operations}
+
+
+def remember_graph(module: nn.Module, example_inputs: ExampleInputs) -> ModelManifest:
+    """Draws and checks a module's graph, and keeps its description with the module for whatever nowcasts it.
+
+    Call it before the module is wrapped or given to an engine; ``attach``, the callbacks and ``NowcastOptimizer`` then
+    find the description, so that predictors with a graph work on it.
+
+    Args:
+        module: As for ``manifest_of_module``.
+        example_inputs: As for ``manifest_of_module``.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        ConfigError: As ``manifest_of_module``.
+        NoRoomError: As ``manifest_of_module``.
+    """
+    manifest = manifest_of_module(module, example_inputs)
+    setattr(module, GRAPH_ATTRIBUTE, dict(manifest.config))
+    return manifest
 
 
 def manifest_of_chain(module: nn.Module, example_inputs: ExampleInputs | None = None) -> ModelManifest:
@@ -109,12 +145,16 @@ def manifest_of_chain(module: nn.Module, example_inputs: ExampleInputs | None = 
 def _check(module: nn.Module, config: dict[str, Any], example_inputs: ExampleInputs | None) -> AutomorphismCheck:
     """Checks the graph of all parameters, frozen ones included."""
     if example_inputs is None:
-        raise ConfigError(
-            f"the graph of {type(module).__name__} is checked by running it, which needs example_inputs: a tensor, "
-            "a tuple of arguments, or a mapping of named ones"
-        )
+        raise _missing_inputs(module)
     topology = build_topology(_manifest(module, config, frozen=True), "symmetric", unknown_parameters="isolate")
     return check_automorphisms(topology, module, example_inputs)
+
+
+def _missing_inputs(module: nn.Module) -> ConfigError:
+    return ConfigError(
+        f"the graph of {type(module).__name__} is checked by running it, which needs example_inputs: a tensor, "
+        "a tuple of arguments, or a mapping of named ones"
+    )
 
 
 def _warn(module: nn.Module, check: AutomorphismCheck) -> None:

@@ -65,7 +65,8 @@ def build_topology(
     builder = graph_builders().get(config.model_type)
     if builder is None:
         raise ConfigError(
-            f"no graph builder for model_type {config.model_type!r}; supported: {', '.join(sorted(graph_builders()))}"
+            f"no graph builder for model_type {config.model_type!r}; supported: {', '.join(sorted(graph_builders()))}; "
+            "sidecast.graphs.remember_graph(model, example_inputs) before training draws any other"
         )
     if layout is None:
         layout = next((name for name in LAYOUTS if name in builder.layouts), LAYOUTS[0])

@@ -145,6 +145,11 @@ def traced(module: nn.Module, *inputs: Tensor) -> SmallModel:
     return SmallModel(module.double().eval(), manifest_of_module(module, inputs), inputs)
 
 
+def _by_axes(model: SmallModel) -> SmallModel:
+    """The same network, drawn as if its family had no builder."""
+    return SmallModel(model.module, manifest_of_module(model.module, model.inputs), model.inputs)
+
+
 class ResidualNet(nn.Module):
     """A small ResNet: a large stem kernel, an identity and a projected shortcut, a grouped convolution."""
 
@@ -199,6 +204,8 @@ SMALL_MODELS: dict[str, Callable[[], SmallModel]] = {
     "bert_mlm": lambda: _bert("BertForMaskedLM"),
     "bert_classifier": lambda: _bert("BertForSequenceClassification"),
     "vit": _vit,
+    "llama_by_axes": lambda: _by_axes(small_decoder("Llama", tie_word_embeddings=False)),
+    "gpt2_by_axes": lambda: _by_axes(_gpt2()),
     "mlp": _mlp,
     "convolutions": _convolutions,
     "residual_net": _residual_net,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sidecast.manifest import GRAPH_ATTRIBUTE
 from sidecast.trainer.partitions import Layout
 
 
@@ -30,6 +31,9 @@ class TrainingRun:
 
 
 def model_config_of(module: Any) -> dict[str, Any]:
-    """The configuration of a Hugging Face model; empty for others."""
+    """The description of the graph that a module keeps, or a Hugging Face model's configuration; empty for others."""
+    remembered = getattr(module, GRAPH_ATTRIBUTE, None)
+    if isinstance(remembered, Mapping):
+        return dict(remembered)
     to_json_string = getattr(getattr(module, "config", None), "to_json_string", None)
     return {} if to_json_string is None else dict(json.loads(to_json_string(use_diff=False)))

@@ -1,7 +1,7 @@
 """One file per family of models; each draws its layouts."""
 
 from sidecast.graphs.builder import GraphBuilder
-from sidecast.graphs.builders import bert, gpt2, llama, mixtral, module_graph, qwen3, sequential, vit
+from sidecast.graphs.builders import axis_graph, bert, gpt2, llama, mixtral, module_graph, qwen3, sequential, vit
 
 BUILDERS: tuple[GraphBuilder, ...] = (
     llama.BUILDER,
@@ -13,6 +13,7 @@ BUILDERS: tuple[GraphBuilder, ...] = (
     vit.BUILDER,
     sequential.BUILDER,
     module_graph.BUILDER,
+    axis_graph.BUILDER,
 )
 
 __all__ = ["BUILDERS"]

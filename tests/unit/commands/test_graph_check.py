@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from sidecast.commands.__main__ import main
-from sidecast.commands.transformers_models import shrunken
+from sidecast.commands.tiny_configs import scaled, shrunken
 from sidecast.errors import ConfigError
 from sidecast.graphs import graph_builders
 from sidecast.graphs.assembler import TopologyAssembler
@@ -29,7 +29,7 @@ def right():
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(5, 4)
 
 def wrong():
-    return nn.Sequential(nn.Conv1d(4, 8, 1), nn.LayerNorm(8), nn.Conv1d(8, 3, 1)), torch.randn(2, 4, 8)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(5, 3)
 
 def bare():
     return nn.Linear(4, 6)
@@ -82,6 +82,24 @@ def test_shrinking_keeps_what_decides_on_the_graph() -> None:
         shrunken({"hidden_size": 8, "num_attention_heads": "8"})
 
 
+def test_scaling_keeps_what_widths_depend_on() -> None:
+    small = scaled(
+        {"hidden_size": 512, "num_attention_heads": 8, "head_dim": 64, "layer_types": list("aaba"), "n_layer": 4}
+    )
+    assert small == {
+        "hidden_size": 32,
+        "num_attention_heads": 8,
+        "head_dim": 4,
+        "layer_types": ["a", "b"],
+        "n_layer": 2,
+    }
+
+
+def test_a_family_without_a_builder_is_followed_by_axes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", "--check", str(write(tmp_path, "Gemma2"))]) == 0
+    assert capsys.readouterr().out.startswith("axis_graph, symmetric: right at tiny widths: ")
+
+
 @pytest.fixture
 def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "modules_to_check.py").write_text(MODULES)
@@ -103,7 +121,7 @@ def test_a_module_is_checked_and_drawn(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--module", "modules_to_check:wrong"], "the graph of Sequential has a symmetry that the model lacks"),
+        (["--module", "modules_to_check:wrong"], "Sequential cannot be run with these example inputs: RuntimeError"),
         (["--module", "modules_to_check:bare"], r"gave a Linear; it must give \(module, example_inputs\)"),
         (["--module", "modules_to_check:fails"], "modules_to_check:fails failed: KeyError: 'nothing'"),
         (["--module", "modules_to_check:none"], "failed: AttributeError: module 'modules_to_check' has no attribute"),

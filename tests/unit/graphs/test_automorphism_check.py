@@ -127,7 +127,7 @@ def test_frozen_parameters_are_checked_and_not_in_the_manifest() -> None:
 def test_placeholders_for_floating_point_inputs_are_replaced(inputs: Tensor) -> None:
     module = nn.Sequential(nn.Conv1d(5, 8, 1), nn.ReLU(), nn.LayerNorm(8), nn.Conv1d(8, 2, 1))
     with pytest.raises(ConfigError, match="has a symmetry that the model lacks"):
-        manifest_of_module(module, inputs[None, :, :1].expand(1, 5, 8))
+        manifest_of_chain(module, inputs[None, :, :1].expand(1, 5, 8))
 
 
 def test_named_inputs_are_given_by_name() -> None:
@@ -218,12 +218,14 @@ def test_network_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "error", [RuntimeError("len of a proxy"), AssertionError(), AttributeError("no such thing"), KeyError("missing")]
 )
-def test_whatever_tracing_raises_is_one_line(error: Exception) -> None:
+def test_whatever_a_module_raises_is_one_line(error: Exception) -> None:
     class Raises(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             raise error
 
-    with pytest.raises(ConfigError, match=rf"^Raises cannot be traced: {type(error).__name__}") as refusal:
+    with pytest.raises(
+        ConfigError, match=rf"^Raises cannot be run with these example inputs: {type(error).__name__}"
+    ) as refusal:
         manifest_of_module(Raises(nn.Linear(4, 4)), torch.randn(5, 4))
     assert "\n" not in str(refusal.value)
 

@@ -1,0 +1,101 @@
+"""``sidecast predict`` with a predictor on graphs, for models without a graph builder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from sidecast.commands.__main__ import main
+from sidecast.predictors.nino.config import NinoConfig
+from sidecast.predictors.nino.weights import NinoWeights, save_weights
+
+MODULE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(torch.einsum("ni,mi->mi", self.a(x).tanh(), self.a(x)))
+
+def make():
+    return Net(), torch.randn(5, 4)
+"""
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """An untrained predictor of three states."""
+    config = NinoConfig(gnn=True, hidden_dim=4, max_horizon=2, lpe_dim=2, context_len=3)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {key: torch.randn(shape, generator=generator) / 3 for key, shape in config.shapes().items()}
+    save_weights(tmp_path / "nino.safetensors", NinoWeights(config, tensors, "memory"))
+    return tmp_path / "nino.safetensors"
+
+
+def checkpoints(folder: Path, state: dict[str, torch.Tensor], config: dict[str, object] | None) -> list[str]:
+    paths = []
+    for step in (100, 200, 300):
+        path = folder / f"checkpoint-{step}"
+        path.mkdir()
+        moved = {name: (tensor + step * torch.sin(tensor) / 1000).clone() for name, tensor in state.items()}
+        save_file(moved, path / "model.safetensors", metadata={"format": "pt"})
+        if config is not None:
+            (path / "config.json").write_text(json.dumps(config))
+        paths.append(str(path))
+    return paths
+
+
+def test_a_family_of_transformers_is_followed_without_weights(tmp_path: Path, weights: Path) -> None:
+    config = transformers.OPTConfig(
+        hidden_size=12, num_hidden_layers=1, ffn_dim=9, num_attention_heads=3, vocab_size=11, word_embed_proj_dim=12
+    )
+    with torch.device("meta"):
+        model = transformers.OPTForCausalLM(config)
+    generator = torch.Generator().manual_seed(2)
+    state = {name: torch.randn(each.shape, generator=generator) for name, each in model.named_parameters()}
+    paths = checkpoints(tmp_path, state, {**config.to_dict(), "architectures": ["OPTForCausalLM"]})
+    out = tmp_path / "out"
+    assert main(["predict", *paths, "--predictor", "nino", "--weights", str(weights), "--out", str(out)]) == 0
+    written = load_file(out / "model.safetensors")
+    assert set(written) == set(state)
+    newest = load_file(f"{paths[-1]}/model.safetensors")
+    assert all(not torch.equal(written[name], newest[name]) for name in newest)
+
+
+@pytest.mark.usefixtures("_module")
+def test_a_module_tells_its_graph(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    state = {
+        "a.weight": torch.randn(6, 4, generator=generator),
+        "a.bias": torch.randn(6, generator=generator),
+        "b.weight": torch.randn(3, 6, generator=generator),
+        "b.bias": torch.randn(3, generator=generator),
+    }
+    files = [f"{path}/model.safetensors" for path in checkpoints(tmp_path, state, None)]
+    command = ["predict", *files, "--predictor", "nino", "--weights", str(weights), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "--module with saved models" in capsys.readouterr().err
+    assert main([*command, "--module", "module_to_predict:make"]) == 0
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(state)
+
+
+@pytest.mark.usefixtures("_module")
+def test_a_predictor_without_a_graph_needs_no_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [f"{path}/model.safetensors" for path in checkpoints(tmp_path, {"a": torch.ones(3)}, None)]
+    assert main(["predict", *files, "--out", str(tmp_path / "out"), "--module", "module_to_predict:make"]) == 2
+    assert "--module describes a graph, and predictor 'linear' has none" in capsys.readouterr().err
+
+
+@pytest.fixture
+def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module_to_predict.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
