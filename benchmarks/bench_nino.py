@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.nino_cases import SHAPES, measure, random_history, random_weights
 from sidecast.predictors.base import Predictor
-from sidecast.predictors.nino.compiled import compiled_tiles
 from sidecast.predictors.nino.graph_cache import GraphCache
+from sidecast.predictors.nino.loops import compiled_loops
 from sidecast.predictors.nino.plain import PlainNinoPredictor
 from sidecast.predictors.nino.predictor import NinoPredictor
 from sidecast.predictors.nino.weights import load_weights
@@ -121,7 +121,7 @@ def main() -> None:
             {
                 "machine": processor.get("cpu_name") or platform.machine(),
                 "torch": torch.__version__,
-                "compiled_tiles": compiled_tiles() is not None,
+                "compiled_tiles": bool(compiled_loops()),
                 "bf16_products": has_bf16,
             }
         )

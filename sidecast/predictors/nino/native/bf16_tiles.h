@@ -1,4 +1,4 @@
-// The two tile loops of a nowcast with bf16 products, for processors that multiply pairs of bf16 (AVX-512 BF16).
+// What the loops with bf16 products share, on processors with AVX-512 BF16 and on those with AMX, which have both.
 //
 // Products of hidden vectors take bf16 and add up in fp32; products with edge features, addends, SiLU and sums over
 // edges are fp32. Between layers a hidden vector is rounded to bf16.
@@ -7,22 +7,16 @@
 // D is a multiple of STRIP. Weights of later layers and the scale are packed in panels of LANES columns, k in pairs:
 // element (k, d) of a (D, D) matrix is at [d / LANES][k / 2][d % LANES][k % 2]. The first layer's are fp32, (X, D).
 
-#include <cstdint>
-
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+#pragma once
 
 #include <immintrin.h>
 
-#define FOR_THIS_PROCESSOR __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#define INLINE static inline __attribute__((always_inline)) FOR_THIS_PROCESSOR
+#include <cstdint>
 
-// One hidden layer; the mirror of _CompiledLayer in compiled.py.
-struct SidecastBf16Layer {
-    const void *weight;      // fp32 (X, D) in the first layer, packed bf16 (D, D) in later ones
-    const float *source_SD;  // or null
-    const float *target_TD;
-    int64_t target_stride;   // D, or 0 where one row stands for all targets
-};
+#include "layer.h"
+
+#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define INLINE static inline __attribute__((always_inline)) AVX512_BF16
 
 namespace {
 
@@ -32,14 +26,12 @@ constexpr int LANES = 16;
 constexpr int PANELS = 4;
 constexpr int STRIP = PANELS * LANES;  // columns whose sums are in registers at once
 constexpr int ROWS = 6;                // their sums take 24 of 32 registers
-constexpr int TILE = 8 * ROWS;         // edges
 
 struct Edges {
     const float *features_XTS;
     int64_t num_features, num_targets, num_sources;
-    const SidecastBf16Layer *layers;
+    const SidecastLayer *layers;
     int64_t num_layers, dim;
-    Half *tiles;  // scratch for 2 * TILE hidden vectors
 };
 
 // Some sources of one target: the rows of a tile.
@@ -102,10 +94,11 @@ INLINE void multiply_features(__m512 (&sums)[ROWS][PANELS], const float *feature
     }
 }
 
-// One hidden layer on a tile; adds the sum of its vectors to row_sum_D unless that is null.
-FOR_THIS_PROCESSOR void hidden_layer(Half *out, const Half *in, const Edges &edges, int64_t depth, const Tile &tile,
-                                     float *row_sum_D) {
-    const SidecastBf16Layer &layer = edges.layers[depth];
+// One hidden layer on a tile, by AVX-512 BF16 and, the first, in fp32; adds the sum of its vectors to row_sum_D unless that is null.
+template <bool is_first>
+AVX512_BF16 void hidden_layer(Half *out, const Half *in, const Edges &edges, int64_t depth, const Tile &tile,
+                              float *row_sum_D) {
+    const SidecastLayer &layer = edges.layers[depth];
     const int64_t dim = edges.dim;
     const float *target_D = layer.target_TD + tile.target * layer.target_stride;
     const float *features = edges.features_XTS + tile.target * edges.num_sources + tile.source;
@@ -128,7 +121,7 @@ FOR_THIS_PROCESSOR void hidden_layer(Half *out, const Half *in, const Edges &edg
                             _mm512_loadu_ps(layer.source_SD + (tile.source + at[row]) * dim + d + panel * LANES));
                 }
             }
-            if (depth == 0)
+            if (is_first)
                 multiply_features(sums, features, at, edges.num_targets * edges.num_sources, edges.num_features,
                                   static_cast<const float *>(layer.weight) + d, dim);
             else
@@ -159,49 +152,6 @@ FOR_THIS_PROCESSOR void hidden_layer(Half *out, const Half *in, const Edges &edg
     }
 }
 
-// All hidden layers on a tile; returns the vectors of the last.
-FOR_THIS_PROCESSOR const Half *hidden_layers(const Edges &edges, const Tile &tile, float *row_sum_D) {
-    Half *out = edges.tiles, *other = edges.tiles + TILE * edges.dim;
-    const Half *in = other;
-    for (int64_t depth = 0; depth < edges.num_layers; depth++) {
-        hidden_layer(out, in, edges, depth, tile, depth == edges.num_layers - 1 ? row_sum_D : nullptr);
-        in = out;
-        out = other;
-        other = const_cast<Half *>(in);
-    }
-    return in;
-}
-
-// Adds sum over the rows of (row @ scale) * gain to gained_D.
-FOR_THIS_PROCESSOR void gained_sum(const Half *hidden, const Tile &tile, int64_t dim, const Half *scale,
-                                   const float *gain_SD, float *gained_D) {
-    for (int64_t d = 0; d < dim; d += STRIP) {
-        __m512 total[PANELS] = {};
-        for (int64_t first = 0; first < tile.num_rows; first += ROWS) {
-            __m512 sums[ROWS][PANELS] = {};
-            const Half *rows[ROWS];
-#pragma GCC unroll 6
-            for (int row = 0; row < ROWS; row++) rows[row] = hidden + row_of(first, row, tile.num_rows) * dim;
-            multiply(sums, rows, scale + d * dim, dim);
-            const int64_t num_here = smaller(tile.num_rows - first, ROWS);
-#pragma GCC unroll 6
-            for (int row = 0; row < ROWS; row++) {
-                if (row < num_here) {
-                    const float *gain = gain_SD + (tile.source + first + row) * dim + d;
-#pragma GCC unroll 4
-                    for (int panel = 0; panel < PANELS; panel++)
-                        total[panel] =
-                            _mm512_fmadd_ps(sums[row][panel], _mm512_loadu_ps(gain + panel * LANES), total[panel]);
-                }
-            }
-        }
-        for (int panel = 0; panel < PANELS; panel++) {
-            float *sum = gained_D + d + panel * LANES;
-            _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), total[panel]));
-        }
-    }
-}
-
 INLINE float dot(const Half *hidden, const float *weight, int64_t dim) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t d = 0; d < dim; d += LANES) {
@@ -212,60 +162,63 @@ INLINE float dot(const Half *hidden, const float *weight, int64_t dim) {
     return _mm512_reduce_add_ps(sum);
 }
 
-}  // namespace
-
-extern "C" {
-
-// Whether this processor has the instructions that the functions below are compiled to.
-int sidecast_bf16_runs_here() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bf16");
+// All hidden layers on a tile; returns the vectors of the last. tiles: scratch for 2 * Products::TILE vectors.
+template <class Products>
+INLINE const Half *hidden_layers(const Edges &edges, const Tile &tile, Half *tiles, float *row_sum_D) {
+    Half *out = tiles, *other = tiles + Products::TILE * edges.dim;
+    for (int64_t depth = 0; depth < edges.num_layers; depth++) {
+        float *sum_D = depth == edges.num_layers - 1 ? row_sum_D : nullptr;
+        if (depth == 0)
+            hidden_layer<true>(out, other, edges, depth, tile, sum_D);
+        else
+            Products::later_layer(out, other, edges, depth, tile, sum_D);
+        Half *free = other;
+        other = out;
+        out = free;
+    }
+    return other;
 }
 
-// Bytes of scratch for one call.
-int64_t sidecast_bf16_scratch_bytes(int64_t dim) { return 2 * TILE * dim * static_cast<int64_t>(sizeof(Half)); }
-
 // Kernels.message_sums; adds to hidden_TD and gained_TD.
-FOR_THIS_PROCESSOR void sidecast_bf16_message_sums(const float *features_XTS, int64_t num_features, int64_t num_targets,
-                                                   int64_t num_sources, const SidecastBf16Layer *layers,
-                                                   int64_t num_layers, int64_t dim, const void *scale,
-                                                   const float *gain_SD, float *hidden_TD, float *gained_TD,
-                                                   void *scratch) {
-    const Edges edges{features_XTS, num_features, num_targets, num_sources, layers, num_layers, dim,
-                      static_cast<Half *>(scratch)};
-    for (int64_t target = 0; target < num_targets; target++) {
-        for (int64_t source = 0; source < num_sources; source += TILE) {
-            const Tile tile{target, source, smaller(num_sources - source, TILE)};
-            const Half *hidden = hidden_layers(edges, tile, hidden_TD + target * dim);
-            gained_sum(hidden, tile, dim, static_cast<const Half *>(scale), gain_SD, gained_TD + target * dim);
+template <class Products>
+AVX512_BF16 void message_sums(const Edges &edges, const Half *scale, const float *gain_SD, float *hidden_TD,
+                              float *gained_TD, Half *tiles) {
+    for (int64_t target = 0; target < edges.num_targets; target++) {
+        for (int64_t source = 0; source < edges.num_sources; source += Products::TILE) {
+            const Tile tile{target, source, smaller(edges.num_sources - source, Products::TILE)};
+            const Half *hidden = hidden_layers<Products>(edges, tile, tiles, hidden_TD + target * edges.dim);
+            Products::gained_sum(hidden, tile, edges.dim, scale, gain_SD, gained_TD + target * edges.dim);
         }
     }
 }
 
 // Kernels.changes. output_FD: last layer, one row for each kernel element.
-FOR_THIS_PROCESSOR void sidecast_bf16_changes(const float *features_XTS, int64_t num_features, int64_t num_targets,
-                                              int64_t num_sources, const SidecastBf16Layer *layers, int64_t num_layers,
-                                              int64_t dim, const float *output_FD, const float *output_bias_F,
-                                              int64_t num_elements, float *change_TSF, void *scratch) {
-    const Edges edges{features_XTS, num_features, num_targets, num_sources, layers, num_layers, dim,
-                      static_cast<Half *>(scratch)};
-    for (int64_t target = 0; target < num_targets; target++) {
-        for (int64_t source = 0; source < num_sources; source += TILE) {
-            const Tile tile{target, source, smaller(num_sources - source, TILE)};
-            const Half *hidden = hidden_layers(edges, tile, nullptr);
-            float *change = change_TSF + (target * num_sources + source) * num_elements;
+template <class Products>
+AVX512_BF16 void changes(const Edges &edges, const float *output_FD, const float *output_bias_F, int64_t num_elements,
+                         float *change_TSF, Half *tiles) {
+    for (int64_t target = 0; target < edges.num_targets; target++) {
+        for (int64_t source = 0; source < edges.num_sources; source += Products::TILE) {
+            const Tile tile{target, source, smaller(edges.num_sources - source, Products::TILE)};
+            const Half *hidden = hidden_layers<Products>(edges, tile, tiles, nullptr);
+            float *change = change_TSF + (target * edges.num_sources + source) * num_elements;
             for (int64_t row = 0; row < tile.num_rows; row++)
                 for (int64_t element = 0; element < num_elements; element++)
-                    *change++ = output_bias_F[element] + dot(hidden + row * dim, output_FD + element * dim, dim);
+                    *change++ = output_bias_F[element] +
+                                dot(hidden + row * edges.dim, output_FD + element * edges.dim, edges.dim);
         }
     }
 }
 
-}  // extern "C"
+// Bytes of scratch for one call.
+template <class Products>
+constexpr int64_t scratch_bytes(int64_t dim) {
+    return 2 * Products::TILE * dim * static_cast<int64_t>(sizeof(Half));
+}
 
-#else
+inline int has_avx512_bf16() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bf16");
+}
 
-extern "C" int sidecast_bf16_runs_here() { return 0; }
-
-#endif
+}  // namespace
