@@ -44,17 +44,47 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t row_of(int64_t first, int row, int64_t num_rows) { return smaller(first + row, num_rows - 1); }
 INLINE __m512bh as_pairs(__m512i bits) { return (__m512bh)bits; }
 
-// x / (1 + 2^(-x log2 e)); its error, 2^-13, is a sixteenth of that of rounding the result to bf16.
+// SiLU is x / 2 plus an even function, which a parabola follows in each of 32 intervals, centred on the multiples of WIDTH;
+// in the last one, which has no end, it is |x| / 2. Interpolated at Chebyshev's points, through 0 at 0. All is within
+// 1.3e-4, 2^-13, of SiLU: a sixteenth of what rounding to bf16 does to a value near 1.
+constexpr float WIDTH = 0.375f;
+alignas(64) constexpr float CONSTANT[32] = {
+    0.00000000e+0f, -9.54537943e-4f, -1.56432819e-2f, -6.55783191e-2f, -1.57709777e-1f, -2.76597083e-1f,
+    -3.95479679e-1f, -4.91049320e-1f, -5.50971687e-1f, -5.73681295e-1f, -5.64571738e-1f, -5.31998277e-1f,
+    -4.84507382e-1f, -4.29393500e-1f, -3.72200280e-1f, -3.16754222e-1f, -2.65436739e-1f, -2.19521835e-1f,
+    -1.79493770e-1f, -1.45310819e-1f, -1.16608068e-1f, -9.28447545e-2f, -7.34059587e-2f, -5.76691478e-2f,
+    -4.50447388e-2f, -3.49984244e-2f, -2.70610284e-2f, -2.08303109e-2f, -1.59679018e-2f, -1.21935299e-2f,
+    -9.27802362e-3f, 0.00000000e+0f
+};
+alignas(64) constexpr float LINEAR[32] = {
+    8.97192149e-5f, 7.99306668e-3f, 5.87192513e-2f, 1.64694518e-1f, 3.05278897e-1f, 4.46736723e-1f,
+    5.62617183e-1f, 6.41519725e-1f, 6.84464216e-1f, 6.98913574e-1f, 6.93904757e-1f, 6.77404821e-1f,
+    6.55390918e-1f, 6.31868899e-1f, 6.09259546e-1f, 5.88849008e-1f, 5.71175516e-1f, 5.56320429e-1f,
+    5.44109821e-1f, 5.34245968e-1f, 5.26388288e-1f, 5.20200253e-1f, 5.15373945e-1f, 5.11640429e-1f,
+    5.08772910e-1f, 5.06584108e-1f, 5.04922628e-1f, 5.03667653e-1f, 5.02723932e-1f, 5.02017081e-1f,
+    5.01489639e-1f, 5.00000000e-1f
+};
+alignas(64) constexpr float SQUARE[32] = {
+    2.48850733e-1f, 2.32583910e-1f, 1.88422874e-1f, 1.32010937e-1f, 7.82902762e-2f, 3.61693241e-2f,
+    7.91203231e-3f, -8.38096160e-3f, -1.60776097e-2f, -1.83762629e-2f, -1.76879149e-2f, -1.55980466e-2f,
+    -1.30465729e-2f, -1.05364919e-2f, -8.30178428e-3f, -6.42324239e-3f, -4.90144594e-3f, -3.69981909e-3f,
+    -2.76854122e-3f, -2.05691578e-3f, -1.51910842e-3f, -1.11624773e-3f, -8.16656800e-4f, -5.95210760e-4f,
+    -4.32367087e-4f, -3.13146971e-4f, -2.26200369e-4f, -1.63005519e-4f, -1.17212148e-4f, -8.41178407e-5f,
+    -6.02589243e-5f, 0.00000000e+0f
+};
+
+INLINE __m512 entry(const float *table, __m512i index) {
+    return _mm512_permutex2var_ps(_mm512_load_ps(table), index, _mm512_load_ps(table + LANES));
+}
+
 INLINE __m512 silu(__m512 x) {
-    const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
-    const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 rest = _mm512_sub_ps(power, whole);
-    // The cubic nearest to 2^rest, relatively: 7.5e-5.
-    __m512 series = _mm512_fmadd_ps(rest, _mm512_set1_ps(5.517166e-2f), _mm512_set1_ps(2.4261112e-1f));
-    series = _mm512_fmadd_ps(series, rest, _mm512_set1_ps(6.9326099e-1f));
-    series = _mm512_fmadd_ps(series, rest, _mm512_set1_ps(9.9992807e-1f));
-    const __m512 exponential = _mm512_scalef_ps(series, whole);
-    return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(exponential, _mm512_set1_ps(1.0f))));
+    const __m512 size = _mm512_abs_ps(x);
+    const __m512 within = _mm512_min_ps(size, _mm512_set1_ps(31 * WIDTH));
+    // Adding 1.5 * 2^23 leaves the nearest integer in the lowest bits.
+    const __m512 number = _mm512_fmadd_ps(within, _mm512_set1_ps(1 / WIDTH), _mm512_set1_ps(12582912.0f));
+    const __m512i index = _mm512_castps_si512(number);
+    const __m512 slope = _mm512_fmadd_ps(size, entry(SQUARE, index), entry(LINEAR, index));
+    return _mm512_fmadd_ps(x, _mm512_set1_ps(0.5f), _mm512_fmadd_ps(size, slope, entry(CONSTANT, index)));
 }
 
 // Adds rows of D bf16 @ one strip of a packed matrix to the sums.
