@@ -76,8 +76,8 @@ class CompiledKernels:
     """Tiles in compiled code. Python's lock is free meanwhile, so that threads do not wait for each other.
 
     Args:
-        loops: The loops. Everything but their D x D products is fp32; bf16 products go with a SiLU whose relative error
-            is 2^-13.
+        loops: The loops. Everything but their D x D products is fp32; bf16 products go with a SiLU whose error is
+            2^-13.
     """
 
     def __init__(self, loops: Loops) -> None:

@@ -44,8 +44,8 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t row_of(int64_t first, int row, int64_t num_rows) { return smaller(first + row, num_rows - 1); }
 INLINE __m512bh as_pairs(__m512i bits) { return (__m512bh)bits; }
 
-// SiLU is x / 2 plus an even function, which a parabola follows in each of 32 intervals, centred on the multiples of WIDTH;
-// in the last one, which has no end, it is |x| / 2. Interpolated at Chebyshev's points, through 0 at 0. All is within
+// SiLU is x / 2 plus an even function, which a parabola follows in each of 32 intervals, centred on the multiples of
+// WIDTH; in the last one, which has no end, it is |x| / 2. Interpolated at Chebyshev's points, through 0 at 0. All is within
 // 1.3e-4, 2^-13, of SiLU: a sixteenth of what rounding to bf16 does to a value near 1.
 constexpr float WIDTH = 0.375f;
 alignas(64) constexpr float CONSTANT[32] = {
@@ -124,7 +124,8 @@ INLINE void multiply_features(__m512 (&sums)[ROWS][PANELS], const float *feature
     }
 }
 
-// One hidden layer on a tile, by AVX-512 BF16 and, the first, in fp32; adds the sum of its vectors to row_sum_D unless that is null.
+// One hidden layer on a tile, by AVX-512 BF16 and, the first, in fp32; adds the sum of its vectors to row_sum_D unless
+// that is null.
 template <bool is_first>
 AVX512_BF16 void hidden_layer(Half *out, const Half *in, const Edges &edges, int64_t depth, const Tile &tile,
                               float *row_sum_D) {
