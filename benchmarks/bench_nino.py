@@ -1,10 +1,12 @@
 """How fast and how lean the fused NiNo predictor is, against the plain module in the same run.
 
     python -m benchmarks.bench_nino [--weights nino_no_posw.pt] --preset small | full | real
+    python -m benchmarks.bench_nino --here
 
 Without a file, weights are random: they cost the same. Prints one JSON line for each measurement and a summary of
 ratios. Every case runs in a process of its own, one after another, the fused one before and after the plain one; bf16
-products only where the processor has them.
+products only where the processor has them. ``--here`` says which loops this processor can run, which of them
+a nowcast takes, and what each reaches, in a minute.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ import torch
 
 from benchmarks.nino_cases import SHAPES, measure, random_history, random_weights
 from sidecast.predictors.base import Predictor
-from sidecast.predictors.nino.compiled import compiled_tiles
+from sidecast.predictors.nino.compiled import CompiledKernels, cpu_kernels
+from sidecast.predictors.nino.fusion import Affine
 from sidecast.predictors.nino.graph_cache import GraphCache
+from sidecast.predictors.nino.kernels import CpuKernels, Kernels, Layer
+from sidecast.predictors.nino.loops import TORCH_LOOPS, compiled_loops
 from sidecast.predictors.nino.plain import PlainNinoPredictor
 from sidecast.predictors.nino.predictor import NinoPredictor
 from sidecast.predictors.nino.weights import load_weights
@@ -65,6 +70,67 @@ def matmul_rate(num_threads: int, tile_edges: int = 1024, repeats: int = 200) ->
             list(pool.map(multiply, range(num_threads)))
             rates.append((flops / (time.perf_counter() - wall_s), flops / (time.process_time() - cpu_s)))
     return max(rate[0] for rate in rates), max(rate[1] for rate in rates)
+
+
+def taken_loops(precision: str) -> str:
+    """The loops that a nowcast takes here, without a setting that forces others."""
+    kernels = cpu_kernels(precision, "auto", HIDDEN_DIM)
+    return kernels.loops.name if isinstance(kernels, CompiledKernels) else TORCH_LOOPS
+
+
+def loop_seconds(kernels: Kernels, num_targets: int = 16, num_sources: int = 128, num_trials: int = 200) -> float:
+    """The least time that both loops of a nowcast take for one parameter, on one core.
+
+    Each trial is short, so that on a machine that is shared some are undisturbed.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    layers = [
+        Layer(randn(inputs, HIDDEN_DIM), randn(num_sources, HIDDEN_DIM), randn(num_targets, HIDDEN_DIM))
+        for inputs in (5, HIDDEN_DIM)
+    ]
+    layers.append(Layer(randn(HIDDEN_DIM, HIDDEN_DIM), None, randn(1, HIDDEN_DIM)))
+    scale, gain, output = randn(HIDDEN_DIM, HIDDEN_DIM), randn(num_sources, HIDDEN_DIM), randn(HIDDEN_DIM, 1)
+    features = randn(5, num_targets, num_sources)
+
+    def trial() -> float:
+        started = time.perf_counter()
+        kernels.message_sums(features, layers[:1], scale, gain)
+        kernels.changes(features, layers, Affine(output, torch.zeros(1)))
+        return time.perf_counter() - started
+
+    return min(trial() for _ in range(num_trials)) / (num_targets * num_sources)
+
+
+def report_here() -> None:
+    """Prints which loops this processor runs, which of them a nowcast takes, and what each reaches on one core."""
+    torch.set_num_threads(1)
+    rate = matmul_rate(1, repeats=4)[0]
+    here = {name: CompiledKernels(loops) for name, loops in compiled_loops().items()}
+    taken = {precision: taken_loops(precision) for precision in ("fp32", "bf16", "auto")}
+    print(json.dumps({**_machine(), "taken": taken, "matmul_gflops_of_one_core": round(rate / 1e9)}))
+    for name, kernels in {**here, TORCH_LOOPS: CpuKernels()}.items():
+        seconds = loop_seconds(kernels)
+        precision = str(here[name].loops.kind.dtype if name in here else torch.float32).removeprefix("torch.")
+        reached = {
+            "loops": name,
+            "products": precision,
+            "us_per_parameter_and_core": round(seconds * 1e6, 3),
+            "share_of_matmul_rate": round(FLOPS_PER_PARAMETER / seconds / rate, 2),
+        }
+        print(json.dumps(reached), flush=True)
+
+
+def _machine() -> dict[str, Any]:
+    processor = torch.cpu.get_capabilities()
+    return {
+        "machine": processor.get("cpu_name") or platform.machine(),
+        "torch": torch.__version__,
+        "loops": [*compiled_loops(), TORCH_LOOPS],
+    }
 
 
 def run_case(kind: str, size: str, weights_path: Path | None, num_threads: int) -> dict[str, Any]:
@@ -108,24 +174,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, help="NiNo weights (nino_no_posw.pt); random ones by default")
     parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--here", action="store_true", help="what this processor runs and reaches, and no more")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--case", nargs=2, metavar=("KIND", "SIZE"), help="run one case in this process")
     arguments = parser.parse_args()
+    if arguments.here:
+        report_here()
+        return
     if arguments.case:
         print(json.dumps(run_case(*arguments.case, arguments.weights, arguments.threads)))
         return
-    processor = torch.cpu.get_capabilities()
-    has_bf16 = bool(processor.get("avx512_bf16") or processor.get("amx_bf16"))
-    print(
-        json.dumps(
-            {
-                "machine": processor.get("cpu_name") or platform.machine(),
-                "torch": torch.__version__,
-                "compiled_tiles": compiled_tiles() is not None,
-                "bf16_products": has_bf16,
-            }
-        )
-    )
+    has_bf16 = taken_loops("bf16") != TORCH_LOOPS
+    print(json.dumps(_machine()))
     preset = PRESETS[arguments.preset]
     kinds = ["fused", "trimmed", "plain", *(["bf16"] if has_bf16 else []), "fused"]
     cases = [(kind, size) for size in preset["compare"] for kind in kinds]

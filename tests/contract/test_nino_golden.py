@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from sidecast.predictors.nino.loops import LOOPS
 from sidecast.predictors.nino.plain import PlainNinoPredictor
 from sidecast.predictors.nino.predictor import NinoPredictor
 from sidecast.predictors.nino.weights import load_weights
 from tests.support.nino_goldens import GOLDEN_NAMES, GoldenPrediction
+from tests.support.nino_loops import loops_or_skip
+
+FP32 = [name for name, kind in LOOPS.items() if kind.dtype == torch.float32]
+BF16 = [name for name, kind in LOOPS.items() if kind.dtype == torch.bfloat16]
 
 
 @pytest.fixture(params=GOLDEN_NAMES)
@@ -18,8 +23,26 @@ def golden(request: pytest.FixtureRequest, nino_data: Path) -> GoldenPrediction:
     return GoldenPrediction.load(nino_data, request.param)
 
 
-def test_fused(golden: GoldenPrediction) -> None:
-    golden.check(NinoPredictor(load_weights(golden.weights_path), graphs=golden.graphs()))
+@pytest.mark.parametrize("loops", ["torch", *FP32])
+def test_fused(golden: GoldenPrediction, loops: str) -> None:
+    if loops in FP32:
+        loops_or_skip(loops)
+    golden.check(NinoPredictor(load_weights(golden.weights_path), graphs=golden.graphs(), loops=loops))
+
+
+@pytest.mark.parametrize("loops", BF16)
+def test_fused_in_bf16(golden: GoldenPrediction, loops: str) -> None:
+    loops_or_skip(loops)
+    weights = load_weights(golden.weights_path)
+    if weights.config.hidden_dim % LOOPS[loops].dim_step:
+        pytest.skip(f"no width that the loops {loops!r} know")
+    predictor = NinoPredictor(weights, graphs=golden.graphs(), precision="auto", loops=loops)
+    newest = golden.history.states[-1]
+    for horizon in golden.case.description["horizons"]:
+        delta = torch.empty_like(newest)
+        predictor.predict(golden.history, horizon, delta)
+        exact = torch.from_numpy(golden.case.arrays[f"prediction_k{horizon}"]) - newest
+        assert 0 < (delta - exact).abs().mean() < 0.01 * exact.abs().mean()
 
 
 def test_fused_on_several_threads(nino_data: Path) -> None:

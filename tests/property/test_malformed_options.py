@@ -25,8 +25,8 @@ OPTIONS = {
     "average": ("decay",),
     "outer_nesterov": ("momentum",),
     "wnn": ("upd_scale", "device"),
-    "wnn_plus": ("layout", "upd_scale", "device", "precision", "num_threads"),
-    "nino": ("layout", "upd_scale", "device", "precision", "num_threads"),
+    "wnn_plus": ("layout", "upd_scale", "device", "precision", "loops", "num_threads"),
+    "nino": ("layout", "upd_scale", "device", "precision", "loops", "num_threads"),
     "nino_plain": ("layout", "upd_scale", "trimmed"),
 }
 PLAIN = st.one_of(
@@ -35,7 +35,22 @@ PLAIN = st.one_of(
     st.integers(-2, 3),
     st.sampled_from([10**400, -(10**400), 2**63, 0.5, -0.5, 1e300, float("nan"), float("inf"), -0.0]),
     st.sampled_from(
-        ["", "x", "0.5", "official", "symmetric", "cpu", "cuda:99", "fp32", "bf16", "\x00", "\ud800", "a" * 999]
+        [
+            "",
+            "x",
+            "0.5",
+            "official",
+            "symmetric",
+            "cpu",
+            "cuda:99",
+            "fp32",
+            "bf16",
+            "auto",
+            "amx",
+            "\x00",
+            "\ud800",
+            "a" * 999,
+        ]
     ),
 )
 JSON = st.recursive(

@@ -52,7 +52,18 @@ def test_a_device_is_a_name(wnn_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"precision": "tf32"}, "precision is 'tf32'; allowed on cpu: fp32, bf16"),
+        ({"precision": "tf32"}, "precision is 'tf32'; allowed on cpu: fp32, bf16, auto"),
+        ({"precision": "auto", "device": "cuda"}, "precision is 'auto'; allowed on cuda: fp32, tf32, bf16"),
+        ({"loops": "sse"}, "loops is 'sse'; allowed: auto, torch, amx, avx512_bf16, avx512, avx2, portable"),
+        (
+            {"loops": "amx"},
+            "loops is 'amx', which multiply in bf16; precision is 'fp32'; allowed with these loops: bf16, auto",
+        ),
+        (
+            {"loops": "avx2", "precision": "bf16"},
+            "loops is 'avx2', which multiply in fp32; precision is 'bf16'; allowed with these loops: fp32, auto",
+        ),
+        ({"loops": "avx2", "device": "cuda"}, "loops is 'avx2'; allowed on cuda: auto"),
         ({"precision": "fp8", "device": "cuda"}, "precision is 'fp8'; allowed on cuda: fp32, tf32, bf16"),
         ({"device": "gpu"}, "device is 'gpu'; allowed: cpu, cuda"),
     ],

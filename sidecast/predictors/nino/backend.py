@@ -9,15 +9,13 @@ import torch
 from sidecast.errors import ConfigError
 from sidecast.predictors.device import check_device, open_device
 from sidecast.predictors.nino.block_parts import PartLimits
-from sidecast.predictors.nino.compiled import cpu_kernels
+from sidecast.predictors.nino.compiled import AUTO, CPU_DTYPES, check_loops, cpu_kernels
+from sidecast.predictors.nino.config import NinoConfig
 from sidecast.predictors.nino.features import FeatureReader, ScaledReader
 from sidecast.predictors.nino.kernels import Kernels
 from sidecast.predictors.state_reader import StateReader
 
-PRECISIONS = {
-    "cpu": {"fp32": torch.float32, "bf16": torch.bfloat16},
-    "cuda": {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16},
-}
+PRECISIONS = {"cpu": (*CPU_DTYPES, AUTO), "cuda": ("fp32", "tf32", "bf16")}
 
 GPU_LIMITS = PartLimits(max_scalars=1 << 24, max_sources=4_096, max_nodes=65_536)
 """A part keeps a GPU busy for milliseconds, beside which starting its operators does not count; its features take
@@ -43,24 +41,28 @@ class NinoBackend:
     max_threads: int | None = None
 
 
-def check_precision(device: str, precision: str) -> None:
-    """Raises ConfigError unless predictors know the device, and the precision there."""
+def check_precision(device: str, precision: str, loops: str = AUTO) -> None:
+    """Raises ConfigError unless predictors know the device, and the precision and the loops there."""
     check_device("device", device)
     allowed = PRECISIONS[device.partition(":")[0]]
     if precision not in allowed:
         raise ConfigError(f"precision is {precision!r}; allowed on {device}: {', '.join(allowed)}")
+    if device == "cpu":
+        check_loops(precision, loops)
+    elif loops != AUTO:
+        raise ConfigError(f"loops is {loops!r}; allowed on {device}: {AUTO}")
 
 
-def open_backend(device: str, precision: str, context_len: int) -> NinoBackend:
-    """The means of a device.
+def open_backend(device: str, precision: str, loops: str, config: NinoConfig) -> NinoBackend:
+    """The means of a device for a network.
 
     Raises:
-        ConfigError: This process cannot use it.
+        ConfigError: This process cannot use it, or its processor lacks what the loops need.
     """
     opened = open_device(device)
     if opened.type == "cuda":
-        return triton_backend(opened, precision, context_len)
-    return cpu_backend(cpu_kernels(PRECISIONS["cpu"][precision]), context_len)
+        return triton_backend(opened, precision, config.context_len)
+    return cpu_backend(cpu_kernels(precision, loops, config.hidden_dim), config.context_len)
 
 
 def cpu_backend(kernels: Kernels, context_len: int) -> NinoBackend:

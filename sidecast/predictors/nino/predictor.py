@@ -35,7 +35,9 @@ class NinoPredictor:
         upd_scale: Share of the predicted scaled change that is used, for all parameters or by name pattern.
         device: Where to compute: ``cpu``, ``cuda`` or ``cuda:0`` and so on. The history may be elsewhere.
         precision: How hidden vectors are multiplied: in ``fp32``, or in ``bf16`` on processors that have it; on CUDA
-            also in ``tf32``. Sums are always fp32.
+            also in ``tf32``. On a CPU ``auto`` is bf16 where the processor multiplies it, else fp32. Sums are always
+            fp32.
+        loops: Compiled loops to take on a CPU, instead of the fastest that its processor can run.
         num_threads: Threads to work on with a CPU; torch's number of intra-op threads if None. Engines of the service
             use no more than they were given.
         backend: What to compute with, instead of what suits the device and precision.
@@ -52,11 +54,12 @@ class NinoPredictor:
         upd_scale: StepLength = 1.0,
         device: str = "cpu",
         precision: str = "fp32",
+        loops: str = "auto",
         num_threads: int | None = None,
         backend: NinoBackend | None = None,
     ) -> None:
         check_step_length("upd_scale", upd_scale)
-        check_precision(device, precision)
+        check_precision(device, precision, loops)
         if num_threads is not None and num_threads < 1:
             raise ConfigError(f"num_threads is {num_threads}; it must be at least 1")
         self.name = "nino" if weights.config.gnn else "wnn_plus"
@@ -69,6 +72,7 @@ class NinoPredictor:
         self._upd_scale = upd_scale
         self._device = device
         self._precision = precision
+        self._loops = loops
         self._num_threads = num_threads
         self._backend = backend
 
@@ -78,7 +82,7 @@ class NinoPredictor:
     def plan(self, manifest: ModelManifest, horizon_intervals: int) -> PassPlan[BlockPart]:
         """The passes of a prediction, for running them in this process or on several workers."""
         # Opened anew: streams and pinned memory cannot travel to other processes, as predictors do.
-        backend = self._backend or open_backend(self._device, self._precision, self._config.context_len)
+        backend = self._backend or open_backend(self._device, self._precision, self._loops, self._config)
         self._config.check_horizon(self.name, horizon_intervals)
         graph = self._graphs.graph(manifest, self._layout, self._config.lpe_dim if self._config.gnn else 0)
         self._check_kernels(graph.topology)
@@ -126,10 +130,11 @@ def create(
     upd_scale: StepLength = 1.0,
     device: str = "cpu",
     precision: str = "fp32",
+    loops: str = "auto",
     num_threads: int | None = None,
 ) -> NinoPredictor:
     """NiNo with the weights of a file."""
-    return _create("nino", True, weights, layout, upd_scale, device, precision, num_threads)
+    return _create("nino", True, weights, layout, upd_scale, device, precision, loops, num_threads)
 
 
 def create_wnn_plus(
@@ -139,10 +144,11 @@ def create_wnn_plus(
     upd_scale: StepLength = 1.0,
     device: str = "cpu",
     precision: str = "fp32",
+    loops: str = "auto",
     num_threads: int | None = None,
 ) -> NinoPredictor:
     """WNN+ with the weights of a file."""
-    return _create("wnn_plus", False, weights, layout, upd_scale, device, precision, num_threads)
+    return _create("wnn_plus", False, weights, layout, upd_scale, device, precision, loops, num_threads)
 
 
 def _create(
@@ -153,6 +159,7 @@ def _create(
     upd_scale: StepLength,
     device: str,
     precision: str,
+    loops: str,
     num_threads: int | None,
 ) -> NinoPredictor:
     loaded = load_weights(weights)
@@ -166,5 +173,6 @@ def _create(
         upd_scale=upd_scale,
         device=device,
         precision=precision,
+        loops=loops,
         num_threads=num_threads,
     )
