@@ -18,12 +18,13 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 import ray
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from sidecast.errors import ConfigError, SidecastError, one_line
+from sidecast.nowcaster_service.access.listening import serve_metrics, until_free
 from sidecast.nowcaster_service.config import ServiceConfig, host_and_port
 from sidecast.nowcaster_service.engine_pool import DividedRunner
-from sidecast.nowcaster_service.errors import AddressError, EngineGoneError, ServiceLostError
+from sidecast.nowcaster_service.errors import EngineGoneError, ServiceLostError
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import (
     NowcastAnswer,
@@ -33,6 +34,7 @@ from sidecast.nowcaster_service.nowcasting import (
     PredictorRequest,
 )
 from sidecast.nowcaster_service.pushing import PushRequest
+from sidecast.nowcaster_service.read_outs.folding import FoldAnswer, FoldRequest, answer_fold
 from sidecast.nowcaster_service.server import create_server
 from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.nowcaster_service.vector_store import HistoryStore
@@ -96,6 +98,11 @@ class EngineActor:
     def push(self, request: PushRequest) -> NowcastAnswer:
         return self._nowcasting.push(request)
 
+    # And nobody waits for averages.
+    @ray.method(concurrency_group="read_outs")
+    def fold(self, request: FoldRequest) -> FoldAnswer:
+        return answer_fold(request)
+
 
 class RayEngines:
     """The engine actor as the servicer sees it. Ray starts it again whenever it dies."""
@@ -114,6 +121,9 @@ class RayEngines:
 
     async def push(self, request: PushRequest) -> NowcastAnswer:
         return await self._call(self._actor.push, request)
+
+    async def fold(self, request: FoldRequest) -> FoldAnswer:
+        return await self._call(self._actor.fold, request)
 
     async def ready(self) -> None:
         await self._await_life(lambda life: True)
@@ -212,10 +222,10 @@ class IngressActor:
             # Ray's own code uses what Ray deprecates.
             warnings.simplefilter("ignore")
             is_restart = ray.get_runtime_context().was_current_actor_reconstructed
-        bind = partial(_until_free, deadline_s=math.inf if is_restart else time.monotonic() + FIRST_BIND_S)
+        bind = partial(until_free, deadline_s=math.inf if is_restart else time.monotonic() + FIRST_BIND_S)
         metrics = ServiceMetrics(CollectorRegistry())
         if config.metrics_port is not None:
-            await bind(lambda: _serve_metrics(config, metrics.registry))
+            await bind(lambda: serve_metrics(config, metrics.registry))
         # One thread: what is removed is removed in order, and all runs go on meanwhile.
         remover = ThreadPoolExecutor(1, thread_name_prefix="remover")
         self._store = store = HistoryStore(
@@ -228,34 +238,6 @@ class IngressActor:
         self._server = server
         self._started.set_result(port)
         return servicer
-
-
-def _serve_metrics(config: ServiceConfig, registry: CollectorRegistry) -> None:
-    assert config.metrics_port is not None
-    try:
-        start_http_server(config.metrics_port, addr=config.host, registry=registry)
-    except OSError as error:
-        raise AddressError(
-            f"cannot serve metrics at {config.host}:{config.metrics_port}: {error.strerror} (--metrics-port)"
-        ) from error
-
-
-async def _until_free(listen: Callable[[], T], deadline_s: float) -> T:
-    """Tries to listen at a port until it is free.
-
-    Raises:
-        AddressError: It was not by the deadline, on the monotonic clock.
-    """
-    backoff_s = FIRST_BACKOFF_S
-    while True:
-        try:
-            return listen()
-        except AddressError as error:
-            if time.monotonic() >= deadline_s:
-                raise
-            log.warning("%s; trying again", error)
-        await asyncio.sleep(backoff_s)
-        backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
 
 async def _expire_for_ever(servicer: Servicer) -> None:
@@ -303,7 +285,7 @@ class Application:
             num_cpus=int(works),
             num_gpus=config.engine_gpus if works else 0,
             max_restarts=-1,
-            concurrency_groups={"checks": CHECK_THREADS, "pushes": 1, "life": 1},
+            concurrency_groups={"checks": CHECK_THREADS, "pushes": 1, "read_outs": 1, "life": 1},
         )(EngineActor)
         ingress = actor(num_cpus=0, max_restarts=-1, runtime_env={"env_vars": BULK_ENVIRONMENT})(IngressActor)
         self._engine = engine.options(name=ENGINE_NAME).remote(config)

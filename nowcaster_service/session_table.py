@@ -20,6 +20,7 @@ from sidecast.nowcaster_service.session import Session
 from sidecast.nowcaster_service.session_events import (
     Event,
     FailureEvent,
+    FoldEvent,
     NowcastTask,
     Prediction,
     SnapshotEvent,
@@ -52,7 +53,8 @@ class SessionTable:
         lock_timeout_s: How long to wait for an engine of a dead service that is still at work on a run's files.
 
     Attributes:
-        fetches: Under way.
+        fetches: Under way, of predictions.
+        exports: Under way, of read-outs.
         kept: What earlier services have left.
     """
 
@@ -76,7 +78,7 @@ class SessionTable:
         self._sessions: dict[str, Session] = {}
         self._last_seen_s: dict[str, float] = {}
         self._owners: dict[str, Owner] = {}
-        self.fetches = Fetches()
+        self.fetches, self.exports = Fetches(), Fetches()
         self._watchers: dict[str, list[Watcher]] = {}
         self._superseded: deque[str] = deque(maxlen=MAX_SUPERSEDED)
         self.kept = KeptRuns(store, clock, lock_timeout_s)
@@ -119,6 +121,14 @@ class SessionTable:
         if (owner := self._owners.get(session_id)) is not None:
             owner.require(secret)
         return self.get(session_id)
+
+    def of_run(self, run_id: str, secret: str) -> Session:
+        """The open session of a run; see ``get_for``. The call does not count as one of the session's own."""
+        for session_id, session in self._sessions.items():
+            if session.settings.run_id == run_id:
+                self._owners[session_id].require(secret)
+                return session
+        raise UnknownSessionError(f"run {run_id[:100]!r} has no open session here")
 
     def is_shown_to(self, session_id: str, secret: str) -> bool:
         """Whether a call may learn a session's id: it is of no use to others once the run is protected."""
@@ -220,6 +230,9 @@ class SessionTable:
             or (has_pushes and not is_alike)
             or (is_same and identity.opened != announcement_digest(request))
         ):
+            if is_model and not is_same:
+                # They depend on the model alone.
+                session.read_outs.adopt_or_drop(restoration.averages(), request.resume_step)
             restoration.discard()
             if is_same:
                 self._tell_loss(settings, "the history begins anew: the session was opened as something else", 0)
@@ -322,6 +335,7 @@ class SessionTable:
     def _end(self, session_id: str) -> None:
         self._sessions.pop(session_id).close()
         self.fetches.end(session_id)
+        self.exports.end(session_id)
         # The next model may have another size; an idle service holds nothing.
         self._store.drop_spares()
         self._last_seen_s.pop(session_id, None)
@@ -375,6 +389,9 @@ class SessionTable:
             case FailureEvent():
                 self._metrics.predictions.labels(run, "failed").inc()
                 log.warning("no nowcast at step %d: %s", event.base_step, event.reason)
+            case FoldEvent():
+                self._metrics.note_fold(run, event.name, event.step, event.reason)
+                return
         self._metrics.history_bytes.set(self._store.used_bytes)
         message = event_message(event)
         for queue in self._watchers.get(session_id, []):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from typing import Any
 
-from sidecast.errors import SidecastError
-from sidecast.nowcaster_service.config import ServiceConfig, read_file, read_token
+from sidecast.nowcaster_service.commands.connection import add_options, connected
+from sidecast.nowcaster_service.config import ServiceConfig
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,35 +18,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     default = f"{ServiceConfig.host}:{ServiceConfig.port}"
     parser.add_argument("endpoint", nargs="?", default=default, help="HOST:PORT (default: %(default)s)")
-    parser.add_argument("--token-file", type=Path, help="file holding the shared secret")
-    parser.add_argument("--tls-ca", type=Path, help="PEM certificate of the authority that signed the service's")
+    add_options(parser)
     parser.add_argument("--timeout-s", type=float, default=5.0, help="how long to wait (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    import grpc
-
     from sidecast.protos import nowcast_pb2 as pb
-    from sidecast.protos import nowcast_pb2_grpc
 
-    # Hosts often have proxies for the web, which cannot carry this. And a list of many sessions is long.
-    options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
-    if args.tls_ca is None:
-        channel = grpc.insecure_channel(args.endpoint, options)
-    else:
-        channel = grpc.secure_channel(
-            args.endpoint, grpc.ssl_channel_credentials(read_file("--tls-ca", args.tls_ca)), options
-        )
-    metadata = []
-    if args.token_file is not None:
-        metadata.append(("authorization", f"Bearer {read_token('--token-file', args.token_file)}"))
-    with channel:
-        try:
-            stub = nowcast_pb2_grpc.NowcasterStub(channel)
-            reply = stub.Status(pb.StatusRequest(), timeout=args.timeout_s, metadata=metadata)
-        except grpc.RpcError as error:
-            raise SidecastError(f"no answer from {args.endpoint}: {error.code().name}: {error.details()}") from error
+    with connected(args.endpoint, args) as service:
+        reply = service.stub.Status(pb.StatusRequest(), timeout=args.timeout_s, metadata=service.metadata)
     sys.stdout.write(render(reply))
     # So that a health check sees it: sessions are kept, and nothing comes of them.
     return 1 if reply.engines_fault else 0
@@ -74,7 +55,14 @@ def render(reply: object) -> str:
             f"epoch {item.epoch}",
             f"  snapshots   {item.num_committed} committed, {item.num_aborted} aborted",
             f"  nowcasts    {item.num_published} published, {item.num_failed} not made",
+            *([f"  read-outs   {', '.join(map(_read_out, item.read_outs))}"] if item.read_outs else []),
             f"  jumps       {item.num_applied} applied, {item.num_rolled_back} rolled back",
             f"  last seen   {item.idle_seconds:.1f} s ago",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _read_out(item: Any) -> str:
+    if item.num_snapshots == 0:
+        return f"{item.name} (no state yet)"
+    return f"{item.name} of step {item.step} ({item.num_snapshots} states since step {item.begin_step})"
