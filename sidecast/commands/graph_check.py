@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from sidecast.commands.transformers_models import example_inputs_of, model_of_config, shrunken
+from sidecast.checkpoints.transformers_models import example_inputs_of, model_of_config, shrunken
 from sidecast.errors import ConfigError
 from sidecast.graphs.automorphism_check import AutomorphismCheck, check_automorphisms
 from sidecast.graphs.double_precision import ExampleInputs

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
+from sidecast.checkpoints.transformers_models import shrunken
 from sidecast.commands.__main__ import main
-from sidecast.commands.transformers_models import shrunken
 from sidecast.errors import ConfigError
 from sidecast.graphs import graph_builders
 from sidecast.graphs.assembler import TopologyAssembler
