@@ -79,13 +79,7 @@ class Dispatcher:
             session.finish_fold(task, answer)
 
     async def _folded(self, session: Session, task: FoldTask) -> FoldAnswer:
-        request = FoldRequest(
-            manifest_json=session.settings.manifest.to_json(),
-            state_path=task.snapshot.vector.path,
-            before_path=None if task.before is None else task.before.vector.path,
-            out_path=task.out.path,
-            share=task.share,
-        )
+        request = fold_request(session.settings, task)
         for _ in range(MAX_ATTEMPTS):
             await self._engines.ready()
             try:
@@ -179,4 +173,15 @@ def push_request(settings: SessionSettings, task: PushTask, note: Note | None = 
         rounds_to_bf16=settings.rounds_to_bf16,
         note=note,
         factor=task.factor,
+    )
+
+
+def fold_request(settings: SessionSettings, task: FoldTask) -> FoldRequest:
+    """What an engine is told of a state to be averaged."""
+    return FoldRequest(
+        manifest_json=settings.manifest.to_json(),
+        state_path=task.snapshot.vector.path,
+        before_path=None if task.before is None else task.before.vector.path,
+        out_path=task.out.path,
+        share=task.share,
     )

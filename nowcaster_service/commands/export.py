@@ -15,7 +15,7 @@ from zlib import crc32
 from sidecast.errors import ConfigError, SidecastError, one_line, printable
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.commands.connection import add_options, connected
-from sidecast.nowcaster_service.config import read_file
+from sidecast.nowcaster_service.config import ServiceConfig, read_file
 from sidecast.nowcaster_service.vector_store import FP32_BYTES
 
 if TYPE_CHECKING:
@@ -25,13 +25,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 _DESCRIPTION = """\
 Writes one of a run's read-outs as a Hugging Face model directory. The service has it: training is not touched, and does
-not wait. RUN is what rank 0 left at the setting run_file; it holds the run's secret, which the service asks for.
+not wait. RUN is a file with the run's id and secret, which the service asks for: what rank 0 leaves at the setting
+run_file, or the sidecast_state.json of one of the run's checkpoints.
 """
 
 
 @dataclass(frozen=True)
 class RunAddress:
-    """What a run file says."""
+    """What a run file says; a checkpoint's has no endpoint, and empty text stands for it."""
 
     run_id: str
     run_secret: str
@@ -45,10 +46,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_file", type=Path, metavar="RUN", help="file that the job wrote (nowcaster.run_file)")
+    parser.add_argument("run_file", type=Path, metavar="RUN", help="file of the job: nowcaster.run_file")
     parser.add_argument("--read-out", required=True, metavar="NAME", help="one of nowcaster.read_outs, such as ema5")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the checkpoint")
-    parser.add_argument("--endpoint", metavar="HOST:PORT", help="of the service (default: as the job has it)")
+    parser.add_argument("--endpoint", metavar="HOST:PORT", help="of the service (default: as RUN says)")
     add_options(parser)
     parser.add_argument(
         "--config", type=Path, metavar="DIR_OR_JSON", help="the model's config.json, if not the one that the job has"
@@ -113,18 +114,20 @@ def read_run_file(path: Path) -> RunAddress:
     text = read_file("RUN", path)
     try:
         content = json.loads(text)
-        values = [content[name] for name in ("run_id", "run_secret", "endpoint")]
+        values = [content["run_id"], content["run_secret"], content.get("endpoint", "")]
         if not all(isinstance(value, str) and value.isascii() and value.isprintable() for value in values):
             raise TypeError("no texts")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"RUN {path} is not what a job writes at nowcaster.run_file") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"RUN {path} is neither what a job leaves at nowcaster.run_file nor a checkpoint's state"
+        ) from error
     return RunAddress(*values)
 
 
 def _fetch(address: RunAddress, args: argparse.Namespace, file: IO[bytes]) -> tuple[pb.ReadOutStatus, ModelManifest]:
     from sidecast.protos import nowcast_pb2 as pb
 
-    endpoint = args.endpoint or address.endpoint
+    endpoint = args.endpoint or address.endpoint or f"{ServiceConfig.host}:{ServiceConfig.port}"
     request = pb.ReadOutRequest(run_id=address.run_id, name=args.read_out)
     with connected(endpoint, args, address.run_secret) as service:
         parts = service.stub.ReadOut(request, timeout=args.timeout_s, metadata=service.metadata)

@@ -206,7 +206,7 @@ def test_refusals_are_one_line(tmp_path: Path, run_file: Any, capsys: pytest.Cap
             other, "--read-out", "ema5"
         )
         (tmp_path / "torn.json").write_text('{"run_id": "run"}')
-        assert "torn.json is not what a job writes at nowcaster.run_file" in refused(
+        assert "torn.json is neither what a job leaves at nowcaster.run_file nor" in refused(
             str(tmp_path / "torn.json"), "--read-out", "ema5"
         )
         assert "cannot be read: No such file" in refused(str(tmp_path / "none.json"), "--read-out", "ema5")
