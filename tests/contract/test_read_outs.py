@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sidecast.nowcaster_service.commands.status import render
+from sidecast.nowcaster_service.errors import WrongStateError
 from sidecast.nowcaster_service.read_outs.folding import FoldAnswer, FoldRequest, answer_fold
 from sidecast.policies.read_outs import read_out_of
 from sidecast.protos import nowcast_pb2 as pb
@@ -161,20 +162,44 @@ def test_a_run_is_promised_room_for_its_read_outs(tmp_path: Path) -> None:
             begin(service, read_outs=names)
 
 
+def exporting(service: RunningService, name: str) -> Any:
+    """A read-out's parts as the service makes them, with nothing in between that could read ahead."""
+    parts = service.servicer.read_out(pb.ReadOutRequest(run_id="run", name=name), OWN[0][1])
+
+    async def next_part() -> pb.ReadOutPart | None:
+        return await anext(parts, None)
+
+    return lambda: service.call(next_part())
+
+
 def test_an_export_reads_one_average_whatever_comes_meanwhile(service: RunningService) -> None:
     begin(service, read_outs=("ema5",))
     send(service, 10)
     settled(service)
-    call = service.stub.ReadOut(pb.ReadOutRequest(run_id="run", name="ema5"), metadata=OWN, timeout=HANG_S)
-    head = next(call)
-    first = next(call)
+    next_part = exporting(service, "ema5")
+    head, first = next_part(), next_part()
     for step in (20, 30, 40):
         send(service, step)
         settled(service)
-    data = first.data + b"".join(part.data for part in call)
+    data = first.data
+    while (part := next_part()) is not None:
+        data += part.data
     np.testing.assert_array_equal(np.frombuffer(data, np.float32), state(10))
     assert head.description.status.step == 10
     assert settled(service)["ema5"].step == 40
+
+
+def test_a_run_has_one_export_at_a_time_and_none_beyond_its_session(service: RunningService) -> None:
+    begin(service, read_outs=NAMES)
+    send(service, 20)
+    settled(service)
+    next_part = exporting(service, "ema5")
+    assert next_part().description.status.step == 20
+    assert refusal_name(parts_of, service, "mean@15") == "SATURATED"
+    begin(service, "s2", read_outs=NAMES)
+    with pytest.raises(WrongStateError, match="what is fetched \\(version 20\\) is gone"):
+        next_part()
+    assert service.store.used_bytes == 0
 
 
 def test_a_state_that_comes_while_one_is_averaged_is_left_out(tmp_path: Path) -> None:
@@ -270,6 +295,21 @@ def _resume(service: RunningService, resume_step: int) -> None:
         expected, begin_step = [40], 30
     assert (found["ema5"].num_snapshots, found["ema5"].begin_step) == (len(expected), begin_step)
     np.testing.assert_allclose(values_of(service, "ema5"), reference("ema5", expected, begin_step), atol=1e-6)
+
+
+def test_a_resume_with_other_pushes_keeps_them_though_not_the_motion(tmp_path: Path) -> None:
+    with RunningService(tmp_path / "a") as service:
+        begin(service, read_outs=("ema5",), period_steps=10, push=pb.Push(time_constant_steps=100.0))
+        for step in (10, 20):
+            send(service, step)
+            settled(service)
+        left = as_if_killed(service, tmp_path / "b")
+    with RunningService(left) as service:
+        resumed = {"resumed": True, "resume_step": 20, "resume_epoch": 1}
+        begin(service, "s2", read_outs=("ema5",), **resumed)
+        send(service, 30, "s2", epoch=1)
+        assert settled(service)["ema5"].num_snapshots == 3
+        np.testing.assert_allclose(values_of(service, "ema5"), reference("ema5", [10, 20, 30], 0), atol=1e-6)
 
 
 def test_a_new_epoch_goes_into_the_same_averages(service: RunningService) -> None:
