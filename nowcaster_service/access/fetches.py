@@ -14,13 +14,15 @@ class Fetch:
     """One fetch, which keeps its vector; a context manager.
 
     Args:
-        version: What is fetched: a prediction's version, or a read-out's step.
+        what: What is fetched, for messages.
+        version: The prediction's; the step of a read-out.
         vector: Of it.
         fetches: Of the session.
     """
 
-    def __init__(self, version: int, vector: VectorFile, fetches: set[Fetch]) -> None:
+    def __init__(self, what: str, version: int, vector: VectorFile, fetches: set[Fetch]) -> None:
         self.version = version
+        self._what = what
         self._vector = vector
         self._fetches = fetches
         self._is_over = False
@@ -47,7 +49,7 @@ class Fetch:
             WrongStateError: The fetch was ended.
         """
         if self._is_over:
-            raise WrongStateError(f"what is fetched (version {self.version}) is gone, and was fetched for too long")
+            raise WrongStateError(f"{self._what} is not published any more, and was fetched for too long")
 
 
 class Fetches:
@@ -59,7 +61,8 @@ class Fetches:
     def begin(self, session_id: str, prediction: Prediction) -> Fetch:
         """A fetch of a prediction, to be entered at once."""
         task = prediction.task
-        return Fetch(task.version, task.delta, self._of_session.setdefault(session_id, set()))
+        fetches = self._of_session.setdefault(session_id, set())
+        return Fetch(f"version {task.version}", task.version, task.delta, fetches)
 
     def begin_alone(self, session_id: str, step: int, vector: VectorFile) -> Fetch:
         """A fetch of a read-out, to be entered at once.
@@ -70,7 +73,7 @@ class Fetches:
         fetches = self._of_session.setdefault(session_id, set())
         if fetches:
             raise SaturatedError("another read-out of this run is being exported; try again once it is done")
-        return Fetch(step, vector, fetches)
+        return Fetch(f"the read-out of step {step}", step, vector, fetches)
 
     def replace(self, session_id: str, version: int) -> None:
         """Ends those that keep more than the session was promised, now that a version was published."""

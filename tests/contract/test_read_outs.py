@@ -197,7 +197,7 @@ def test_a_run_has_one_export_at_a_time_and_none_beyond_its_session(service: Run
     assert next_part().description.status.step == 20
     assert refusal_name(parts_of, service, "mean@15") == "SATURATED"
     begin(service, "s2", read_outs=NAMES)
-    with pytest.raises(WrongStateError, match="what is fetched \\(version 20\\) is gone"):
+    with pytest.raises(WrongStateError, match="the read-out of step 20 is not published any more"):
         next_part()
     assert service.store.used_bytes == 0
 
