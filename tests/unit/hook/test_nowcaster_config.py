@@ -60,7 +60,7 @@ def test_values_find_their_fields() -> None:
             {"run_file": "/nowhere/run.json"},
             "nowcaster.run_file is .*; allowed: a file in an existing folder",
         ),
-        ({"replay_dir": ".", "read_outs": ["ema5"]}, "nowcaster.read_outs is .*; allowed: none, since replay_dir is set"),
+        ({"replay_dir": ".", "read_outs": ["ema5"]}, "nowcaster.read_outs is .*; allowed: none, since replay"),
         ({"mode": "now"}, "nowcaster.mode is 'now'; allowed: 'async', 'sync'"),
         ({"max_steps": "9"}, "nowcaster.max_steps is '9'; allowed: a whole number, or null"),
         ({"horizon": {"schedule": "x"}}, "nowcaster.horizon.schedule is 'x'; allowed: 'constant', 'power', or null"),
