@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "settings.md"
 SERVE_BEGIN, SERVE_END = "<!-- generated: serve begin -->\n", "<!-- generated: serve end -->\n"
 BEGIN, END = "<!-- generated: begin -->\n", "<!-- generated: end -->\n"
-JSON_NAMES = {"None": "null", "True": "true", "False": "false", "field(default_factory=dict)": "{}"}
+JSON_NAMES = {"None": "null", "True": "true", "False": "false", "field(default_factory=dict)": "{}", "()": "[]"}
 HOOK, JOB = REPOSITORY / "trainer" / "hook", REPOSITORY / "trainer" / "job"
 POLICIES = REPOSITORY / "sidecast" / "policies"
 # What stands between the page's marks, in the page's order: the tables, each a class by its title.

@@ -23,10 +23,11 @@ from prometheus_client import CollectorRegistry
 
 from sidecast.errors import ConfigError, SidecastError, one_line
 from sidecast.nowcaster_service.access.callers import callers_of
+from sidecast.nowcaster_service.access.listening import until_free
 from sidecast.nowcaster_service.access.scraping import serve_metrics
 from sidecast.nowcaster_service.config import ServiceConfig, host_and_port
 from sidecast.nowcaster_service.engine_pool import DividedRunner
-from sidecast.nowcaster_service.errors import AddressError, EngineGoneError, ServiceLostError
+from sidecast.nowcaster_service.errors import EngineGoneError, ServiceLostError
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import (
     NowcastAnswer,
@@ -36,6 +37,7 @@ from sidecast.nowcaster_service.nowcasting import (
     PredictorRequest,
 )
 from sidecast.nowcaster_service.pushing import PushRequest
+from sidecast.nowcaster_service.read_outs.folding import FoldAnswer, FoldRequest, answer_fold
 from sidecast.nowcaster_service.server import create_server
 from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.nowcaster_service.vector_store import HistoryStore
@@ -99,6 +101,11 @@ class EngineActor:
     def push(self, request: PushRequest) -> NowcastAnswer:
         return self._nowcasting.push(request)
 
+    # And nobody waits for averages.
+    @ray.method(concurrency_group="read_outs")
+    def fold(self, request: FoldRequest) -> FoldAnswer:
+        return answer_fold(request)
+
 
 class RayEngines:
     """The engine actor as the servicer sees it. Ray starts it again whenever it dies."""
@@ -117,6 +124,9 @@ class RayEngines:
 
     async def push(self, request: PushRequest) -> NowcastAnswer:
         return await self._call(self._actor.push, request)
+
+    async def fold(self, request: FoldRequest) -> FoldAnswer:
+        return await self._call(self._actor.fold, request)
 
     async def ready(self) -> None:
         await self._await_life(lambda life: True)
@@ -215,7 +225,7 @@ class IngressActor:
             # Ray's own code uses what Ray deprecates.
             warnings.simplefilter("ignore")
             is_restart = ray.get_runtime_context().was_current_actor_reconstructed
-        bind = partial(_until_free, deadline_s=math.inf if is_restart else time.monotonic() + FIRST_BIND_S)
+        bind = partial(until_free, deadline_s=math.inf if is_restart else time.monotonic() + FIRST_BIND_S)
         metrics = ServiceMetrics(CollectorRegistry())
         # One thread: what is removed is removed in order, and all runs go on meanwhile.
         remover = ThreadPoolExecutor(1, thread_name_prefix="remover")
@@ -226,7 +236,7 @@ class IngressActor:
         callers = callers_of(config)
         metrics_port = config.metrics_port
         if metrics_port is not None:
-            visible_runs = servicer.sessions.visible_runs
+            visible_runs = servicer.sessions.owners.visible_runs
             await bind(lambda: serve_metrics(config, metrics.registry, callers, visible_runs, metrics_port))
         server, port = await bind(lambda: create_server(servicer, callers, config.port))
         servicer.handover.start()
@@ -234,24 +244,6 @@ class IngressActor:
         self._server = server
         self._started.set_result(port)
         return servicer
-
-
-async def _until_free(listen: Callable[[], T], deadline_s: float) -> T:
-    """Tries to listen at a port until it is free.
-
-    Raises:
-        AddressError: It was not by the deadline, on the monotonic clock.
-    """
-    backoff_s = FIRST_BACKOFF_S
-    while True:
-        try:
-            return listen()
-        except AddressError as error:
-            if time.monotonic() >= deadline_s:
-                raise
-            log.warning("%s; trying again", error)
-        await asyncio.sleep(backoff_s)
-        backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
 
 async def _expire_for_ever(servicer: Servicer) -> None:
@@ -301,7 +293,7 @@ class Application:
             num_cpus=int(works),
             num_gpus=config.engine_gpus if works else 0,
             max_restarts=-1,
-            concurrency_groups={"checks": CHECK_THREADS, "pushes": 1, "life": 1},
+            concurrency_groups={"checks": CHECK_THREADS, "pushes": 1, "read_outs": 1, "life": 1},
         )(EngineActor)
         ingress = actor(num_cpus=0, max_restarts=-1, runtime_env={"env_vars": BULK_ENVIRONMENT})(IngressActor)
         self._engine = engine.options(name=ENGINE_NAME).remote(config)

@@ -13,11 +13,16 @@ from sidecast.nowcaster_service.errors import EngineGoneError
 from sidecast.nowcaster_service.keeping.run_folder import Note
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorRequest
 from sidecast.nowcaster_service.pushing import PushRequest
+from sidecast.nowcaster_service.read_outs.averages import FoldTask
+from sidecast.nowcaster_service.read_outs.folding import FoldAnswer, FoldRequest
 from sidecast.nowcaster_service.session import Session
 from sidecast.nowcaster_service.session_events import NowcastTask, Prediction, PushTask
 from sidecast.nowcaster_service.session_settings import SessionSettings
 
 log = logging.getLogger(__name__)
+
+# What changes nothing but its own file can be made again if its engine dies.
+MAX_ATTEMPTS = 2
 
 
 class Predictions(Protocol):
@@ -26,6 +31,8 @@ class Predictions(Protocol):
     async def predict(self, request: NowcastRequest) -> NowcastAnswer: ...
 
     async def push(self, request: PushRequest) -> NowcastAnswer: ...
+
+    async def fold(self, request: FoldRequest) -> FoldAnswer: ...
 
     async def ready(self) -> None:
         """Returns once an engine can begin."""
@@ -50,11 +57,40 @@ class Dispatcher:
         self._timeout_s = timeout_s
         self._tasks: set[asyncio.Task[None]] = set()
         # A push is worth little after a few steps: it waits for other pushes only.
-        self._nowcasts, self._pushes = Turns(clock=clock), Turns(clock=clock)
+        self._nowcasts, self._pushes, self._folds = Turns(clock=clock), Turns(clock=clock), Turns(clock=clock)
 
     def start(self, session: Session, task: NowcastTask) -> None:
         """Begins a nowcast, whose end the session will be told."""
         self._spawn(self._nowcast(session, task))
+
+    def fold(self, session: Session) -> None:
+        """Begins to average a snapshot into the session's read-outs, if one is due and nobody does it yet."""
+        if session.read_outs.claim():
+            self._spawn(self._fold(session))
+
+    async def _fold(self, session: Session) -> None:
+        while (task := session.read_outs.next()) is not None:
+            try:
+                async with self._folds.turn(session.settings.run_id):
+                    answer = await self._folded(session, task)
+            except Exception:
+                log.exception("the read-out %s could not be averaged", task.read_out.name)
+                answer = FoldAnswer(refusal="the engine failed; the service's log says how")
+            session.finish_fold(task, answer)
+
+    async def _folded(self, session: Session, task: FoldTask) -> FoldAnswer:
+        request = fold_request(session.settings, task)
+        for _ in range(MAX_ATTEMPTS):
+            await self._engines.ready()
+            try:
+                return await asyncio.wait_for(self._engines.fold(request), self._timeout_s)
+            except TimeoutError:
+                log.warning("the read-out %s takes too long: its engine is replaced", task.read_out.name)
+                await self._engines.replace()
+                return FoldAnswer(refusal=f"it took longer than {self._timeout_s:g} s")
+            except EngineGoneError as error:
+                log.warning("the read-out %s was not averaged: %s", task.read_out.name, error)
+        return FoldAnswer(refusal="the engine ended in the middle of it")
 
     async def _nowcast(self, session: Session, task: NowcastTask) -> None:
         try:
@@ -71,7 +107,7 @@ class Dispatcher:
 
     async def _made(self, session: Session, task: NowcastTask) -> NowcastAnswer:
         # A nowcast can be made again from the same states if its engine dies, a push not: it goes into the average.
-        for _ in range(1 if isinstance(task, PushTask) else 2):
+        for _ in range(1 if isinstance(task, PushTask) else MAX_ATTEMPTS):
             await self._engines.ready()
             try:
                 # From when the engine has nothing else to do: waiting is nobody's fault.
@@ -137,4 +173,15 @@ def push_request(settings: SessionSettings, task: PushTask, note: Note | None = 
         rounds_to_bf16=settings.rounds_to_bf16,
         note=note,
         factor=task.factor,
+    )
+
+
+def fold_request(settings: SessionSettings, task: FoldTask) -> FoldRequest:
+    """What an engine is told of a state to be averaged."""
+    return FoldRequest(
+        manifest_json=settings.manifest.to_json(),
+        state_path=task.snapshot.vector.path,
+        before_path=None if task.before is None else task.before.vector.path,
+        out_path=task.out.path,
+        share=task.share,
     )

@@ -21,12 +21,11 @@ from pathlib import Path
 
 from sidecast.nowcaster_service.errors import ServiceError, UnknownSessionError
 from sidecast.nowcaster_service.session_table import SessionTable
+from sidecast.protos.local_socket import short_name
 
 log = logging.getLogger(__name__)
 
 SOCKET_NAME = "courier.sock"
-# The kernel's limit for a socket's path, with its closing zero byte.
-MAX_PATH_BYTES = 107
 TICKET_BYTES = 16
 MAX_BUFFERS = 8
 HANDOVER_S = 5.0
@@ -63,13 +62,11 @@ class Handover:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Listens on the running event loop, if the folder's path is short enough for a socket."""
-        if len(os.fsencode(self.path)) > MAX_PATH_BYTES:
-            log.warning("%s is too long a path for a socket: couriers on this host use the network", self.path)
-            return
+        """Listens on the running event loop."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.setblocking(False)
-        self._listener.bind(str(self.path))
+        with short_name(self.path) as name:
+            self._listener.bind(name)
         self.path.chmod(0o600)
         self._listener.listen()
         self._task = asyncio.get_running_loop().create_task(self._accept())

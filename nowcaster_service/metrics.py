@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 RUN_LABEL = "run_id"
 NOWCAST_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300)
 SNAPSHOT_STATES = ("committed", "aborted")
+FOLD_RESULTS = ("averaged", "left_out")
 PREDICTION_RESULTS = ("published", "failed")
 JUMP_OUTCOMES = ("applied", "accepted", "rolled_back", "rejected")
 
@@ -69,6 +70,18 @@ class ServiceMetrics:
         self.snapshot_step = Gauge(
             "sidecast_service_snapshot_step", "Step of the newest committed snapshot", [RUN_LABEL], registry=registry
         )
+        self.folds = Counter(
+            "sidecast_service_read_out_states",
+            "States by whether they went into a read-out: averaged, left_out",
+            ["run_id", "result"],
+            registry=registry,
+        )
+        self.read_out_step = Gauge(
+            "sidecast_service_read_out_step",
+            "Step of the newest state in a read-out",
+            ["run_id", "read_out"],
+            registry=registry,
+        )
         self.refused = Counter(
             "sidecast_service_refused", "Refused calls by gRPC status", ["status"], registry=registry
         )
@@ -82,6 +95,8 @@ class ServiceMetrics:
             self.nowcast_seconds,
             self.relative_norm,
             self.snapshot_step,
+            self.folds,
+            self.read_out_step,
         )
 
     def begin_run(self, run_id: str) -> None:
@@ -90,11 +105,18 @@ class ServiceMetrics:
             counter.labels(run_id)
         for counter, values in (
             (self.snapshots, SNAPSHOT_STATES),
+            (self.folds, FOLD_RESULTS),
             (self.predictions, PREDICTION_RESULTS),
             (self.jumps, JUMP_OUTCOMES),
         ):
             for value in values:
                 counter.labels(run_id, value)
+
+    def note_fold(self, run_id: str, read_out: str, step: int, reason: str) -> None:
+        """Counts a state that went into a read-out, or was left out of it for a reason."""
+        self.folds.labels(run_id, "left_out" if reason else "averaged").inc()
+        if not reason:
+            self.read_out_step.labels(run_id, read_out).set(step)
 
     def forget_run(self, run_id: str) -> None:
         """Drops the series of a run that is over, so that a long-lived service does not collect them."""

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from sidecast.errors import SidecastError
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service.keeping.checksums import vector_digest
 from sidecast.nowcaster_service.pushing import PushRequest, make_push
 from sidecast.nowcaster_service.vector_files import HistoryFiles, map_vector
 from sidecast.predictors.base import ModelPredictor, Predictor, check_context_len
@@ -28,6 +27,7 @@ from sidecast.predictors.jump_norm import jump_norm
 from sidecast.predictors.passes import PassPredictor
 from sidecast.predictors.registry import create_predictor, takes_option
 from sidecast.protos.bf16 import round_in_place
+from sidecast.protos.codec import vector_digest
 
 # Those used last; another one is made anew when a run asks for it.
 MAX_PREDICTORS = 16

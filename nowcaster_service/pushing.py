@@ -17,12 +17,12 @@ import torch
 
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service.keeping.checksums import vector_digest
 from sidecast.nowcaster_service.keeping.run_folder import Note
 from sidecast.nowcaster_service.keeping.sealed import write_sealed
 from sidecast.nowcaster_service.vector_files import gone, map_vector, written_alone
 from sidecast.policies.push import PushConfig, average_interval_
 from sidecast.protos.bf16 import round_in_place
+from sidecast.protos.codec import vector_digest
 
 log = logging.getLogger(__name__)
 

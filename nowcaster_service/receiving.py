@@ -62,6 +62,10 @@ class Receiving(ABC):
     def _due(self, snapshot: Snapshot) -> NowcastTask | None:
         """The nowcast that is due with a snapshot that was just committed."""
 
+    @abstractmethod
+    def _work_in_progress(self) -> str:
+        """What of a run with pushes is still being made of the last snapshot; empty for nothing."""
+
     # --- joining
 
     @property
@@ -196,9 +200,9 @@ class Receiving(ABC):
             # Beginning it again for a straggler would push out the snapshot that all others are at.
             raise WrongStateError(f"the snapshot of step {step} was aborted; later ones have begun")
         receiving = sorted(s for s, item in self._snapshots.items() if item.state is SnapshotState.RECEIVING)
-        if self._has_pushes and self._nowcast is not None:
-            # Its vector is that of the state before, which the engine still reads.
-            raise SaturatedError(f"the push of step {self._nowcast.base_step} is still being made")
+        if self._has_pushes and (work := self._work_in_progress()):
+            # Its vector would be that of the state before; and what is still read is written to by the next push.
+            raise SaturatedError(f"{work} still being made")
         if len(receiving) >= self.settings.max_receiving:
             if self._has_pushes and rank in self._snapshots[receiving[0]].rank_digests:
                 raise SaturatedError(f"other ranks' parts of step {receiving[0]} are still on their way")

@@ -17,6 +17,7 @@ from sidecast.nowcaster_service.dispatch import Dispatcher, Predictions
 from sidecast.nowcaster_service.errors import IncompatibleError, MalformedError, SaturatedError
 from sidecast.nowcaster_service.handover import Handover
 from sidecast.nowcaster_service.metrics import ServiceMetrics
+from sidecast.nowcaster_service.read_outs.messages import description, read_out_statuses
 from sidecast.nowcaster_service.session import Session
 from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.session_table import SessionTable
@@ -112,6 +113,7 @@ class Servicer:
                 pending = self.sessions.begin(settings, request, caller)
                 if pending is not None:
                     self._dispatcher.start(*pending)
+                self._dispatcher.fold(self.sessions.get(request.session_id))
         return pb.OpenReply(chunk_bytes=self.config.chunk_bytes, protocol_version=request.protocol_version)
 
     async def _admitted(self, request: pb.OpenRequest) -> SessionSettings:
@@ -159,6 +161,7 @@ class Servicer:
         task = session.commit(request)
         if task is not None:
             self._dispatcher.start(session, task)
+        self._dispatcher.fold(session)
         return pb.CommitReply()
 
     async def watch(self, request: pb.WatchRequest, caller: Caller = ANYBODY) -> AsyncGenerator[pb.SessionEvent, None]:
@@ -239,15 +242,30 @@ class Servicer:
                     num_applied=session.counts.applied,
                     num_rolled_back=session.counts.rolled_back,
                     idle_seconds=idle_s,
+                    read_outs=read_out_statuses(session),
                 )
                 for session, idle_s in self.sessions.items()
-                if self.sessions.is_visible(session.settings.session_id, caller)
+                if self.sessions.owners.is_visible(session.settings.session_id, caller)
             ],
         )
 
+    async def read_out(
+        self, request: pb.ReadOutRequest, caller: Caller = ANYBODY
+    ) -> AsyncGenerator[pb.ReadOutPart, None]:
+        session = self.sessions.of_run(request.run_id, caller)
+        average, settings = session.read_outs.get(request.name), session.settings
+        sent = self.metrics.sent_bytes.labels(settings.run_id)
+        with self.sessions.exports.begin_alone(settings.session_id, average.step, average.vector) as fetch:
+            yield pb.ReadOutPart(description=description(request.name, average, settings.manifest))
+            for start in range(0, settings.num_vector_bytes, self.config.chunk_bytes):
+                fetch.require()
+                data = bytes(average.vector.view[start : start + self.config.chunk_bytes])
+                yield pb.ReadOutPart(offset_bytes=start, crc32=crc32(data), data=data)
+                sent.inc(len(data))
+
     def _shown_id(self, session: Session, caller: Caller) -> str:
         session_id = session.settings.session_id
-        return session_id if self.sessions.is_shown_to(session_id, caller) else ""
+        return session_id if self.sessions.owners.is_shown_to(session_id, caller) else ""
 
 
 def _shards(messages: Any) -> tuple[ShardSpec, ...]:

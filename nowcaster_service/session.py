@@ -14,6 +14,8 @@ from sidecast.nowcaster_service.carried_motion import CarriedMotion, Carry
 from sidecast.nowcaster_service.errors import SaturatedError, WrongStateError
 from sidecast.nowcaster_service.keeping.kept_state import KeptState, record_of
 from sidecast.nowcaster_service.keeping.run_folder import Note, Recorder
+from sidecast.nowcaster_service.read_outs.averages import FoldTask, RunningAverages
+from sidecast.nowcaster_service.read_outs.folding import FoldAnswer
 from sidecast.nowcaster_service.receiving import Receiving
 from sidecast.nowcaster_service.session_events import Event, FailureEvent, NowcastTask, Prediction, PushTask
 from sidecast.nowcaster_service.session_settings import SessionSettings
@@ -33,6 +35,7 @@ class Session(Receiving):
     Attributes:
         prediction: The published one.
         recorder: The same.
+        read_outs: Averages of the states so far.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Session(Receiving):
         super().__init__(settings, vectors, notify)
         self.prediction: Prediction | None = None
         self.recorder = recorder
+        self.read_outs = RunningAverages(settings, vectors, notify)
         self._motion = None if settings.push is None else CarriedMotion(settings, vectors)
         # How many services have begun the nowcast that is being made.
         self._num_tries = 0
@@ -57,6 +61,7 @@ class Session(Receiving):
     # --- predicting
 
     def _due(self, snapshot: Snapshot) -> NowcastTask | None:
+        self.read_outs.take(snapshot)
         return self._due_nowcast(snapshot.step) if self._motion is None else self._due_push(snapshot, self._motion)
 
     def _due_nowcast(self, step: int) -> NowcastTask | None:
@@ -91,6 +96,11 @@ class Session(Receiving):
     def _due_push(self, snapshot: Snapshot, motion: CarriedMotion) -> NowcastTask | None:
         if motion.base is not None:
             del self._snapshots[motion.base.step]
+        if not self.settings.makes_pushes:
+            if motion.base is not None:
+                self._drop(motion.base.vector)
+            motion.base = snapshot
+            return None
         task = motion.advance(snapshot, self.prediction)
         if isinstance(task, str):
             if motion.is_due(snapshot.step):
@@ -146,6 +156,19 @@ class Session(Receiving):
         self.record()
         self._notify(prediction)
 
+    def _work_in_progress(self) -> str:
+        if self._nowcast is not None:
+            return f"the push of step {self._nowcast.base_step} is"
+        step = self.read_outs.step_in_progress
+        return "" if step is None else f"the read-outs of step {step} are"
+
+    def finish_fold(self, task: FoldTask, answer: FoldAnswer) -> None:
+        """Takes a new average; see ``RunningAverages.finish``."""
+        unused = self.read_outs.finish(task, answer)
+        if unused is not None:
+            self._drop(unused)
+        self.record()
+
     def settle(self, version: int) -> None:
         """Takes note that the run has decided about a prediction: no resume brings it, or an earlier one, back."""
         if version > self._settled_version:
@@ -184,6 +207,7 @@ class Session(Receiving):
                 carry=None if self._motion is None else self._motion.carry,
                 task=self._nowcast,
                 num_tries=self._num_tries,
+                averages=dict(self.read_outs.averages),
             )
             self.recorder.write(record_of(kept, self.recorder.identity))
         for vector in self._dropped:
@@ -215,6 +239,7 @@ class Session(Receiving):
         self._settled_version, self._last_ended_step = kept.settled_version, kept.last_ended_step
         self._snapshots = {snapshot.step: snapshot for snapshot in kept.snapshots}
         self._num_tries = kept.num_tries
+        self.read_outs.averages.update(kept.averages)
         if self._motion is not None:
             # The oldest: a second one is the end of an interval whose push is made again.
             self._motion.base = min(kept.snapshots, key=lambda item: item.step, default=None)
@@ -227,8 +252,14 @@ class Session(Receiving):
         if task is None:
             # What could not be begun again has failed; the next one was not tried yet.
             self._num_tries = 0
+        self._take_newest()
         self.record()
         return task
+
+    def _take_newest(self) -> None:
+        """Averages the newest state that was taken over, where that had not been done."""
+        if self.history_steps and self.read_outs.step_in_progress is None:
+            self.read_outs.take(self._snapshots[self.history_steps[-1]])
 
     # --- from one session of a run to the next
 
@@ -241,6 +272,12 @@ class Session(Receiving):
         self.epoch = epoch
         # A copy: the earlier session may still count the end of a nowcast.
         self.counts = replace(earlier.counts)
+        if earlier.settings.manifest.schema_hash == self.settings.manifest.schema_hash:
+            self.read_outs.adopt(earlier.read_outs.averages, step)
+        self._adopt_history(earlier, step, epoch)
+        self._take_newest()
+
+    def _adopt_history(self, earlier: Session, step: int, epoch: int) -> None:
         is_other_model = earlier.settings.manifest.schema_hash != self.settings.manifest.schema_hash
         if is_other_model or (self._motion is None) != (earlier._motion is None):
             return
@@ -272,6 +309,7 @@ class Session(Receiving):
     def close(self) -> None:
         """Refuses everything from now on and gives all space back."""
         self._is_closed = True
+        self.read_outs.close()
         if self._motion is not None:
             self._motion.close()
         for snapshot in self._snapshots.values():

@@ -95,6 +95,15 @@ class FailureEvent:
     reason: str
 
 
+@dataclass(frozen=True)
+class FoldEvent:
+    """A state went into a read-out (reason empty), or was left out of it. Couriers do not hear of it."""
+
+    name: str
+    step: int
+    reason: str = ""
+
+
 @dataclass
 class SessionCounts:
     """Totals since the session began."""
@@ -109,10 +118,11 @@ class SessionCounts:
     rejected: int = 0
 
 
-Event = SnapshotEvent | Prediction | FailureEvent
+ToldEvent = SnapshotEvent | Prediction | FailureEvent
+Event = ToldEvent | FoldEvent
 
 
-def event_message(event: Event) -> pb.SessionEvent:
+def event_message(event: ToldEvent) -> pb.SessionEvent:
     """The event as couriers hear of it."""
     match event:
         case SnapshotEvent(reason=""):

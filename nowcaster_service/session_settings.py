@@ -12,6 +12,7 @@ from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.errors import MalformedError
 from sidecast.nowcaster_service.vector_store import FP32_BYTES
 from sidecast.policies.push import CONTEXT_LEN, PushConfig
+from sidecast.policies.read_outs import ReadOut, read_outs_of
 from sidecast.protos import nowcast_pb2 as pb
 
 MAX_NOWCASTS = 1_000_000
@@ -24,8 +25,12 @@ MAX_RECEIVING = 2
 NUM_EXTRA_VECTORS = MAX_RECEIVING + 3
 # With pushes: the state that is received, the one before, the average, and the published push.
 NUM_PUSH_VECTORS = 4
+# Of a run that wants none: the state that is received, and the one before.
+NUM_IDLE_VECTORS = 2
+# Beside one for each read-out: the new average that is being written, and one that, though replaced, is still exported.
+NUM_READ_OUT_VECTORS = 2
 # Fields that say nothing of what is predicted, or that are said in another way.
-_OF_A_SESSION = ("session_id", "world_size", "manifest", "predictor_options")
+_OF_A_SESSION = ("session_id", "world_size", "manifest", "predictor_options", "read_outs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,7 @@ class SessionSettings:
         max_relative_norm: Largest accepted ||prediction - base|| / ||base||.
         rounds_to_bf16: Predictions are rounded to bf16 before they are checked and published.
         push: Of a run with pushes instead of jumps; None for jumps.
+        read_outs: Averages of the run's states that are kept.
     """
 
     session_id: str
@@ -61,6 +67,7 @@ class SessionSettings:
     max_relative_norm: float
     rounds_to_bf16: bool = False
     push: PushConfig | None = None
+    read_outs: tuple[ReadOut, ...] = ()
 
     def horizon_at(self, base_step: int) -> int:
         """The horizon of the nowcast made at a step, in snapshot intervals: a function of the step alone."""
@@ -74,8 +81,8 @@ class SessionSettings:
         """Whether its nowcasts would be those of another session of the run, however many ranks share them."""
         if self.manifest.schema_hash != other.manifest.schema_hash:
             return False
-        others = replace(other, session_id=self.session_id, world_size=self.world_size, manifest=self.manifest)
-        return self == others
+        mine = replace(self, session_id="", world_size=0, read_outs=())
+        return mine == replace(other, session_id="", world_size=0, read_outs=(), manifest=self.manifest)
 
     @property
     def likeness(self) -> str:
@@ -92,8 +99,19 @@ class SessionSettings:
     @property
     def needed_bytes(self) -> int:
         """Most history that this session can hold at once."""
-        num_vectors = self.context_len + NUM_EXTRA_VECTORS if self.push is None else NUM_PUSH_VECTORS
+        if self.push is None:
+            # A state that is being averaged may have left the window.
+            num_vectors = self.context_len + NUM_EXTRA_VECTORS + bool(self.read_outs)
+        else:
+            num_vectors = NUM_PUSH_VECTORS if self.makes_pushes else NUM_IDLE_VECTORS
+        if self.read_outs:
+            num_vectors += len(self.read_outs) + NUM_READ_OUT_VECTORS
         return num_vectors * self.num_vector_bytes
+
+    @property
+    def makes_pushes(self) -> bool:
+        """Whether there will ever be one: a run with a gain of 0 wants its read-outs alone."""
+        return self.push is not None and self.push.gain > 0
 
     @property
     def max_receiving(self) -> int:
@@ -185,6 +203,7 @@ def settings_of(
         max_relative_norm=request.max_relative_norm or math.inf,
         rounds_to_bf16=request.wire_dtype == pb.BF16,
         push=_push_of(request),
+        read_outs=read_outs_of(request.read_outs),
     )
 
 

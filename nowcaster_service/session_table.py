@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from sidecast.nowcaster_service.access.callers import Caller
 from sidecast.nowcaster_service.access.fetches import Fetches
-from sidecast.nowcaster_service.access.owner import Owner, announcement_digest
+from sidecast.nowcaster_service.access.owner import announcement_digest
+from sidecast.nowcaster_service.access.owners import Owners
 from sidecast.nowcaster_service.errors import MalformedError, SaturatedError, UnknownSessionError, WrongStateError
 from sidecast.nowcaster_service.keeping.examination import Found
 from sidecast.nowcaster_service.keeping.kept_runs import KeptRuns, Taken
@@ -21,6 +22,7 @@ from sidecast.nowcaster_service.session import Session
 from sidecast.nowcaster_service.session_events import (
     Event,
     FailureEvent,
+    FoldEvent,
     NowcastTask,
     Prediction,
     SnapshotEvent,
@@ -53,7 +55,9 @@ class SessionTable:
         lock_timeout_s: How long to wait for an engine of a dead service that is still at work on a run's files.
 
     Attributes:
-        fetches: Under way.
+        owners: Whose they are.
+        fetches: Under way, of predictions.
+        exports: Under way, of read-outs.
         kept: What earlier services have left.
     """
 
@@ -76,8 +80,8 @@ class SessionTable:
         self._run_budget_bytes = run_budget_bytes
         self._sessions: dict[str, Session] = {}
         self._last_seen_s: dict[str, float] = {}
-        self._owners: dict[str, Owner] = {}
-        self.fetches = Fetches()
+        self.owners = Owners()
+        self.fetches, self.exports = Fetches(), Fetches()
         self._watchers: dict[str, list[Watcher]] = {}
         self._superseded: deque[str] = deque(maxlen=MAX_SUPERSEDED)
         self.kept = KeptRuns(store, clock, lock_timeout_s)
@@ -117,25 +121,15 @@ class SessionTable:
             ForbiddenError: The call shows another one, or none, or is another tenant's.
             UnknownSessionError: There is no such session.
         """
-        if (owner := self._owners.get(session_id)) is not None:
-            owner.require(caller)
+        self.owners.require(session_id, caller)
         return self.get(session_id)
 
-    def is_shown_to(self, session_id: str, caller: Caller) -> bool:
-        """Whether a call may learn a session's id: it is of no use to others once the run is protected."""
-        return self._owners[session_id].admits(caller)
-
-    def is_visible(self, session_id: str, caller: Caller) -> bool:
-        """Whether a call may learn that there is such a session."""
-        return caller.sees(self._owners[session_id].tenant)
-
-    def visible_runs(self, caller: Caller) -> set[str]:
-        """Names of the runs that a caller may learn of; may be called from any thread."""
-        return {
-            session.settings.run_id
-            for session_id, session in list(self._sessions.items())
-            if (owner := self._owners.get(session_id)) is not None and caller.sees(owner.tenant)
-        }
+    def of_run(self, run_id: str, caller: Caller) -> Session:
+        """The open session of a run; see ``get_for``. The call does not count as one of the session's own."""
+        session_id = self.owners.session_of(run_id, caller)
+        if session_id is None:
+            raise UnknownSessionError(f"run {run_id[:100]!r} has no open session here")
+        return self._sessions[session_id]
 
     def require_owner(self, request: pb.OpenRequest, caller: Caller) -> None:
         """Refuses to open a session of a run that is somebody else's.
@@ -144,11 +138,7 @@ class SessionTable:
             ForbiddenError: The run, or the session, is open with another secret.
             MalformedError: The session is open as something else.
         """
-        for session_id, session in self._sessions.items():
-            if session_id == request.session_id or session.settings.run_id == request.run_id:
-                self._owners[session_id].require(caller)
-        if request.session_id in self._sessions:
-            self._owners[request.session_id].require_same(request)
+        self.owners.require_for(request, caller)
         self.kept.require_owner(request, caller.secret)
 
     def items(self) -> Iterator[tuple[Session, float]]:
@@ -201,7 +191,7 @@ class SessionTable:
         for superseded in earlier:
             self._end(superseded.settings.session_id)
         self._sessions[session_id] = session
-        self._owners[session_id] = Owner(request, caller)
+        self.owners.begin(request, caller)
         self._last_seen_s[session_id] = self._clock()
         self._metrics.sessions.set(len(self._sessions))
         self._metrics.history_bytes.set(self._store.used_bytes)
@@ -233,6 +223,9 @@ class SessionTable:
             or (has_pushes and not is_alike)
             or (is_same and identity.opened != announcement_digest(request))
         ):
+            if is_model and not is_same:
+                # They depend on the model alone.
+                session.read_outs.adopt_or_drop(restoration.averages(), request.resume_step)
             restoration.discard()
             if is_same:
                 self._tell_loss(settings, "the history begins anew: the session was opened as something else", 0)
@@ -335,10 +328,11 @@ class SessionTable:
     def _end(self, session_id: str) -> None:
         self._sessions.pop(session_id).close()
         self.fetches.end(session_id)
+        self.exports.end(session_id)
         # The next model may have another size; an idle service holds nothing.
         self._store.drop_spares()
         self._last_seen_s.pop(session_id, None)
-        del self._owners[session_id]
+        self.owners.end(session_id)
         self._losses.pop(session_id, None)
         for queue in self._watchers.pop(session_id, []):
             queue.put_nowait(None)
@@ -388,6 +382,9 @@ class SessionTable:
             case FailureEvent():
                 self._metrics.predictions.labels(run, "failed").inc()
                 log.warning("no nowcast at step %d: %s", event.base_step, event.reason)
+            case FoldEvent():
+                self._metrics.note_fold(run, event.name, event.step, event.reason)
+                return
         self._metrics.history_bytes.set(self._store.used_bytes)
         message = event_message(event)
         for queue in self._watchers.get(session_id, []):

@@ -166,7 +166,6 @@ class HistoryStore:
         self._spares: list[VectorFile] = []
         self._serial = itertools.count()
         earlier = [path for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
-        # A short name: couriers hand memory over at a socket in it, whose path the system limits to 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="v", dir=root))
         self.left: list[Path] = []
         for life in earlier:

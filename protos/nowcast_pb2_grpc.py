@@ -79,6 +79,11 @@ class NowcasterStub:
                 request_serializer=nowcast__pb2.StatusRequest.SerializeToString,
                 response_deserializer=nowcast__pb2.StatusReply.FromString,
                 _registered_method=True)
+        self.ReadOut = channel.unary_stream(
+                '/sidecast.v1.Nowcaster/ReadOut',
+                request_serializer=nowcast__pb2.ReadOutRequest.SerializeToString,
+                response_deserializer=nowcast__pb2.ReadOutPart.FromString,
+                _registered_method=True)
 
 
 class NowcasterServicer:
@@ -146,6 +151,14 @@ class NowcasterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadOut(self, request, context):
+        """One of the run's read-outs, whole: what it is, and then its bytes, in order. For whoever shows the run's secret,
+        though no rank of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NowcasterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -193,6 +206,11 @@ def add_NowcasterServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=nowcast__pb2.StatusRequest.FromString,
                     response_serializer=nowcast__pb2.StatusReply.SerializeToString,
+            ),
+            'ReadOut': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadOut,
+                    request_deserializer=nowcast__pb2.ReadOutRequest.FromString,
+                    response_serializer=nowcast__pb2.ReadOutPart.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -438,6 +456,33 @@ class Nowcaster:
             '/sidecast.v1.Nowcaster/Status',
             nowcast__pb2.StatusRequest.SerializeToString,
             nowcast__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadOut(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sidecast.v1.Nowcaster/ReadOut',
+            nowcast__pb2.ReadOutRequest.SerializeToString,
+            nowcast__pb2.ReadOutPart.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,8 +22,9 @@ def read_settings(kind: type[Settings], values: Any, section: str) -> Settings:
     """Builds a settings class from plain values.
 
     Args:
-        kind: A dataclass whose fields are bool, int, float, str, ``Literal``, ``Mapping[str, Any]``, optional ones of
-            these, or settings themselves. Its ``__post_init__`` checks what a type does not say.
+        kind: A dataclass whose fields are bool, int, float, str, ``Literal``, ``Mapping[str, Any]``,
+            ``tuple[str, ...]``, optional ones of these, or settings themselves. Its ``__post_init__`` checks what a
+            type does not say.
         values: The JSON object; a key that is missing leaves a field at its default.
         section: Its dotted name, for messages.
 
@@ -67,6 +68,10 @@ def _read(hint: Any, value: Any, name: str) -> Any:
     if get_origin(kind) is Literal:
         require(name, value, value in get_args(kind), ", ".join(map(repr, get_args(kind))) + or_null)
         return value
+    if get_origin(kind) is tuple:
+        is_list = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        require(name, value, is_list, "a list of texts" + or_null)
+        return tuple(value)
     # bool is an int to Python, not to a user.
     is_bool = isinstance(value, bool)
     if kind is float and isinstance(value, int) and not is_bool:

@@ -35,12 +35,14 @@ class Owner:
         caller: Who made it; without a secret for a run that is not protected, as of older trainers.
 
     Attributes:
+        run_id: Of the run.
         tenant: Whose run it is; empty where there are no tenants.
     """
 
     def __init__(self, request: pb.OpenRequest, caller: Caller) -> None:
         self._opened = _without_model(request)
         self._digest = _digest(caller.secret) if caller.secret else b""
+        self.run_id = request.run_id
         self.tenant = caller.tenant
 
     def admits(self, caller: Caller) -> bool:
@@ -56,10 +58,10 @@ class Owner:
             ForbiddenError: It is another tenant's, or carries another secret, or none.
         """
         if caller.tenant != self.tenant:
-            raise ForbiddenError(f"run {self._opened.run_id} is another tenant's")
+            raise ForbiddenError(f"run {self.run_id} is another tenant's")
         if not self.admits(caller):
             given = "another secret" if caller.secret else "no secret"
-            raise ForbiddenError(f"run {self._opened.run_id} is protected; the call carries {given}")
+            raise ForbiddenError(f"run {self.run_id} is protected; the call carries {given}")
 
     def require_same(self, request: pb.OpenRequest) -> None:
         """Refuses to open the session once more as something else.

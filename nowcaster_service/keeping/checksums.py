@@ -1,4 +1,4 @@
-"""Checksums of whole parameter vectors: of committed states by what the ranks' chunks said, of others by a digest.
+"""Checksums of committed states, by what the ranks' chunks said.
 
 A state's checksums are rows of two 32-bit numbers, little-endian: the length in bytes of the next piece of the vector,
 and its CRC-32. They cover the vector once, from its beginning to its end.
@@ -11,9 +11,6 @@ from zlib import crc32
 
 import numpy as np
 
-from sidecast.protos.codec import buffer_digest
-
-DIGEST_BLOCK_BYTES = 1 << 24
 MAX_PIECES = 1 << 17
 """A matrix that is cut by columns makes a piece of each row; so many take a tenth of a second to record."""
 
@@ -56,12 +53,3 @@ def first_altered_byte(vector: memoryview, checksums: bytes) -> int | None:
             return start
         start += length
     return None if start == len(vector) else start
-
-
-def vector_digest(vector: memoryview) -> int:
-    """63 bits that name this very vector; they fit a vote's int64 payload."""
-    rows = []
-    for start in range(0, len(vector), DIGEST_BLOCK_BYTES):
-        block = vector[start : start + DIGEST_BLOCK_BYTES]
-        rows.append((start, len(block), crc32(block)))
-    return int.from_bytes(buffer_digest(rows)[:8], "little") >> 1

@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sidecast.nowcaster_service.keeping.checksums import first_altered_byte, vector_digest
+from sidecast.nowcaster_service.keeping.checksums import first_altered_byte
 from sidecast.nowcaster_service.keeping.record import PendingRecord, PushRecord, Record, StateRecord
 from sidecast.nowcaster_service.keeping.run_folder import note_of
 from sidecast.nowcaster_service.keeping.sealed import RecordError, Sealed, read_sealed
+from sidecast.protos.codec import vector_digest
 
 # A nowcast that was being made when two services died may be what they died of.
 MAX_TRIES = 2
@@ -84,6 +85,8 @@ def examine(folder: Path, sealed: Sealed, key: bytes, lock_timeout_s: float) -> 
             _check_digest(found, record.prediction.file, record.prediction.digest)
         if record.carry is not None:
             _check_digest(found, record.carry.file, record.carry.digest)
+        for average in record.averages:
+            _check_digest(found, average.file, average.digest)
         if push is not None:
             found.push = _averaged(folder, key, push, found)
     found.lost = "" if pending is None else _lost(pending, found.push)

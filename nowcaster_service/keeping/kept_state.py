@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from sidecast.nowcaster_service.carried_motion import Carry
 from sidecast.nowcaster_service.keeping.record import (
+    AverageRecord,
     CarryRecord,
     Identity,
     PendingRecord,
@@ -14,6 +16,7 @@ from sidecast.nowcaster_service.keeping.record import (
     Record,
     StateRecord,
 )
+from sidecast.nowcaster_service.read_outs.averages import Average
 from sidecast.nowcaster_service.session_events import NowcastTask, Prediction, PushTask, SessionCounts
 from sidecast.nowcaster_service.snapshots import Snapshot
 
@@ -33,6 +36,7 @@ class KeptState:
         task: What is being made.
         num_tries: How many services have begun it.
         again_step: Of the snapshot from which a nowcast was being made that is to be made again from the beginning.
+        averages: Read-outs by name.
     """
 
     epoch: int
@@ -45,6 +49,7 @@ class KeptState:
     task: NowcastTask | None
     num_tries: int
     again_step: int | None = None
+    averages: Mapping[str, Average] = field(default_factory=dict)
 
     def with_carry(self, carry: Carry) -> KeptState:
         """The same with an average own motion."""
@@ -76,6 +81,7 @@ def record_of(kept: KeptState, identity: Identity) -> Record | None:
         carry=None if kept.carry is None else CarryRecord(file=kept.carry.vector.path.name, digest=kept.carry.digest),
         # A nowcast of an epoch that is over cannot be made again: its states are gone.
         pending=None if task is None or not is_whole else _pending_record(task, kept.num_tries),
+        averages=tuple(_average_record(name, average) for name, average in kept.averages.items()),
     )
 
 
@@ -87,6 +93,17 @@ def _state_record(snapshot: Snapshot) -> StateRecord:
         rank_digests=b"".join(snapshot.rank_digests[rank] for rank in range(len(snapshot.rank_digests))),
         checksums=snapshot.checksums,
         motion=snapshot.motion,
+    )
+
+
+def _average_record(name: str, average: Average) -> AverageRecord:
+    return AverageRecord(
+        name=name,
+        file=average.vector.path.name,
+        digest=average.digest,
+        begin_step=average.begin_step,
+        step=average.step,
+        num_snapshots=average.num_snapshots,
     )
 
 

@@ -92,6 +92,23 @@ class CarryRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AverageRecord:
+    """A read-out, with the fields of its ``Average``.
+
+    Attributes:
+        name: Of the read-out.
+        file: Name of its vector.
+    """
+
+    name: str
+    file: str
+    digest: int
+    begin_step: int
+    step: int
+    num_snapshots: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushRecord:
     """A push that is being made of an average and the interval between two states.
 
@@ -141,6 +158,7 @@ class Record:
         prediction: The published one.
         carry: The average own motion, while no engine works on it.
         pending: What is being made.
+        averages: The run's read-outs.
     """
 
     identity: Identity
@@ -152,11 +170,13 @@ class Record:
     prediction: PredictionRecord | None
     carry: CarryRecord | None
     pending: PendingRecord | None
+    averages: tuple[AverageRecord, ...] = ()
 
     def files(self) -> Iterator[str]:
         """Names of all vectors."""
         yield from (state.file for state in self.states)
         yield from (item.file for item in (self.prediction, self.carry) if item is not None)
+        yield from (average.file for average in self.averages)
         if self.pending is not None and self.pending.push is not None:
             yield from (self.pending.push.before.file, self.pending.push.file)
 
@@ -199,6 +219,7 @@ def _record(content: dict[str, Any]) -> Record:
         prediction=None if content["prediction"] is None else PredictionRecord(**content["prediction"]),
         carry=None if content["carry"] is None else CarryRecord(**content["carry"]),
         pending=None if content["pending"] is None else _pending(content["pending"]),
+        averages=tuple(AverageRecord(**item) for item in content["averages"]),
     )
     files = list(record.files())
     if len(set(files)) != len(files) or not all(name.endswith(".f32") and "/" not in name for name in files):

@@ -9,6 +9,7 @@ from sidecast.nowcaster_service.keeping.examination import AveragedPush, Found
 from sidecast.nowcaster_service.keeping.kept_state import KeptState
 from sidecast.nowcaster_service.keeping.record import PendingRecord, PushRecord, StateRecord
 from sidecast.nowcaster_service.keeping.sealed import DIGEST_BYTES
+from sidecast.nowcaster_service.read_outs.averages import Average
 from sidecast.nowcaster_service.session_events import NowcastTask, Prediction, PushTask
 from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.snapshots import Snapshot, SnapshotState
@@ -48,6 +49,7 @@ class Restoration:
             carry=None,
             task=None,
             num_tries=0,
+            averages=self.averages(),
         )
         if is_alike:
             if record.carry is not None:
@@ -111,6 +113,21 @@ class Restoration:
             motion=state.motion,
             checksums=state.checksums,
         )
+
+    def averages(self) -> dict[str, Average]:
+        """The read-outs that the session wants, by name; to be called once, where there is to be no state."""
+        wanted = {read_out.name for read_out in self._settings.read_outs}
+        return {
+            item.name: Average(
+                vector=self._use(item.file),
+                digest=item.digest,
+                begin_step=item.begin_step,
+                step=item.step,
+                num_snapshots=item.num_snapshots,
+            )
+            for item in self._found.record.averages
+            if item.name in wanted
+        }
 
     def _prediction(self) -> Prediction | None:
         item = self._found.record.prediction

@@ -10,10 +10,11 @@ from importlib.metadata import version
 
 from sidecast.errors import SidecastError, printable
 
-# By name: the two that belong to the service are loaded only where they are asked for.
+# By name: those that belong to the service are loaded only where they are asked for.
 COMMANDS = {
     "serve": "sidecast.nowcaster_service.commands.serve",
     "status": "sidecast.nowcaster_service.commands.status",
+    "export": "sidecast.nowcaster_service.commands.export",
     "predict": "sidecast.commands.predict",
     "graph": "sidecast.commands.graph",
     "evaluate": "sidecast.commands.evaluate",

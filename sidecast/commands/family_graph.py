@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sidecast.commands.transformers_models import example_inputs_of, model_of_config
+from sidecast.checkpoints.transformers_models import example_inputs_of, model_of_config
 from sidecast.errors import ConfigError
 from sidecast.graphs.axes.description import describe_axes
 from sidecast.graphs.registry import graph_builders

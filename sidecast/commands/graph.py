@@ -15,9 +15,9 @@ from sidecast.checkpoints.checkpoint import Checkpoint, read_json_object
 from sidecast.checkpoints.huggingface import CONFIG_FILE
 from sidecast.checkpoints.opening import holds_weights, open_checkpoint
 from sidecast.checkpoints.staging import manifest_of
+from sidecast.checkpoints.transformers_models import model_of_config
 from sidecast.commands.family_graph import graph_config
 from sidecast.commands.graph_check import check_module, line_of_config, load_module
-from sidecast.commands.transformers_models import model_of_config
 from sidecast.errors import ConfigError
 from sidecast.graphs import Topology, build_topology
 from sidecast.graphs.pictures.html import picture_html

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sidecast.checkpoints.transformers_models import example_inputs_of, model_of_config
 from sidecast.commands.tiny_configs import scaled, shrunken
-from sidecast.commands.transformers_models import example_inputs_of, model_of_config
 from sidecast.errors import ConfigError, one_line
 from sidecast.graphs.automorphism_check import AutomorphismCheck, check_automorphisms
 from sidecast.graphs.axes.description import describe_axes

@@ -23,6 +23,7 @@ from sidecast.nowcaster_service.handover import TICKET_S
 from sidecast.nowcaster_service.joined_ranks import JoinedRanks
 from sidecast.nowcaster_service.vector_store import MAX_SPARES, HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos.local_socket import short_name
 from sidecast.protos.shards import ShardSpec
 from tests.support.limits import HANG_S
 from tests.support.services.calls import INVALID, next_event, refusal, send, watching
@@ -149,6 +150,11 @@ def test_ranks_that_join_again_have_lost_their_memory() -> None:
 # --- memory that is handed over
 
 
+def connect(connection: socket.socket, path: str) -> None:
+    with short_name(Path(path)) as name:
+        connection.connect(name)
+
+
 def hand_over(service: RunningService, rank: int, num_bytes: int) -> bytes:
     """Joins, and shows the ticket with sealed memory; what the service says to it."""
     reply = service.stub.Join(join_request(rank))
@@ -158,7 +164,7 @@ def hand_over(service: RunningService, rank: int, num_bytes: int) -> bytes:
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(HANG_S)
-            connection.connect(reply.local_socket)
+            connect(connection, reply.local_socket)
             socket.send_fds(connection, [reply.local_ticket], [descriptor])
             return connection.recv(1)
     finally:
@@ -179,7 +185,7 @@ def test_a_connection_that_says_nothing_holds_up_nobody(
     monkeypatch.setattr(handover, "HANDOVER_S", 3600.0)
     path = joined.stub.Join(join_request(0)).local_socket
     with socket.socket(socket.AF_UNIX) as silent:
-        silent.connect(path)
+        connect(silent, path)
         assert hand_over(joined, 1, mmap.PAGESIZE) == b"k"
 
 

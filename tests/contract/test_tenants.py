@@ -101,7 +101,11 @@ def scrape(port: int, tenant: str | None) -> str:
 
 def test_metrics_show_what_status_shows(shared: RunningService) -> None:
     port = serve_metrics(
-        shared.config, shared.metrics.registry, callers_of(shared.config), shared.servicer.sessions.visible_runs, 0
+        shared.config,
+        shared.metrics.registry,
+        callers_of(shared.config),
+        shared.servicer.sessions.owners.visible_runs,
+        0,
     )
     with pytest.raises(urllib.error.HTTPError, match="401"):
         scrape(port, None)

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import mmap
 import socket
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from sidecast.trainer.courier.handover import _is_ours, is_this_host
+from sidecast.trainer.courier.handover import _is_ours, hand_over, is_this_host
+from sidecast.trainer.pipe.buffers import SharedBuffer
+from tests.support.services.calls import join
+from tests.support.services.harness import RunningService, join_request
+
+
+def test_a_service_in_a_folder_of_any_path_takes_buffers(tmp_path: Path) -> None:
+    folder = tmp_path / "a-long-name" / ("b" * 100) / ("c" * 100)
+    folder.mkdir(parents=True)
+    with RunningService(folder) as service:
+        join(service)
+        handover = service.servicer.handover
+        assert len(str(handover.path)) > 200
+        reply = service.stub.Join(join_request(0))
+        with closing(SharedBuffer("test", mmap.PAGESIZE)) as buffer:
+            assert hand_over(service.endpoint, reply.local_socket, reply.local_ticket, [buffer.descriptor])
+    assert not handover.path.exists()
 
 
 @pytest.mark.parametrize(

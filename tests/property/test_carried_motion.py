@@ -22,7 +22,6 @@ from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service import pushing
 from sidecast.nowcaster_service.dispatch import push_request
 from sidecast.nowcaster_service.errors import SaturatedError
-from sidecast.nowcaster_service.keeping.checksums import vector_digest
 from sidecast.nowcaster_service.keeping.restoration import Restoration
 from sidecast.nowcaster_service.keeping.run_folder import Recorder, RunFolder, folder_name, recorder_of
 from sidecast.nowcaster_service.pushing import make_push
@@ -33,7 +32,7 @@ from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.policies import push
 from sidecast.policies.push import PushConfig
 from sidecast.protos import nowcast_pb2 as pb
-from sidecast.protos.codec import ChunkFrame, buffer_digest
+from sidecast.protos.codec import ChunkFrame, buffer_digest, vector_digest
 from sidecast.protos.shards import ShardSpec
 from tests.support.services.dead import SECRET, examined, reopened
 

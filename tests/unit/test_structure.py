@@ -42,7 +42,7 @@ ROOMS = {
     "commands": PREDICTING | {"checkpoints", "evaluation"},
     "protos": set[str](),
     "nowcaster_service": PREDICTING | {"policies", "protos"},
-    "nowcaster_service.commands": CORE | {"nowcaster_service", "protos"},
+    "nowcaster_service.commands": PREDICTING | {"checkpoints", "nowcaster_service", "protos"},
     "trainer.pipe": {"atomic_files", "errors"},
     "trainer.courier": {"atomic_files", "errors", "protos", "trainer.pipe"},
     "trainer.partitions": CORE | {"protos"},
@@ -58,7 +58,7 @@ ROOMS = {
 HOMES = {
     "grpc": {
         "sidecast.nowcaster_service.app",
-        "sidecast.nowcaster_service.commands.status",
+        "sidecast.nowcaster_service.commands.connection",
         "sidecast.nowcaster_service.server",
         "sidecast.trainer.courier.client",
         "sidecast.trainer.courier.refusals",

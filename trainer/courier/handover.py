@@ -10,6 +10,8 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+from sidecast.protos.local_socket import short_name
+
 log = logging.getLogger(__name__)
 
 HANDOVER_S = 5.0
@@ -34,7 +36,8 @@ def hand_over(endpoint: str, socket_path: str, ticket: bytes, descriptors: Seque
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(HANDOVER_S)
-            connection.connect(socket_path)
+            with short_name(Path(socket_path)) as name:
+                connection.connect(name)
             credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             if _CREDENTIALS.unpack(credentials)[1] != os.geteuid():
                 return False

@@ -126,7 +126,7 @@ class JumpApplier:
             return replica_values(self.partition)
         # Pushes come often and go a little way only: each looks at a share of the parameters, in turn, the same on all
         # ranks. To read all of them would cost half as much as the push.
-        num_shares = min(PUSHES_PER_LOOK, len(self.partition.parameters))
+        num_shares = max(1, min(PUSHES_PER_LOOK, len(self.partition.parameters)))
         return replica_values(self.partition, base_step // self._config.interval_steps % num_shares, num_shares)
 
     def undo(self) -> str:

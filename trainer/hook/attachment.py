@@ -18,6 +18,7 @@ from sidecast.errors import ConfigError
 from sidecast.trainer.hook.courier_handle import CourierHandle
 from sidecast.trainer.hook.ranks import Ranks
 from sidecast.trainer.hook.reporting import NowcastEvent
+from sidecast.trainer.hook.run_file import RunFile
 from sidecast.trainer.hook.training_run import TrainingRun
 from sidecast.trainer.partitions import Partition, StalePartitionError
 from sidecast.trainer.pipe.messages import Session
@@ -101,16 +102,24 @@ class Attachment:
         partition: What the hook works on.
         ranks: Of the run.
         courier: Whose service keeps a run's history over resumes; None without a service.
+        run_file: Where others learn the run's secret; None for nowhere, and for all ranks but the first.
     """
 
     def __init__(
-        self, run: TrainingRun, hook: Hook, partition: Partition, ranks: Ranks, courier: CourierHandle | None = None
+        self,
+        run: TrainingRun,
+        hook: Hook,
+        partition: Partition,
+        ranks: Ranks,
+        courier: CourierHandle | None = None,
+        run_file: RunFile | None = None,
     ) -> None:
         self.hook = hook
         self._run = run
         self._partition = partition
         self._ranks = ranks
         self._courier = courier
+        self._run_file = run_file
 
     def observe(self, loss: Tensor | float) -> None:
         """Gives the mean loss of one micro-batch."""
@@ -187,6 +196,8 @@ class Attachment:
         load_rollback_copy(self.hook, checkpoint, rollback, self._ranks)
         if self._courier is not None:
             self._courier.new_session(session)
+        if self._run_file is not None:
+            self._run_file.renew(session)
 
     def close(self) -> None:
         """Ends nowcasting; the training run goes on without."""

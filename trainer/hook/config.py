@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sidecast.errors import ConfigError
 from sidecast.horizon import MAX_POWER, MIN_POWER
 from sidecast.policies.push import PushConfig
+from sidecast.policies.read_outs import read_outs_of
 from sidecast.trainer.hook.policies.verdicts import MIN_POINTS, is_judgeable
 from sidecast.trainer.settings import read_settings, require
 
@@ -77,6 +79,12 @@ class NowcasterConfig:
     average of the run's own motion, none of them judged alone; a rise of the loss ends them. See pushes.md."""
     push: PushConfig = field(default_factory=PushConfig)
     """Settings of ``policy: push``."""
+    read_outs: tuple[str, ...] = ()
+    """Averages of the run's states that the service keeps, such as ["ema5"], to be exported at any time: ``emaP``: half
+    of the weight lies on the last P percent of the steps; ``mean@STEP``, ``wsm@STEP``: from a step on. See
+    read-outs.md."""
+    run_file: str | None = None
+    """File in which rank 0 leaves the run's id and secret for ``sidecast export``, for its own user alone."""
     predictor: str = "linear"
     """Name of the predictor."""
     predictor_options: Mapping[str, Any] = field(default_factory=dict)
@@ -285,6 +293,12 @@ class NowcasterConfig:
         check("tls_key", self.tls_key, (self.tls_key is None) == (self.tls_cert is None), "a file if tls_cert is one")
         is_encrypted = self.tls_cert is None or self.tls_ca is not None
         check("tls_ca", self.tls_ca, is_encrypted, "an existing file, since tls_cert is set")
+        try:
+            read_outs_of(self.read_outs)
+        except ConfigError as error:
+            raise ConfigError(f"nowcaster.read_outs: {error}") from None
+        is_place = self.run_file is None or Path(self.run_file).absolute().parent.is_dir()
+        check("run_file", self.run_file, is_place, "a file in an existing folder")
         is_folder = self.record_dir is None or not Path(self.record_dir).exists() or Path(self.record_dir).is_dir()
         check("record_dir", self.record_dir, is_folder, "a folder")
         ladder = self.timeouts
@@ -297,6 +311,7 @@ class NowcasterConfig:
         if self.replay_dir is not None:
             check("replay_dir", self.replay_dir, Path(self.replay_dir).is_dir(), "an existing folder")
             check("record_dir", self.record_dir, self.record_dir is None, "null, since replay_dir is set")
+            check("read_outs", self.read_outs, not self.read_outs, "none, since replay_dir is set")
 
     def _check_policy(self, check: Callable[[str, object, bool, str], None]) -> None:
         """Refuses settings that mean nothing under the policy: whoever made them expects something of them."""

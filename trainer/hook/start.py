@@ -28,6 +28,7 @@ from sidecast.trainer.hook.replay import Replayer
 from sidecast.trainer.hook.replicas import require_equal_replicas
 from sidecast.trainer.hook.reporting import log_event
 from sidecast.trainer.hook.rollback_memory import reserve_rollback_copy
+from sidecast.trainer.hook.run_file import RunFile
 from sidecast.trainer.hook.training_run import TrainingRun
 from sidecast.trainer.partitions import Partition
 from sidecast.trainer.pipe.messages import (
@@ -87,6 +88,9 @@ def _start_with(section: Any, run: TrainingRun, ranks: Ranks) -> Attachment:
     session = new_session(ranks, step)
     with contextlib.ExitStack() as undo:
         with ranks.refused_together():
+            run_file = RunFile(config.run_file, config.endpoint) if config.run_file and ranks.rank == 0 else None
+            if run_file is not None:
+                run_file.write(session)
             rollback_copy = reserve_rollback_copy(config, partition)
             courier = _start_courier(config, run, partition, manifest, session, ranks)
             # What another rank refuses ends this one's courier, too.
@@ -107,7 +111,7 @@ def _start_with(section: Any, run: TrainingRun, ranks: Ranks) -> Attachment:
         hook.add_listener(log_event)
     # What is dropped without having been closed; at the process's end the courier finds out by itself.
     weakref.finalize(hook, _end, courier, ranks).atexit = False
-    return Attachment(run, hook, partition, ranks, courier)
+    return Attachment(run, hook, partition, ranks, courier, run_file)
 
 
 def _end(courier: CourierHandle, ranks: Ranks) -> None:
@@ -199,6 +203,7 @@ def _opening(config: NowcasterConfig, manifest: ModelManifest, world_size: int) 
         parameters=tuple((spec.fqn, tuple(spec.shape)) for spec in manifest.parameters),
         config_json=json.dumps(dict(manifest.config)),
         push=None if config.policy == "jump" else _push_settings(config.push),
+        read_outs=config.read_outs,
     )
 
 

@@ -83,6 +83,7 @@ class Opening:
         parameters: ``(fqn, shape)`` of every parameter, in manifest order.
         config_json: The model's configuration.
         push: For a run with pushes; None for jumps.
+        read_outs: Averages of the run's states that the service keeps.
     """
 
     world_size: int
@@ -99,6 +100,7 @@ class Opening:
     parameters: tuple[tuple[str, tuple[int, ...]], ...]
     config_json: str
     push: PushSettings | None = None
+    read_outs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,16 +17,16 @@ from prometheus_client import CollectorRegistry
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.access.callers import callers_of
 from sidecast.nowcaster_service.config import ServiceConfig
-from sidecast.nowcaster_service.keeping.checksums import vector_digest
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorAnswer, PredictorRequest
+from sidecast.nowcaster_service.read_outs.folding import FoldAnswer, FoldRequest, answer_fold
 from sidecast.nowcaster_service.server import create_server
 from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
 from sidecast.protos.bf16 import round_in_place
-from sidecast.protos.codec import buffer_digest
+from sidecast.protos.codec import buffer_digest, vector_digest
 from tests.support.limits import HANG_S
 
 CHUNK_BYTES = 64 << 10
@@ -56,6 +56,9 @@ class SteadyEngines:
 
     async def replace(self) -> None:
         self.num_replaced += 1
+
+    async def fold(self, request: FoldRequest) -> FoldAnswer:
+        return await asyncio.to_thread(answer_fold, request)
 
     def fault(self) -> str:
         return ""

@@ -31,6 +31,7 @@ from sidecast.nowcaster_service.nowcasting import (
     PredictorRequest,
 )
 from sidecast.nowcaster_service.pushing import PushRequest
+from sidecast.nowcaster_service.read_outs import folding
 from sidecast.nowcaster_service.session import Session
 from sidecast.nowcaster_service.snapshots import Snapshot
 from sidecast.policies import push
@@ -119,6 +120,22 @@ def half_of_the_push(mul: Any) -> Any:
     return dying
 
 
+def half_of_the_average(step: int) -> Callable[[Any], Any]:
+    """Of a run with two read-outs and a snapshot at every tenth step: in the second one, which begins after step 30."""
+    is_due = Nth(step // 5 - 3)
+
+    def wrap(fold: Any) -> Any:
+        def dying(before_P: torch.Tensor, state_P: torch.Tensor, share: float, out_P: torch.Tensor) -> bool:
+            if is_due():
+                out_P[: len(out_P) // 2] = state_P[: len(out_P) // 2]
+                die()
+            return bool(fold(before_P, state_P, share, out_P))
+
+        return dying
+
+    return wrap
+
+
 def _second_piece(step: int) -> None:
     push._PIECE_ELEMENTS = 1 << 13
     pieces = Nth(2)
@@ -173,6 +190,13 @@ DEATHS: dict[str, Callable[[int], None]] = {
         Session, "finish", after(lambda self, task, *_, **__: task.base_step == step)
     ),
     "in the average": _second_piece,
+    "in a read-out": lambda step: replaced(folding, "fold", half_of_the_average(step)),
+    "before a read-out is known": lambda step: replaced(
+        Session, "finish_fold", before(lambda self, task, *_: task.snapshot.step == step)
+    ),
+    "after a read-out is known": lambda step: replaced(
+        Session, "finish_fold", after(lambda self, task, *_: task.snapshot.step == step)
+    ),
     "in the push": lambda step: replaced(torch, "mul", half_of_the_push),
     "while it looks at what is left": lambda step: replaced(kept_runs, "examine", before()),
     "when it goes on with what is left": lambda step: replaced(Session, "restore", before()),

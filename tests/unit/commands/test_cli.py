@@ -15,6 +15,7 @@ from sidecast.commands.__main__ import COMMANDS, build_parser, main
 ARGUMENTS = {
     "serve": [],
     "status": ["127.0.0.1:50051"],
+    "export": ["run.json", "--read-out", "ema5", "--out", "model"],
     "predict": ["before", "now", "--out", "then"],
     "graph": ["model", "--out", "graph.html"],
     "evaluate": ["--preset", "smoke", "--out", "results"],
@@ -28,8 +29,8 @@ def test_every_command_can_be_run(command: str) -> None:
     assert arguments.run.__module__ == COMMANDS[command]
 
 
-def test_every_argument_of_predict_and_graph_says_what_it_is() -> None:
-    for name in ("predict", "graph"):
+def test_every_argument_of_export_predict_and_graph_says_what_it_is() -> None:
+    for name in ("export", "predict", "graph"):
         parser = argparse.ArgumentParser()
         importlib.import_module(COMMANDS[name]).add_parser(parser.add_subparsers())
         actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]

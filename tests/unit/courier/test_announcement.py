@@ -31,6 +31,8 @@ def sent(request: pb.OpenRequest, name: str) -> Any:
         return HorizonSettings(**{name: getattr(request.horizon, name) for name in get_type_hints(HorizonSettings)})
     if name == "push":
         return PushSettings(**{name: getattr(request.push, name) for name in get_type_hints(PushSettings)})
+    if name == "read_outs":
+        return tuple(request.read_outs)
     if name == "aliases":
         return dict(request.manifest.aliases)
     return getattr(request.manifest if name == "config_json" else request, name)
@@ -41,7 +43,7 @@ def opening() -> Opening:
     made = settings("127.0.0.1:1", MANIFEST, []).opening
     assert made is not None
     push = PushSettings(time_constant_steps=50.0, gain=2.0, start_step=10, stop_step=1000, max_relative_norm=3.0)
-    changed: Opening = renewed(replace(made, horizon=renewed(made.horizon), push=push))
+    changed: Opening = renewed(replace(made, horizon=renewed(made.horizon), push=push, read_outs=("ema5",)))
     return changed
 
 

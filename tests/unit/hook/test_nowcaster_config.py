@@ -30,8 +30,10 @@ def test_values_find_their_fields() -> None:
             "vote_interval_steps": None,
             "timeouts": {"connect_s": 1},
             "predictor_options": {"layout": "official"},
+            "read_outs": ["ema5", "mean@100"],
         }
     )
+    assert config.read_outs == ("ema5", "mean@100")
     assert (config.horizon.max, config.timeouts.connect_s, config.resolved_probation_steps) == (40, 1.0, 0)
     assert isinstance(config.max_weight, float)
 
@@ -51,6 +53,14 @@ def test_values_find_their_fields() -> None:
         ({"max_weight": "1"}, "nowcaster.max_weight is '1'; allowed: a number"),
         ({"predictor": 3}, "nowcaster.predictor is 3; allowed: a text"),
         ({"predictor_options": []}, r"nowcaster.predictor_options is \[\]; allowed: an object"),
+        ({"read_outs": "ema5"}, r"nowcaster.read_outs is 'ema5'; allowed: a list of texts$"),
+        ({"read_outs": [5]}, r"nowcaster.read_outs is \[5\]; allowed: a list of texts$"),
+        ({"read_outs": ["ema5", "emu"]}, "nowcaster.read_outs: a read-out is 'emu'; allowed: 'emaP'"),
+        (
+            {"run_file": "/nowhere/run.json"},
+            "nowcaster.run_file is .*; allowed: a file in an existing folder",
+        ),
+        ({"replay_dir": ".", "read_outs": ["ema5"]}, "nowcaster.read_outs is .*; allowed: none, since replay"),
         ({"mode": "now"}, "nowcaster.mode is 'now'; allowed: 'async', 'sync'"),
         ({"max_steps": "9"}, "nowcaster.max_steps is '9'; allowed: a whole number, or null"),
         ({"horizon": {"schedule": "x"}}, "nowcaster.horizon.schedule is 'x'; allowed: 'constant', 'power', or null"),

@@ -121,6 +121,19 @@ def test_a_rise_of_the_loss_ends_pushes_and_snapshots_and_says_so(
     assert partition.weights.tolist() == [0.0, 0.0]
 
 
+def test_without_a_gain_snapshots_go_on_whatever_the_loss_does_or_unseen(
+    courier: FakeCourier, partition: FakePartition, caplog: pytest.LogCaptureFixture
+) -> None:
+    hook = new_hook(courier, partition, gain=0)
+    for step in range(1, 400):
+        if step > 100:
+            hook.observe(1.0 + 0.01 * (step % 2) + max(0.0, 0.01 * (step - 300)))
+        hook.after_step(step)
+    assert [snapshot.step for snapshot in snapshots(courier)] == list(range(INTERVAL_STEPS, 400, INTERVAL_STEPS))
+    assert not hook.summary()["suspended"]
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize(("num_seen", "num_pushes"), [(0, 0), (INTERVAL_STEPS, 1), (INTERVAL_STEPS + 1, 2)])
 def test_no_push_is_applied_unseen(
     courier: FakeCourier, partition: FakePartition, caplog: pytest.LogCaptureFixture, num_seen: int, num_pushes: int

@@ -15,7 +15,7 @@ from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service import pushing, vector_files
 from sidecast.nowcaster_service.dispatch import push_request
-from sidecast.nowcaster_service.keeping.checksums import MAX_PIECES, packed_checksums, vector_digest
+from sidecast.nowcaster_service.keeping.checksums import MAX_PIECES, packed_checksums
 from sidecast.nowcaster_service.keeping.examination import examine
 from sidecast.nowcaster_service.keeping.run_folder import RunFolder, folder_name, key_of, recorder_of
 from sidecast.nowcaster_service.keeping.sealed import RecordError, read_sealed
@@ -26,6 +26,7 @@ from sidecast.nowcaster_service.vector_files import written_alone
 from sidecast.nowcaster_service.vector_store import RECORD_NAME, HistoryStore
 from sidecast.policies.push import PushConfig
 from sidecast.protos import nowcast_pb2 as pb
+from sidecast.protos.codec import vector_digest
 from sidecast.protos.shards import ShardSpec
 from tests.support.services.dead import SECRET, examined, push_settings, reopened, send_state
 

@@ -99,6 +99,9 @@ class PushPolicy:
         self._are_losses_gone = False
         self.last_loss = mean_loss
         num_steps, self._last_loss_step = max(1, loss_step - self._last_loss_step), loss_step
+        if self._config.gain == 0:
+            # Nothing is pushed, and snapshots serve the read-outs, whatever the loss does.
+            return
         if self.is_suspended or loss_step <= self._config.start_step - GUARD_LEAD_STEPS:
             return
         if self._guard.observe(mean_loss, num_steps):
