@@ -233,7 +233,7 @@ class IngressActor:
             config.history_dir, config.history_budget_bytes, LOCK_TIMEOUT_S, remove=remover.submit
         )
         servicer = Servicer(config, store, self._engines, metrics, version=version("sidecast"))
-        callers = callers_of(config)
+        callers = await bind(lambda: callers_of(config))
         metrics_port = config.metrics_port
         if metrics_port is not None:
             visible_runs = servicer.sessions.owners.visible_runs

@@ -148,8 +148,9 @@ class ServiceConfig:
             TOKEN_OPTION,
             f"file holding the shared secret that clients must send; this or {TENANTS_OPTION} is needed off loopback",
             kind=Path,
-            # The ingress may run in another folder.
-            read=Path.resolve,
+            # The ingress may run in another folder. Links stay: a mounted secret is one, and leads elsewhere once it
+            # has changed.
+            read=Path.absolute,
         ),
     )
     tenants_file: Path | None = field(
@@ -158,7 +159,7 @@ class ServiceConfig:
             TENANTS_OPTION,
             "file of tenants, who see none but their own runs: lines of a name and the SHA-256 digest of a token",
             kind=Path,
-            read=Path.resolve,
+            read=Path.absolute,
         ),
     )
     tls: TlsFiles | None = None

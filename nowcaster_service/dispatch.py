@@ -87,7 +87,9 @@ class Dispatcher:
             except TimeoutError:
                 log.warning("the read-out %s takes too long: its engine is replaced", task.read_out.name)
                 await self._engines.replace()
-                return FoldAnswer(refusal=f"it took longer than {self._timeout_s:g} s")
+                # The next one would take as long, and cost others their engine again.
+                session.read_outs.give_up()
+                return FoldAnswer(refusal=f"it took longer than {self._timeout_s:g} s; this run has no more of them")
             except EngineGoneError as error:
                 log.warning("the read-out %s was not averaged: %s", task.read_out.name, error)
         return FoldAnswer(refusal="the engine ended in the middle of it")

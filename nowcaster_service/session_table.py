@@ -139,7 +139,7 @@ class SessionTable:
             MalformedError: The session is open as something else.
         """
         self.owners.require_for(request, caller)
-        self.kept.require_owner(request, caller.secret)
+        self.kept.require_owner(request, caller)
 
     def items(self) -> Iterator[tuple[Session, float]]:
         """Every session with the seconds since it was used."""
@@ -176,7 +176,7 @@ class SessionTable:
             self._folders[run_id] = RunFolder(self._store, taken.folder or self._store.new_folder(folder_name(run_id)))
         folder = self._folders[run_id]
         ended = self._supersede(taken, earlier, session_id)
-        recorder = recorder_of(folder, settings, request, caller.secret, ended) if caller.secret else None
+        recorder = recorder_of(folder, settings, request, caller, ended) if caller.secret else None
         session = Session(settings, folder, lambda event: self._on_event(session_id, event), recorder)
         pending = None
         if taken.found is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 from wsgiref.types import StartResponse
@@ -9,7 +11,7 @@ from wsgiref.types import StartResponse
 from prometheus_client import CollectorRegistry, Metric, make_wsgi_app, start_http_server
 
 from sidecast.nowcaster_service.access.callers import Caller, Callers
-from sidecast.nowcaster_service.config import ServiceConfig
+from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles
 from sidecast.nowcaster_service.errors import AddressError
 from sidecast.nowcaster_service.metrics import RUN_LABEL
 
@@ -40,22 +42,28 @@ def serve_metrics(
         AddressError: The port is in use, or the address is not this host's.
     """
     has_tenants = config.tenants_file is not None
-    encryption: dict[str, Any] = {}
-    if has_tenants and config.tls is not None:
-        encryption = {"certfile": str(config.tls.certificate), "keyfile": str(config.tls.private_key)}
-        if config.tls.client_authority is not None:
-            encryption |= {"client_cafile": str(config.tls.client_authority), "client_auth_required": True}
     try:
         # With tenants nothing is to be seen before it is known who looks.
-        first = CollectorRegistry() if has_tenants else registry
-        server, _ = start_http_server(port, addr=config.host, registry=first, **encryption)
+        server, _ = start_http_server(port, addr=config.host, registry=CollectorRegistry() if has_tenants else registry)
     except OSError as error:
         raise AddressError(
             f"cannot serve metrics at {config.host}:{port}: {error.strerror} (--metrics-port)"
         ) from error
     if has_tenants:
+        if config.tls is not None:
+            server.socket = _encrypted(server.socket, config.tls)
         server.set_app(_app_for_tenants(registry, callers, visible_runs))
     return server.server_port
+
+
+def _encrypted(listener: socket.socket, files: TlsFiles) -> socket.socket:
+    """A listener whose handshakes are made by whoever answers: one that never ends holds up nobody else."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certificate, files.private_key)
+    if files.client_authority is not None:
+        context.load_verify_locations(files.client_authority)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context.wrap_socket(listener, server_side=True, do_handshake_on_connect=False)
 
 
 def _app_for_tenants(

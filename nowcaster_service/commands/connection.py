@@ -114,5 +114,5 @@ def _explained(endpoint: str, code: object, details: str) -> str:
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return f"{endpoint} refuses to answer: {details} (--token-file)"
     if code is grpc.StatusCode.UNIMPLEMENTED:
-        return f"what listens at {endpoint} is no nowcaster service"
+        return f"what listens at {endpoint} is no nowcaster service, or too old a one"
     return f"{endpoint} refuses: {' '.join(details.split())}"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sidecast.nowcaster_service.access.callers import Caller
 from sidecast.nowcaster_service.errors import ForbiddenError, WrongStateError
 from sidecast.nowcaster_service.keeping.examination import Found, examine
 from sidecast.nowcaster_service.keeping.record import Identity, Record
@@ -118,7 +119,7 @@ class KeptRuns:
             log.info("what was left of run %s makes room", waiting.record.identity.run_id)
             self._remove(waiting.folder)
 
-    def require_owner(self, request: pb.OpenRequest, secret: str) -> None:
+    def require_owner(self, request: pb.OpenRequest, caller: Caller) -> None:
         """Refuses to open a session of a run that waits for somebody else, or for a later session.
 
         Raises:
@@ -129,8 +130,8 @@ class KeptRuns:
         if waiting is None:
             return
         identity = waiting.record.identity
-        if not hmac.compare_digest(owner_of(secret, request.run_id), identity.owner):
-            given = "another secret" if secret else "no secret"
+        if not hmac.compare_digest(owner_of(caller, request.run_id), identity.owner):
+            given = "another secret, or another tenant's token" if caller.secret else "no secret"
             raise ForbiddenError(f"run {request.run_id} is protected; the call carries {given}")
         if request.session_id in identity.superseded:
             raise WrongStateError(f"session {request.session_id} was superseded by a later one of its run")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sidecast.nowcaster_service.access.callers import Caller
 from sidecast.nowcaster_service.access.owner import announcement_digest
 from sidecast.nowcaster_service.keeping.record import Identity, Record
 from sidecast.nowcaster_service.keeping.sealed import write_sealed
@@ -34,9 +35,10 @@ def key_of(secret: str, run_id: str) -> bytes:
     return hmac.new(secret.encode(), f"sidecast history of {run_id}".encode(), hashlib.sha256).digest()
 
 
-def owner_of(secret: str, run_id: str) -> str:
-    """What tells that a call shows a run's secret, in hexadecimal digits; it seals nothing."""
-    return hmac.new(key_of(secret, run_id), b"owner", hashlib.sha256).hexdigest()
+def owner_of(caller: Caller, run_id: str) -> str:
+    """What tells that a call is a run's tenant's and shows its secret, in hexadecimal digits; it seals nothing."""
+    tenant = f" {caller.tenant}" if caller.tenant else ""
+    return hmac.new(key_of(caller.secret, run_id), f"owner{tenant}".encode(), hashlib.sha256).hexdigest()
 
 
 class RunFolder:
@@ -138,7 +140,7 @@ def note_of(folder: Path, key: bytes, nonce: str) -> Note:
 
 
 def recorder_of(
-    folder: RunFolder, settings: SessionSettings, request: pb.OpenRequest, secret: str, superseded: Sequence[str]
+    folder: RunFolder, settings: SessionSettings, request: pb.OpenRequest, caller: Caller, superseded: Sequence[str]
 ) -> Recorder:
     """Writes the record of a session.
 
@@ -146,14 +148,14 @@ def recorder_of(
         folder: Of its run.
         settings: Of the session.
         request: What it is opened with.
-        secret: Of its run.
+        caller: Whose run it is, with its secret.
         superseded: Ids of earlier sessions of the run, oldest first.
     """
     run_id = settings.run_id
     identity = Identity(
         run_id=run_id,
         session_id=settings.session_id,
-        owner=owner_of(secret, run_id),
+        owner=owner_of(caller, run_id),
         opened=announcement_digest(request),
         likeness=settings.likeness,
         schema_hash=settings.manifest.schema_hash,
@@ -161,4 +163,4 @@ def recorder_of(
         has_pushes=settings.push is not None,
         superseded=tuple(superseded[-MAX_SUPERSEDED:]),
     )
-    return Recorder(folder.path, identity, key_of(secret, run_id))
+    return Recorder(folder.path, identity, key_of(caller.secret, run_id))

@@ -87,6 +87,7 @@ class RunningAverages:
         self._snapshot: Snapshot | None = None
         self._left: list[ReadOut] = []
         self._has_worker = False
+        self._is_given_up = False
 
     @property
     def step_in_progress(self) -> int | None:
@@ -95,6 +96,8 @@ class RunningAverages:
 
     def take(self, snapshot: Snapshot) -> None:
         """Lets a committed snapshot go into all read-outs that it is new to, or leaves it out."""
+        if self._is_given_up:
+            return
         wanting = [read_out for read_out in self._settings.read_outs if self._wants(read_out, snapshot.step)]
         if self._snapshot is not None:
             for read_out in wanting:
@@ -223,6 +226,11 @@ class RunningAverages:
             average.vector.delete()
         self.averages.clear()
         self._release()
+
+    def give_up(self) -> None:
+        """Takes no more states: what there is stays, and can be had."""
+        self._is_given_up = True
+        self._left.clear()
 
     def _release(self) -> None:
         if self._snapshot is not None:

@@ -9,6 +9,7 @@ import platform
 import resource
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,8 @@ DEEPSPEED_BUFFER_BYTES = 69_206_024
 # A service has a file for each vector of each run, and a connection or two for each rank.
 MIN_OPEN_FILES = 4096
 COMMON_MTU = 1500
+# An operator is compiled in a minute or two.
+MIN_LOCK_AGE_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,18 +115,26 @@ def _compiler() -> Finding:
     if path is not None:
         return Finding(name="compiler", verdict="ok", text=path)
     text = "no g++: DeepSpeed compiles an operator when it first runs on a CPU (Debian: apt-get install g++)"
-    return Finding(name="compiler", verdict="fault", text=text)
+    needs_it = importlib.util.find_spec("deepspeed") is not None
+    return Finding(name="compiler", verdict="fault" if needs_it else "note", text=text)
 
 
 def _stale_locks(folder: Path, should_clean: bool) -> Iterator[Finding]:
-    stale = [path for path in folder.glob("**/lock") if path.is_file() and not _users_of(path)]
+    # Named folders, or such in one for each version of Python and CUDA.
+    locks = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
+    # Processes of other hosts and containers that share the folder are not seen: what is young may be theirs.
+    stale = [path for path in locks if _is_ours(path) and _age_s(path) > MIN_LOCK_AGE_S and not _users_of(path)]
     for path in stale:
-        if should_clean:
+        text = f"{path} is held by nobody here, for an hour: whoever needs that extension waits for ever"
+        if not should_clean:
+            yield Finding(name="extensions", verdict="fault", text=f"{text} (--clean removes it)")
+            continue
+        try:
             path.unlink(missing_ok=True)
-            yield Finding(name="extensions", verdict="note", text=f"{path} was held by nobody, and is removed")
+        except OSError as error:
+            yield Finding(name="extensions", verdict="fault", text=f"{text}; it cannot be removed: {error.strerror}")
         else:
-            text = f"{path} is held by nobody: whoever needs that extension waits for ever (--clean removes it)"
-            yield Finding(name="extensions", verdict="fault", text=text)
+            yield Finding(name="extensions", verdict="note", text=f"{path} was held by nobody, and is removed")
     if not stale:
         yield Finding(name="extensions", verdict="ok", text=f"no lock is left in {folder}")
 
@@ -166,6 +177,13 @@ def _is_ours(path: Path) -> bool:
         return path.stat().st_uid == os.geteuid()
     except OSError:
         return False
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _users_of(path: Path) -> Sequence[int]:

@@ -178,7 +178,7 @@ def test_rarely_counts_what_it_leaves_out() -> None:
     assert said.count(0) <= MAX_KINDS
 
 
-def test_a_courier_reads_its_token_anew_whenever_it_connects(tmp_path: Path) -> None:
+def test_a_courier_shows_its_token_as_it_is_now(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("yesterday's\n")
     with RunningService(tmp_path, token=TOKEN) as service:
@@ -187,12 +187,13 @@ def test_a_courier_reads_its_token_anew_whenever_it_connects(tmp_path: Path) -> 
         client = NowcastClient(settings)
         with pytest.raises(RefusedError, match="carries no token, or a wrong one"):
             client.wait_reachable()
+        # A link that stands is not made anew for it.
         path.write_text(f"{TOKEN}\n")
-        client.act_for("a run's own secret")
         client.wait_reachable()
         # It is being replaced just now.
+        path.write_text("")
+        client.wait_reachable()
         path.unlink()
-        client.act_for("a run's own secret")
         client.wait_reachable()
         client.close()
 

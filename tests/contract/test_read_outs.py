@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,10 @@ def settled(service: RunningService) -> dict[str, pb.ReadOutStatus]:
     async def is_idle() -> bool:
         return all(session.read_outs.step_in_progress is None for session, _ in service.servicer.sessions.items())
 
-    idle = threading.Event()
-    for _ in range(10_000):
-        if service.call(is_idle()):
-            break
-        idle.wait(0.001)
-    else:
-        raise AssertionError("read-outs are averaged for ever")
+    pause, deadline_s = threading.Event(), time.monotonic() + HANG_S
+    while not service.call(is_idle()):
+        assert time.monotonic() < deadline_s, "read-outs are averaged for ever"
+        pause.wait(0.001)
     return {item.name: item for item in status(service).read_outs}
 
 
@@ -220,6 +218,18 @@ def test_a_state_that_comes_while_one_is_averaged_is_left_out(tmp_path: Path) ->
         np.testing.assert_allclose(values_of(service, "ema5"), reference("ema5", [10, 20, 40], 0), atol=1e-6)
         value = service.metrics.registry.get_sample_value
         assert value("sidecast_service_read_out_states_total", {"run_id": "run", "result": "left_out"}) == 1
+
+
+def test_a_state_that_takes_too_long_is_the_last_one(tmp_path: Path) -> None:
+    """The next one would take as long, and cost other runs their engine again."""
+    engines = GatedEngines()
+    with RunningService(tmp_path, engines=engines, nowcast_timeout_s=0.05) as service:
+        begin(service, read_outs=NAMES)
+        for step in (20, 30):
+            send(service, step)
+            assert [item.num_snapshots for item in settled(service).values()] == [0, 0]
+        assert (len(engines.folds), engines.num_replaced) == (1, 1)
+        engines.may_fold.release()
 
 
 @pytest.mark.parametrize("num_done", [0, 1])

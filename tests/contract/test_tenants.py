@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,17 +14,30 @@ from typing import Any
 import grpc
 import pytest
 
+from sidecast.commands.__main__ import build_parser
 from sidecast.errors import ConfigError
 from sidecast.nowcaster_service.access import watched_file
 from sidecast.nowcaster_service.access.callers import Caller, callers_of, read_tenants
 from sidecast.nowcaster_service.access.scraping import serve_metrics
 from sidecast.nowcaster_service.access.watched_file import LOOK_INTERVAL_S, WatchedFile
+from sidecast.nowcaster_service.commands import serve
 from sidecast.nowcaster_service.config import TOKEN_OPTION, read_token
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.transport import AUTHORIZATION_KEY, RUN_SECRET_KEY
 from sidecast.protos.version import PROTOCOL_VERSION
 from tests.support.services.calls import refusal
-from tests.support.services.harness import FakeClock, RunningService, join_request, open_request, service_config
+from tests.support.services.dead import as_if_killed
+from tests.support.services.harness import (
+    FakeClock,
+    RunningService,
+    chunks,
+    commit_request,
+    join_request,
+    open_request,
+    rank_bytes,
+    service_config,
+    state,
+)
 
 TOKENS = {"red": "red's own token", "blue": "blue's own token", "ops": "the operator's token"}
 RUN_SECRET = "the same secret by chance"
@@ -78,6 +92,24 @@ def test_nobody_acts_for_anothers_run_even_with_its_secret(shared: RunningServic
         assert code is grpc.StatusCode.PERMISSION_DENIED
         assert text == "run run-red is another tenant's"
     shared.stub.Join(join_request(0, session_id="red"), metadata=metadata("red"))
+
+
+def test_a_run_is_its_tenants_after_a_restart_too(tmp_path: Path, tenants_file: Path) -> None:
+    opening = open_request(protocol_version=PROTOCOL_VERSION)
+    with RunningService(tmp_path / "first", tenants_file=tenants_file) as service:
+        service.stub.Open(opening, metadata=metadata("red"))
+        for rank in (0, 1):
+            service.stub.Join(join_request(rank), metadata=metadata("red"))
+            messages = chunks(rank_bytes(state(10), rank), rank, 10)
+            service.stub.Upload(iter(messages), metadata=metadata("red"))
+            service.stub.Commit(commit_request(messages), metadata=metadata("red"))
+        folder = as_if_killed(service, tmp_path / "second")
+    with RunningService(folder, tenants_file=tenants_file) as service:
+        code, _ = refusal(partial(service.stub.Open, opening, metadata=metadata("blue")))
+        assert code is grpc.StatusCode.PERMISSION_DENIED
+        service.stub.Open(opening, metadata=metadata("red"))
+        (session,) = service.stub.Status(pb.StatusRequest(), metadata=metadata("red")).sessions
+        assert list(session.history_steps) == [10]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +212,24 @@ def test_a_file_is_looked_at_once_in_a_while_and_nonsense_changes_nothing(
     path.write_text("the last")
     clock.now_s += LOOK_INTERVAL_S
     assert file.value == "the last"
+
+
+def test_a_mounted_secret_changes_where_its_link_leads(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "token").write_text(name)
+    (tmp_path / "now").symlink_to("first")
+    (tmp_path / "token").symlink_to("now/token")
+    given = serve.service_config(
+        build_parser(["serve"]).parse_args(["serve", "--port", "1", "--token-file", str(tmp_path / "token")]), tmp_path
+    ).token_file
+    clock = FakeClock()
+    file = WatchedFile(given, lambda path: read_token(TOKEN_OPTION, path), clock=clock)
+    (tmp_path / "next").symlink_to("second")
+    (tmp_path / "next").rename(tmp_path / "now")
+    shutil.rmtree(tmp_path / "first")
+    clock.now_s += LOOK_INTERVAL_S
+    assert file.value == "second"
 
 
 def test_a_file_that_says_nothing_to_begin_with_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -34,17 +35,21 @@ def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
 def test_a_lock_that_nobody_holds_is_a_fault_and_is_removed_on_demand(
     look: Callable[..., list[Finding]], tmp_path: Path
 ) -> None:
-    held, left = (tmp_path / "extensions" / name / "lock" for name in ("held", "left"))
-    for lock in (held, left):
+    held, left, young, deep = (
+        tmp_path / "extensions" / name / "lock" for name in ("held", "py311/left", "young", "a/b/c")
+    )
+    for lock in (held, left, young, deep):
         lock.parent.mkdir(parents=True)
         lock.touch()
+        if lock is not young:
+            os.utime(lock, (0, 0))
     with held.open():
         (finding,) = look("extensions")
         assert finding.verdict == "fault"
-        assert finding.text.startswith(f"{left} is held by nobody")
+        assert finding.text.startswith(f"{left} is held by nobody here")
         (finding,) = look("extensions", should_clean=True)
         assert finding == Finding(name="extensions", verdict="note", text=f"{left} was held by nobody, and is removed")
-        assert [held.exists(), left.exists()] == [True, False]
+        assert [lock.exists() for lock in (held, left, young, deep)] == [True, False, True, True]
         assert [finding.verdict for finding in look("extensions")] == ["ok"]
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service import pushing
+from sidecast.nowcaster_service.access.callers import Caller
 from sidecast.nowcaster_service.dispatch import push_request
 from sidecast.nowcaster_service.errors import SaturatedError
 from sidecast.nowcaster_service.keeping.restoration import Restoration
@@ -138,7 +139,7 @@ class Run:
         return self.session_of(settings)
 
     def session_of(self, settings: SessionSettings) -> Session:
-        recorder = recorder_of(self.run_folder, settings, self.request, SECRET, ())
+        recorder = recorder_of(self.run_folder, settings, self.request, Caller(secret=SECRET), ())
         session = Session(settings, self.run_folder, lambda event: None, recorder)
         shards = [ShardSpec(0, 0, NUM_ELEMENTS)]
         session.join(0, shards, shards)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service.access.callers import Caller
 from sidecast.nowcaster_service.dispatch import fold_request, push_request
 from sidecast.nowcaster_service.errors import SaturatedError
 from sidecast.nowcaster_service.keeping.restoration import Restoration
@@ -110,7 +111,7 @@ class Run:
         self.num_sessions += 1
         settings = replace(self.settings, session_id=f"s{self.num_sessions}")
         request = pb.OpenRequest(session_id=settings.session_id, run_id="run")
-        recorder = recorder_of(self.run_folder, settings, request, SECRET, ())
+        recorder = recorder_of(self.run_folder, settings, request, Caller(secret=SECRET), ())
         session = Session(settings, self.run_folder, lambda event: None, recorder)
         shards = [ShardSpec(0, 0, NUM_ELEMENTS)]
         session.join(0, shards, shards)

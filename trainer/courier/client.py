@@ -63,7 +63,7 @@ class NowcastClient:
     def __init__(self, config: ClientSettings, shared: Sequence[int] = ()) -> None:
         self._config = config
         self._token = () if config.token_file is None else _token(config.token_file)
-        self._metadata: tuple[tuple[str, str | bytes], ...] = self._token
+        self._run_secret: tuple[tuple[str, str], ...] = ()
         self._options = [
             *BULK_OPTIONS,
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
@@ -102,12 +102,17 @@ class NowcastClient:
             channel.close()
 
     def act_for(self, run_secret: str) -> None:
-        """Makes all calls from now on those of a run, whose secret they show, with the token as it is now."""
+        """Makes all calls from now on those of a run, whose secret they show."""
+        self._run_secret = ((RUN_SECRET_KEY, run_secret),)
+
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        """What a call shows: the token as it is now, since a service that goes on takes another one at any time."""
         if self._config.token_file is not None:
-            # It may be on its way to being another one, and not be there for a moment.
+            # It may be on its way to being another one, and not be there, or be empty, for a moment.
             with contextlib.suppress(OSError, UnicodeError):
-                self._token = _token(self._config.token_file)
-        self._metadata = (*self._token, (RUN_SECRET_KEY, run_secret))
+                self._token = _token(self._config.token_file) or self._token
+        return (*self._token, *self._run_secret)
 
     def wait_reachable(self) -> None:
         """Raises UnavailableError unless the service answers within the connect timeout."""
@@ -315,7 +320,8 @@ def open_request(
 
 
 def _token(path: str) -> tuple[tuple[str, str], ...]:
-    return ((AUTHORIZATION_KEY, f"Bearer {Path(path).read_text().strip()}"),)
+    token = Path(path).read_text().strip()
+    return ((AUTHORIZATION_KEY, f"Bearer {token}"),) if token else ()
 
 
 def _shard(shard: ShardSpec) -> pb.Shard:

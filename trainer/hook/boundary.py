@@ -84,7 +84,7 @@ class NowcastHook:
         self._policy: Policy = (
             JumpPolicy(config, self._applier, self._trajectory, self._reporter, courier)
             if config.policy == "jump"
-            else PushPolicy(config.push, partition, self._reporter)
+            else PushPolicy(config.push, partition, self._reporter, has_read_outs=bool(config.read_outs))
         )
         self._meter = LossMeter()
         self._vote_step = 0

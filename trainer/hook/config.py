@@ -297,8 +297,6 @@ class NowcasterConfig:
             read_outs_of(self.read_outs)
         except ConfigError as error:
             raise ConfigError(f"nowcaster.read_outs: {error}") from None
-        is_place = self.run_file is None or Path(self.run_file).absolute().parent.is_dir()
-        check("run_file", self.run_file, is_place, "a file in an existing folder")
         is_folder = self.record_dir is None or not Path(self.record_dir).exists() or Path(self.record_dir).is_dir()
         check("record_dir", self.record_dir, is_folder, "a folder")
         ladder = self.timeouts
@@ -311,6 +309,7 @@ class NowcasterConfig:
         if self.replay_dir is not None:
             check("replay_dir", self.replay_dir, Path(self.replay_dir).is_dir(), "an existing folder")
             check("record_dir", self.record_dir, self.record_dir is None, "null, since replay_dir is set")
+            check("run_file", self.run_file, self.run_file is None, "null, since replay_dir is set")
             check("read_outs", self.read_outs, not self.read_outs, "none, since replay_dir is set")
 
     def _check_policy(self, check: Callable[[str, object, bool, str], None]) -> None:

@@ -20,11 +20,16 @@ class RunFile:
     Args:
         path: Of it.
         endpoint: Of the run's service.
+
+    Raises:
+        ConfigError: There is no such folder.
     """
 
     def __init__(self, path: str, endpoint: str) -> None:
         # The job may go to another working directory.
         self._path = Path(path).absolute()
+        if not self._path.parent.is_dir():
+            raise ConfigError(f"nowcaster.run_file is {path!r}; allowed: a file in an existing folder")
         self._endpoint = endpoint
 
     def write(self, session: Session) -> None:
@@ -44,7 +49,7 @@ class RunFile:
             raise ConfigError(f"nowcaster.run_file {self._path} cannot be written: {error.strerror}") from error
 
     def renew(self, session: Session) -> None:
-        """The same for a run that was resumed, which does not end if it cannot be written."""
+        """The same, but for a warning if it cannot be written: no run ends for that."""
         try:
             self.write(session)
         except ConfigError as error:

@@ -89,14 +89,15 @@ def _start_with(section: Any, run: TrainingRun, ranks: Ranks) -> Attachment:
     with contextlib.ExitStack() as undo:
         with ranks.refused_together():
             run_file = RunFile(config.run_file, config.endpoint) if config.run_file and ranks.rank == 0 else None
-            if run_file is not None:
-                run_file.write(session)
             rollback_copy = reserve_rollback_copy(config, partition)
             courier = _start_courier(config, run, partition, manifest, session, ranks)
             # What another rank refuses ends this one's courier, too.
             undo.callback(courier.close)
         undo.pop_all()
     is_linked = _await_link(config, courier, ranks)
+    if run_file is not None:
+        # Not before the service has taken the run: what is there is perhaps the key to one that goes on.
+        run_file.renew(session)
     hook = NowcastHook(
         config,
         partition,

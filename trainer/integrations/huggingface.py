@@ -128,7 +128,8 @@ class NowcastCallback(TrainerCallback):
         def log_with_nowcasts(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             # In the Trainer's own rows: each call is a line on somebody's screen.
             if self._attachment is not None and logs.keys() & {"loss", "train_loss"} and is_writing():
-                logs = {**logs, **numbers_of(self._attachment.hook)}
+                # In place: what the Trainer adds to its row, it reads there.
+                logs.update(numbers_of(self._attachment.hook))
             log(logs, *args, **kwargs)
 
         for name, method in (

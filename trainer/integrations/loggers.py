@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
+from sidecast.errors import one_line
 from sidecast.trainer.hook.attachment import Hook
 from sidecast.trainer.hook.reporting import NowcastEvent
+
+log = logging.getLogger(__name__)
 
 # Of a summary, what says how a run fares; a replay knows of some only.
 _NUMBERS = (
@@ -45,8 +49,18 @@ def log_numbers(hook: Hook, write: Callable[[dict[str, float]], Any]) -> None:
         write: Takes what ``numbers_of`` gives.
     """
 
+    is_told = False
+
     def write_changed(event: NowcastEvent) -> None:
-        if event.kind not in _QUIET:
+        nonlocal is_told
+        if event.kind in _QUIET:
+            return
+        try:
             write(numbers_of(hook))
+        except Exception as error:
+            # On this rank alone: the others would wait for it for ever.
+            if not is_told:
+                log.warning("nowcasting's numbers cannot be logged: %s", one_line(error))
+            is_told = True
 
     hook.add_listener(write_changed)

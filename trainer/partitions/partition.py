@@ -158,8 +158,9 @@ class Partition:
         for parameter, fragments in groupby(self._layout.owned, key=lambda fragment: fragment.shard.parameter):
             if parameter not in range(first, len(self.parameters), every):
                 continue
-            for run in runs_of(fragments):
-                sums[parameter] += _sum_of_bits(flats[run.master][run.source])
+            # In pieces: torch sums integers up in a copy of twice their size.
+            for piece in _pieces(runs_of(fragments), _SCRATCH_ELEMENTS):
+                sums[parameter] += _sum_of_bits(flats[piece.master][piece.source]).to(sums.device)
         found: list[int] = sums.tolist()
         return found
 

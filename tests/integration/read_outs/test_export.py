@@ -213,6 +213,11 @@ def test_the_run_file_is_its_owners_alone(run_file: Any, tmp_path: Path) -> None
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_a_run_file_in_a_folder_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"nowcaster.run_file is '/nowhere/run.json'; allowed: a file in an existing"):
+        RunFile("/nowhere/run.json", "127.0.0.1:1")
+
+
 def parts(values: torch.Tensor, *, digest: int | None = None) -> list[pb.ReadOutPart]:
     data = values.numpy().tobytes()
     manifest = pb.Manifest(parameters=[pb.Parameter(fqn="w", shape=[len(values)])], config_json="{}")

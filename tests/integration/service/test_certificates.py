@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import socket
+import ssl
 import subprocess
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from sidecast.commands.__main__ import main
+from sidecast.nowcaster_service.access.callers import callers_of
+from sidecast.nowcaster_service.access.scraping import serve_metrics
 from sidecast.nowcaster_service.config import TlsFiles
+from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.trainer.courier.client import NowcastClient
 from sidecast.trainer.courier.refusals import UnavailableError
 from sidecast.trainer.pipe.messages import ClientSettings
 from tests.support.limits import HANG_S
-from tests.support.services.harness import RunningService
+from tests.support.services.harness import RunningService, service_config
 
 MAKE_CERTS = Path(__file__).resolve().parents[3] / "deploy" / "make_certs.sh"
 # Of a handshake that fails: it is tried again and again until then.
@@ -78,6 +86,25 @@ def test_a_certificate_is_replaced_while_the_service_runs(
         # It is being replaced just now.
         (old / "tls.key").unlink()
         assert is_reached(service, new_client / "ca.crt")
+
+
+def test_metrics_of_tenants_are_encrypted_and_one_silent_connection_holds_up_nobody(
+    authority: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, client = authority("own")
+    (tmp_path / "tenants").write_text(f"red {hashlib.sha256(b'token').hexdigest()}\n")
+    files = TlsFiles(certificate=folder / "tls.crt", private_key=folder / "tls.key")
+    config = service_config(tmp_path, tls=files, tenants_file=tmp_path / "tenants")
+    metrics = ServiceMetrics(CollectorRegistry())
+    port = serve_metrics(config, metrics.registry, callers_of(config), lambda caller: set(), 0)
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}),
+        urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=client / "ca.crt")),
+    )
+    with socket.create_connection(("127.0.0.1", port)):
+        request = urllib.request.Request(f"https://localhost:{port}/", headers={"Authorization": "Bearer token"})
+        with opener.open(request, timeout=HANG_S) as reply:
+            assert b"sidecast_service_sessions 0.0" in reply.read()
 
 
 def client_certificate(folder: Path) -> Path:

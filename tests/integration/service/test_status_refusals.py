@@ -70,7 +70,7 @@ def test_another_grpc_service(capsys: pytest.CaptureFixture[str], running: ExitS
     endpoint = f"127.0.0.1:{other.add_insecure_port('127.0.0.1:0')}"
     other.start()
     running.callback(other.stop, None)
-    assert refusal_of(capsys, endpoint) == f"what listens at {endpoint} is no nowcaster service"
+    assert refusal_of(capsys, endpoint) == f"what listens at {endpoint} is no nowcaster service, or too old a one"
 
 
 def test_a_token_that_is_missing(capsys: pytest.CaptureFixture[str], running: ExitStack, tmp_path: Path) -> None:

@@ -56,10 +56,6 @@ def test_values_find_their_fields() -> None:
         ({"read_outs": "ema5"}, r"nowcaster.read_outs is 'ema5'; allowed: a list of texts$"),
         ({"read_outs": [5]}, r"nowcaster.read_outs is \[5\]; allowed: a list of texts$"),
         ({"read_outs": ["ema5", "emu"]}, "nowcaster.read_outs: a read-out is 'emu'; allowed: 'emaP'"),
-        (
-            {"run_file": "/nowhere/run.json"},
-            "nowcaster.run_file is .*; allowed: a file in an existing folder",
-        ),
         ({"replay_dir": ".", "read_outs": ["ema5"]}, "nowcaster.read_outs is .*; allowed: none, since replay"),
         ({"mode": "now"}, "nowcaster.mode is 'now'; allowed: 'async', 'sync'"),
         ({"max_steps": "9"}, "nowcaster.max_steps is '9'; allowed: a whole number, or null"),

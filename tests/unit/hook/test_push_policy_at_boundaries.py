@@ -43,9 +43,12 @@ def partition() -> FakePartition:
     return FakePartition()
 
 
-def new_hook(courier: FakeCourier, partition: FakePartition, *, step: int = 0, **push: Any) -> NowcastHook:
+def new_hook(
+    courier: FakeCourier, partition: FakePartition, *, step: int = 0, section: dict[str, Any] | None = None, **push: Any
+) -> NowcastHook:
     config = parse_section(
         {
+            **(section or {}),
             "policy": "push",
             "vote_interval_steps": 1,
             "vote_lag_steps": 0,
@@ -220,6 +223,34 @@ def test_no_push_is_applied_by_the_vote_that_brings_the_alarm(courier: FakeCouri
     hook.after_step(INTERVAL_STEPS + 1)
     assert hook.summary()["suspended"]
     assert partition.weights.tolist() == [0.0, 0.0]
+
+
+def alarmed(courier: FakeCourier, partition: FakePartition, **section: Any) -> NowcastHook:
+    """A hook whose guard has ended its pushes."""
+    hook = new_hook(courier, partition, section=section)
+    for loss in (1.0, float("nan")):
+        hook.observe(loss)
+        hook.after_step(hook.step + 1)
+    hook.after_step(hook.step + 1)
+    assert hook.summary()["suspended"]
+    return hook
+
+
+@pytest.mark.parametrize(("read_outs", "is_staged"), [([], False), (["ema5"], True)])
+def test_read_outs_see_states_after_an_alarm_too(
+    courier: FakeCourier, partition: FakePartition, read_outs: list[str], is_staged: bool
+) -> None:
+    hook = alarmed(courier, partition, read_outs=read_outs)
+    for step in range(hook.step + 1, INTERVAL_STEPS + 1):
+        hook.after_step(step)
+    assert [snapshot.step for snapshot in snapshots(courier)] == [INTERVAL_STEPS] * is_staged
+
+
+def test_a_run_without_pushes_knows_no_alarm_of_an_earlier_one(courier: FakeCourier, partition: FakePartition) -> None:
+    state = alarmed(courier, partition).state_dict()
+    later = new_hook(FakeCourier(), partition, gain=0.0)
+    later.resume(state, 3, "run")
+    assert not later.summary()["suspended"]
 
 
 def test_a_run_with_pushes_keeps_no_rollback_copy_and_one_staging_slot() -> None:

@@ -14,6 +14,7 @@ import pytest
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service import pushing, vector_files
+from sidecast.nowcaster_service.access.callers import Caller
 from sidecast.nowcaster_service.dispatch import push_request
 from sidecast.nowcaster_service.keeping.checksums import MAX_PIECES, packed_checksums
 from sidecast.nowcaster_service.keeping.examination import examine
@@ -44,7 +45,7 @@ def request_(store: HistoryStore) -> PushRequest:
     """What an engine has been told to do when its service dies."""
     settings = push_settings(MANIFEST, PUSH)
     folder = RunFolder(store, store.new_folder(folder_name("run")))
-    recorder = recorder_of(folder, settings, pb.OpenRequest(), SECRET, [])
+    recorder = recorder_of(folder, settings, pb.OpenRequest(), Caller(secret=SECRET), [])
     session = Session(settings, folder, lambda event: None, recorder)
     session.join(0, [ShardSpec(0, 0, 6)], [ShardSpec(0, 0, 6)])
     assert send_state(session, 10, np.arange(6)) is None

@@ -30,13 +30,16 @@ class PushPolicy:
     moments = "keep"
     is_on_probation = False
 
-    def __init__(self, config: PushConfig, partition: Partition, reporter: Reporter) -> None:
+    def __init__(
+        self, config: PushConfig, partition: Partition, reporter: Reporter, *, has_read_outs: bool = False
+    ) -> None:
         self.last_loss: float | None = None
         self.learning_rate_sum = 0.0
         self.applied: Applied | None = None
         self._config = config
         self._partition = partition
         self._reporter = reporter
+        self._has_read_outs = has_read_outs
         self._guard = LossGuard(LossGuardConfig())
         self._last_loss_step = 0
         self._are_losses_gone = False
@@ -57,7 +60,7 @@ class PushPolicy:
 
     @property
     def wants_snapshots(self) -> bool:
-        return not self.is_suspended
+        return self._has_read_outs or not self.is_suspended
 
     def end_probation(self) -> None:
         """Nothing: no push is ever on probation."""
@@ -130,5 +133,5 @@ class PushPolicy:
         self.learning_rate_sum = 0.0 if own is None else own["learning_rate_sum"]
         self.applied = None if own is None or own["applied"] is None else Applied(**own["applied"])
         self._last_loss_step = 0 if own is None else own["last_loss_step"]
-        if own is not None:
+        if own is not None and self._config.gain != 0:
             self._guard.load(own["guard"])
