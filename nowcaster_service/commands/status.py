@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import threading
 from typing import Any
 
+from sidecast.errors import ConfigError, SidecastError, printable
 from sidecast.nowcaster_service.commands.connection import add_options, connected
 from sidecast.nowcaster_service.config import ServiceConfig
+
+MIN_WATCH_S, MAX_WATCH_S = 0.1, 86_400.0
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,17 +25,55 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("endpoint", nargs="?", default=default, help="HOST:PORT (default: %(default)s)")
     add_options(parser)
     parser.add_argument("--timeout-s", type=float, default=5.0, help="how long to wait (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="write everything as one line of JSON")
+    parser.add_argument(
+        "--watch", type=float, metavar="SECONDS", help="ask again and again, so many seconds after each answer"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.watch is None:
+        return _show(args)
+    if not MIN_WATCH_S <= args.watch <= MAX_WATCH_S:
+        raise ConfigError(f"--watch is {args.watch:g} s; allowed: {MIN_WATCH_S:g} to {MAX_WATCH_S:g}")
+    pause = threading.Event()
+    # A terminal shows the newest answer alone; a file or a pipe gets one after another.
+    begins_anew = "\x1b[H\x1b[2J" if sys.stdout.isatty() and not args.json else ""
+    try:
+        while True:
+            sys.stdout.write(begins_anew)
+            try:
+                _show(args)
+            except SidecastError as error:
+                # It may be back when it is asked next.
+                sys.stderr.write(f"sidecast: {printable(str(error))}\n")
+            sys.stdout.flush()
+            pause.wait(args.watch)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _show(args: argparse.Namespace) -> int:
     from sidecast.protos import nowcast_pb2 as pb
 
     with connected(args.endpoint, args) as service:
         reply = service.stub.Status(pb.StatusRequest(), timeout=args.timeout_s, metadata=service.metadata)
-    sys.stdout.write(render(reply))
+    sys.stdout.write(as_json(reply) if args.json else render(reply))
     # So that a health check sees it: sessions are kept, and nothing comes of them.
     return 1 if reply.engines_fault else 0
+
+
+def as_json(reply: object) -> str:
+    """The reply as one line of JSON, in the names of ``StatusReply``; protobuf writes 64-bit numbers as strings."""
+    from google.protobuf.json_format import MessageToDict
+
+    fields = MessageToDict(
+        reply,  # type: ignore[arg-type]
+        preserving_proto_field_name=True,
+        always_print_fields_with_no_presence=True,
+    )
+    return json.dumps(fields) + "\n"
 
 
 def render(reply: object) -> str:

@@ -1,20 +1,25 @@
-"""``sidecast status`` where there is no answer: one line for people, which says what to do."""
+"""``sidecast status``: as JSON, again and again, and where there is no answer: one line for people."""
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
 
 from sidecast.commands.__main__ import main
+from sidecast.nowcaster_service.commands import status
 from sidecast.nowcaster_service.config import TlsFiles
-from tests.support.services.harness import RunningService
+from tests.support.services.harness import RunningService, open_request
 
 MAKE_CERTS = Path(__file__).resolve().parents[3] / "deploy" / "make_certs.sh"
 
@@ -45,6 +50,46 @@ def refusal_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize("endpoint", ["127.0.0.1", ":1", "host:", "host:0", "host:70000", "host:port"])
 def test_an_endpoint_that_is_none_is_named(capsys: pytest.CaptureFixture[str], endpoint: str) -> None:
     assert refusal_of(capsys, endpoint) == f"endpoint is {endpoint!r}; allowed: HOST:PORT"
+
+
+def test_everything_is_there_as_json(capsys: pytest.CaptureFixture[str], running: ExitStack, tmp_path: Path) -> None:
+    service = running.enter_context(RunningService(tmp_path))
+    service.stub.Open(open_request())
+    assert main(["status", service.endpoint, "--json"]) == 0
+    reply = json.loads(capsys.readouterr().out)
+    assert (reply["service_version"], reply["engines_fault"]) == ("test", "")
+    (session,) = reply["sessions"]
+    assert (session["run_id"], session["num_joined"], session["read_outs"]) == ("run", 0, [])
+
+
+def test_watching_outlasts_a_service_and_ends_with_ctrl_c(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pauses: list[float] = []
+
+    def pause(_: threading.Event, seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 1:
+            services.close()
+        elif len(pauses) == 2:
+            raise KeyboardInterrupt
+
+    with ExitStack() as services:
+        endpoint = services.enter_context(RunningService(tmp_path)).endpoint
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                status, "threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=partial(pause, None)))
+            )
+            assert main(["status", endpoint, "--watch", "7"]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("sidecast test, up ") == 1
+    assert said.err.startswith(f"sidecast: no service can be reached at {endpoint}")
+    assert pauses == [7, 7]
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_pause_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], seconds: str) -> None:
+    assert "--watch is" in refusal_of(capsys, "127.0.0.1:1", "--watch", seconds)
 
 
 def test_a_port_where_nothing_listens(capsys: pytest.CaptureFixture[str]) -> None:
