@@ -1,8 +1,9 @@
-"""What the graph of a model that transformers knows is drawn from, with a builder or without one."""
+"""What the graph of a saved model is drawn from: its configuration, the axes of its family, or a module of the user's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from sidecast.checkpoints.transformers_models import example_inputs_of, model_of
 from sidecast.errors import ConfigError
 from sidecast.graphs.axes.description import describe_axes
 from sidecast.graphs.registry import graph_builders
+from sidecast.manifest import ModelManifest
 
 
 def graph_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -46,3 +48,30 @@ def graph_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
             f"no graph builder for model_type {model_type!r}, and its axes cannot be followed without weights: {error}"
             "; give the model as --module, or use a predictor without a graph (linear, average, rank1, wnn)"
         ) from error
+
+
+def described_by_module(manifest: ModelManifest, module: ModelManifest) -> ModelManifest:
+    """The manifest of saved weights with the graph that was proved on a module: its description, and its ties.
+
+    Args:
+        manifest: Of the saved weights, which need not say what is tied.
+        module: Of the module.
+
+    Raises:
+        ConfigError: The two tie parameters differently, or a tied one is saved under its further name alone.
+    """
+    saved = manifest.by_name
+    for alias, name in module.aliases.items():
+        if alias in saved and name not in saved:
+            raise ConfigError(
+                f"the checkpoints hold {alias!r}, which --module ties to {name!r}, and not {name!r} itself, where its "
+                f"graph has that weight; give a module whose named_parameters() has it as {alias!r}"
+            )
+    for alias, name in manifest.aliases.items():
+        if {alias, name} <= module.by_name.keys():
+            raise ConfigError(
+                f"the checkpoints tie {alias!r} to {name!r}, which are two parameters of --module; give a module that "
+                "ties them"
+            )
+    ties = {alias: name for alias, name in module.aliases.items() if alias not in saved}
+    return replace(manifest, config=module.config, aliases={**manifest.aliases, **ties})

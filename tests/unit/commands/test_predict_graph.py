@@ -11,6 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from sidecast.commands.__main__ import main
+from sidecast.commands.family_graph import described_by_module
+from sidecast.errors import ConfigError
+from sidecast.graphs import Topology, build_topology
+from sidecast.manifest import ModelManifest
 from sidecast.predictors.nino.config import NinoConfig
 from sidecast.predictors.nino.weights import NinoWeights, save_weights
 
@@ -28,6 +32,18 @@ class Net(nn.Module):
 
 def make():
     return Net(), torch.randn(5, 4)
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 6), nn.Linear(6, 5, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens):
+        return self.head(self.table(tokens).tanh())
+
+def make_tied():
+    return Tied(), torch.arange(5)[None]
 """
 
 
@@ -86,6 +102,42 @@ def test_a_module_tells_its_graph(tmp_path: Path, weights: Path, capsys: pytest.
     assert "--module with saved models" in capsys.readouterr().err
     assert main([*command, "--module", "module_to_predict:make"]) == 0
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(state)
+
+
+@pytest.mark.usefixtures("_module")
+def test_what_a_module_ties_is_tied_in_the_graph_of_a_bare_file(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def draw(manifest: ModelManifest, *options: object, **named: object) -> Topology:
+        drawn.append(build_topology(manifest, "symmetric"))
+        return drawn[-1]
+
+    monkeypatch.setattr("sidecast.predictors.nino.graph_cache.build_topology", draw)
+    files = [f"{path}/model.safetensors" for path in checkpoints(tmp_path, {"table.weight": torch.rand(5, 6)}, None)]
+    command = ["predict", *files, "--predictor", "nino", "--weights", str(weights), "--out", str(tmp_path / "out")]
+    assert main([*command, "--module", "module_to_predict:make_tied"]) == 0
+    assert "head.weight.tie" in {block.name for block in drawn[0].blocks}
+
+
+@pytest.mark.usefixtures("_module")
+def test_a_tied_weight_under_its_further_name_alone_is_refused(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [f"{path}/model.safetensors" for path in checkpoints(tmp_path, {"head.weight": torch.rand(5, 6)}, None)]
+    command = ["predict", *files, "--predictor", "nino", "--weights", str(weights), "--out", str(tmp_path / "out")]
+    assert main([*command, "--module", "module_to_predict:make_tied"]) == 2
+    error = capsys.readouterr().err
+    assert "hold 'head.weight', which --module ties to 'table.weight', and not 'table.weight' itself" in error
+    assert error.count("\n") == 1
+
+
+def test_ties_that_a_module_lacks_are_refused() -> None:
+    saved = ModelManifest.from_shapes([("table.weight", (5, 6))], {}, {"head.weight": "table.weight"})
+    module = ModelManifest.from_shapes([("table.weight", (5, 6)), ("head.weight", (5, 6))], {})
+    with pytest.raises(ConfigError, match=r"tie 'head.weight' to 'table.weight', which are two parameters of --module"):
+        described_by_module(saved, module)
 
 
 @pytest.mark.usefixtures("_module")
