@@ -1,4 +1,4 @@
-"""What the graph of a saved model is drawn from: its configuration, the axes of its family, or a module of the user's."""
+"""What a saved model is drawn from: its configuration, the axes of its family, or a module of the user's."""
 
 from __future__ import annotations
 
@@ -9,30 +9,43 @@ from typing import Any
 import torch
 
 from sidecast.checkpoints.transformers_models import example_inputs_of, model_of_config
+from sidecast.commands.graph_check import check_config
 from sidecast.errors import ConfigError
 from sidecast.graphs.axes.description import describe_axes
 from sidecast.graphs.registry import graph_builders
 from sidecast.manifest import ModelManifest
 
 
-def graph_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def graph_config(config: Mapping[str, Any], *, ways_out: str, is_checked: bool = False) -> Mapping[str, Any]:
     """The configuration that graph builders draw a model from.
 
     A family without a builder is followed axis by axis: its model runs without memory, on the meta device, at its own
-    size. ``sidecast graph --check`` proves such a graph at tiny widths.
+    size. Such a graph is used only if it is right at tiny widths.
 
     Args:
         config: The model's own.
+        ways_out: What else the user can do, for messages.
+        is_checked: Whether ``check_config`` has found nothing wrong with it already.
 
     Returns:
         The same, if its family has a builder; else a description of its axes.
 
     Raises:
-        ConfigError: transformers is missing or does not know the model, or the model needs values to run.
+        ConfigError: transformers is missing or does not know the model; the model needs values to run; or its graph is
+            wrong at tiny widths, or cannot be checked there.
+        NoRoomError: Memory has no room for the check.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type in graph_builders():
         return config
+    if not is_checked:
+        try:
+            check_config(config)
+        except ConfigError as error:
+            raise ConfigError(
+                f"no graph builder for model_type {model_type!r}, and following its axes is not proved at tiny widths: "
+                f"{error}; {ways_out}"
+            ) from error
     model = model_of_config({**config, "use_cache": False}, device="meta")
     model.config._attn_implementation = "eager"
     # The eager loop over experts looks at which of them tokens chose.
@@ -46,7 +59,7 @@ def graph_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     except ConfigError as error:
         raise ConfigError(
             f"no graph builder for model_type {model_type!r}, and its axes cannot be followed without weights: {error}"
-            "; give the model as --module, or use a predictor without a graph (linear, average, rank1, wnn)"
+            f"; {ways_out}"
         ) from error
 
 

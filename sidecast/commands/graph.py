@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.snapshot is not None:
         checkpoint = open_checkpoint(args.snapshot, config)
-    drawn_from = graph_config(config)
+    drawn_from = graph_config(config, ways_out="give the model as --module, in place of MODEL", is_checked=args.check)
     manifest = _manifest_of_config(config, drawn_from) if checkpoint is None else manifest_of(checkpoint, drawn_from)
     topology = build_topology(manifest, args.layout, unknown_parameters=args.unknown_parameters)
     _draw(topology, checkpoint, args.out)

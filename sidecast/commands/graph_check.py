@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,10 +54,15 @@ def check_config(config: Mapping[str, Any]) -> tuple[Topology, AutomorphismCheck
 
 def _tiny_model(config: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
     """A small model of a family and its inputs, in the first of the ways to make it small that can be run."""
-    problems = []
-    for make_small in (shrunken, scaled):
+    problems, tried = [], []
+    # Groups of experts and of states are kept where the family can be run with them.
+    for make_small in (shrunken, partial(shrunken, num_groups=1), scaled):
         try:
-            return _running_model({**make_small(config), "use_cache": False})
+            small = {**make_small(config), "use_cache": False}
+            if small in tried:
+                continue
+            tried.append(small)
+            return _running_model(small)
         except ConfigError as error:
             problems.append(error)
     raise problems[0]

@@ -31,6 +31,7 @@ from sidecast.predictors.file_workspace import predict_with_files
 from sidecast.predictors.registry import create_predictor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WAYS_OUT = "give the model as --module, or use a predictor without a graph (linear, average, rank1, wnn)"
 
 _DESCRIPTION = """\
 Predicts where the weights will be some checkpoints from now, from at least two checkpoints that you saved at equal
@@ -170,7 +171,7 @@ def _with_graph(manifest: ModelManifest, predictor: Predictor, module: str | Non
             raise ConfigError(f"--module describes a graph, and predictor {predictor.name!r} has none; leave it out")
         return manifest
     if module is None:
-        return replace(manifest, config=graph_config(manifest.config))
+        return replace(manifest, config=graph_config(manifest.config, ways_out=_WAYS_OUT))
     return described_by_module(manifest, manifest_of_module(*load_module(module)))
 
 

@@ -31,7 +31,6 @@ _TINY = {
         ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions", "context_length"), 16
     ),
     **dict.fromkeys(("sliding_window", "window_size", "attention_window_size", "sliding_window_size"), 4),
-    **dict.fromkeys(("n_group", "n_groups", "topk_group", "num_expert_group", "mamba_n_groups"), 1),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 6),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rotary_dim", "index_head_dim"), _HEAD_DIM),
     **dict.fromkeys(("chunk_size", "mamba_chunk_size", "state_size", "mamba_d_state", "ssm_state_size"), 4),
@@ -45,9 +44,12 @@ _TINY = {
     "max_window_layers": 1,
     "first_k_dense_replace": 1,
 }  # fmt: skip
+_GROUP_COUNTS = ("n_group", "n_groups", "num_expert_group", "mamba_n_groups")
+_NUM_GROUPS = 2
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 _MOST = {
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"), 3),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
+    **dict.fromkeys(_CHOSEN, 2),
 }
 _STREAMS_AND_HEADS = (
     ("hidden_size", "num_attention_heads"),
@@ -69,11 +71,12 @@ _SCALE = 16
 _FOLLOWS_STREAM = ("word_embed_proj_dim", "lru_width", "attention_hidden_size")
 
 
-def shrunken(config: Mapping[str, Any]) -> dict[str, Any]:
+def shrunken(config: Mapping[str, Any], *, num_groups: int = _NUM_GROUPS) -> dict[str, Any]:
     """A configuration of the same family and the same options, whose model takes next to no memory.
 
     Args:
         config: Of any size; configurations in it are made small too.
+        num_groups: Into how many groups experts, or heads with states, are divided at most.
 
     Returns:
         Widths, layers and vocabulary made small; of lists with an entry for each layer, the first of every kind are
@@ -82,15 +85,25 @@ def shrunken(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: A number that it needs is none.
     """
-    tiny = {key: shrunken(value) if _is_config(key, value) else value for key, value in config.items()}
+    tiny = {
+        key: shrunken(value, num_groups=num_groups) if _is_config(key, value) else value
+        for key, value in config.items()
+    }
+    has_groups = num_groups > 1 and any(_is_grouped(config.get(key)) for key in _GROUP_COUNTS)
     kinds = _first_of_each_kind(config)
     for key, value in config.items():
         if value is None or isinstance(value, bool):
             continue
         if key in _TINY:
             tiny[key] = len(kinds) if kinds is not None and key in _LAYER_COUNTS else _TINY[key]
+        elif key in _GROUP_COUNTS:
+            tiny[key] = num_groups if _is_grouped(value) else 1
+        elif key == "topk_group":
+            # One of two groups, so that it shows which one is chosen.
+            tiny[key] = 1
         elif key in _MOST:
-            tiny[key] = min(_count(config, key), _MOST[key])
+            most = 2 * num_groups if has_groups and key not in _CHOSEN else _MOST[key]
+            tiny[key] = min(_count(config, key), most)
         elif isinstance(value, int) and "vocab" in key and key.endswith("_size"):
             tiny[key] = _NUM_ROWS
         elif isinstance(value, int | list) and key.endswith(("token_id", "token_index")):
@@ -113,7 +126,8 @@ def scaled(config: Mapping[str, Any]) -> dict[str, Any]:
         Numbers of heads, groups and the like stay; layers, vocabulary and experts are made few as by ``shrunken``.
     """
     small = {key: scaled(value) if _is_config(key, value) else value for key, value in config.items()}
-    few = shrunken({key: value for key, value in config.items() if not key.endswith("heads") and key != "n_head"})
+    without_heads = {key: value for key, value in config.items() if not key.endswith("heads") and key != "n_head"}
+    few = shrunken(without_heads, num_groups=1)
     for key, value in config.items():
         if value is None or isinstance(value, bool):
             continue
@@ -166,8 +180,14 @@ def _first_of_each_kind(config: Mapping[str, Any]) -> list[int] | None:
     return layers if len(layers) > 1 else list(range(min(_NUM_LAYERS, len(kinds))))
 
 
+def _is_grouped(value: object) -> bool:
+    return isinstance(value, int) and value > 1
+
+
 def _shrink_heads(tiny: dict[str, Any], config: Mapping[str, Any], stream: str, heads: str) -> None:
     num_heads, groups = 3, _count(config, heads)
+    if heads == "num_heads" and _is_grouped(tiny.get("n_groups")):
+        num_heads = 2 * int(tiny["n_groups"])
     if tiny.get("num_key_value_heads") is not None:
         groups = _count(config, "num_key_value_heads")
         is_grouped = 1 < groups < _count(config, heads)

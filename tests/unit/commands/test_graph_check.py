@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from sidecast.commands.__main__ import main
+from sidecast.commands.graph_check import check_config
 from sidecast.commands.tiny_configs import scaled, shrunken
 from sidecast.errors import ConfigError
 from sidecast.graphs import graph_builders
@@ -80,6 +81,24 @@ def test_shrinking_keeps_what_decides_on_the_graph() -> None:
     assert alone == {"hidden_size": 12, "num_attention_heads": 3, "head_dim": None, "hidden_act": "gelu"}
     with pytest.raises(ConfigError, match="num_attention_heads='8'; it must be a positive integer"):
         shrunken({"hidden_size": 8, "num_attention_heads": "8"})
+
+
+def test_groups_of_experts_stay_groups() -> None:
+    config = {"n_group": 8, "topk_group": 4, "n_routed_experts": 256, "num_experts_per_tok": 8}
+    assert shrunken(config) == {"n_group": 2, "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    alone = {"n_group": 1, "topk_group": 1, "n_routed_experts": 3, "num_experts_per_tok": 2}
+    assert shrunken(config, num_groups=1) == alone
+    assert shrunken({**config, "n_group": 1, "topk_group": 1}) == alone
+
+
+@pytest.mark.parametrize(("num_experts", "num_groups", "num_kept"), [(64, 8, 4), (3, 3, 3)])
+def test_a_family_is_checked_with_groups_where_it_runs_with_them(
+    num_experts: int, num_groups: int, num_kept: int
+) -> None:
+    config = transformers.DeepseekV3Config(n_routed_experts=num_experts, n_group=num_groups, topk_group=2)
+    topology, _ = check_config({**config.to_dict(), "architectures": ["DeepseekV3ForCausalLM"]})
+    shapes = {spec.fqn: spec.shape for spec in topology.parameters}
+    assert shapes["model.layers.1.mlp.gate.weight"] == (num_kept, 12)
 
 
 def test_scaling_keeps_what_widths_depend_on() -> None:

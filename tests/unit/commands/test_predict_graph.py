@@ -14,6 +14,8 @@ from sidecast.commands.__main__ import main
 from sidecast.commands.family_graph import described_by_module
 from sidecast.errors import ConfigError
 from sidecast.graphs import Topology, build_topology
+from sidecast.graphs.axes.dimensions import Dimension
+from sidecast.graphs.axes.operations import FOLLOWED
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.nino.config import NinoConfig
 from sidecast.predictors.nino.weights import NinoWeights, save_weights
@@ -70,7 +72,7 @@ def checkpoints(folder: Path, state: dict[str, torch.Tensor], config: dict[str, 
     return paths
 
 
-def test_a_family_of_transformers_is_followed_without_weights(tmp_path: Path, weights: Path) -> None:
+def opt_checkpoints(tmp_path: Path) -> list[str]:
     config = transformers.OPTConfig(
         hidden_size=12, num_hidden_layers=1, ffn_dim=9, num_attention_heads=3, vocab_size=11, word_embed_proj_dim=12
     )
@@ -78,13 +80,31 @@ def test_a_family_of_transformers_is_followed_without_weights(tmp_path: Path, we
         model = transformers.OPTForCausalLM(config)
     generator = torch.Generator().manual_seed(2)
     state = {name: torch.randn(each.shape, generator=generator) for name, each in model.named_parameters()}
-    paths = checkpoints(tmp_path, state, {**config.to_dict(), "architectures": ["OPTForCausalLM"]})
-    out = tmp_path / "out"
+    return checkpoints(tmp_path, state, {**config.to_dict(), "architectures": ["OPTForCausalLM"]})
+
+
+def test_a_family_of_transformers_is_followed_without_weights(tmp_path: Path, weights: Path) -> None:
+    paths, out = opt_checkpoints(tmp_path), tmp_path / "out"
     assert main(["predict", *paths, "--predictor", "nino", "--weights", str(weights), "--out", str(out)]) == 0
     written = load_file(out / "model.safetensors")
-    assert set(written) == set(state)
     newest = load_file(f"{paths[-1]}/model.safetensors")
+    assert set(written) == set(newest)
     assert all(not torch.equal(written[name], newest[name]) for name in newest)
+
+
+def test_a_family_whose_axes_are_followed_wrongly_is_refused(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, out = opt_checkpoints(tmp_path), tmp_path / "out"
+    monkeypatch.setitem(FOLLOWED, "add", lambda call: [[Dimension(size) for size in o.shape] for o in call.outputs])
+    assert main(["predict", *paths, "--predictor", "nino", "--weights", str(weights), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "following its axes is not proved at tiny widths: the graph of OPTForCausalLM has a symmetry that" in error
+    assert "give the model as --module" in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+    assert main(["graph", f"{paths[-1]}/config.json", "--out", str(tmp_path / "graph.html")]) == 2
+    assert "give the model as --module, in place of MODEL" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_module")
