@@ -137,6 +137,23 @@ def test_the_module_stays_as_it_is() -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+def test_parts_keep_their_modes_and_buffers_that_forward_writes_keep_their_values() -> None:
+    def forward(module: Any, x: Tensor) -> Tensor:
+        module.count.add_(1)
+        module.last = x.sum()
+        return module.a(x)  # type: ignore[no-any-return]
+
+    module = Net(forward, a=nn.Linear(4, 3), drop=nn.Dropout(0.5))
+    module.register_buffer("count", torch.zeros(1))
+    module.register_buffer("last", torch.full((), 7.0))
+    module.drop.eval()
+    count = module.count
+    describe_axes(module, random(5, 4))
+    assert (module.training, module.a.training, module.drop.training) == (True, True, False)
+    assert module.count is count
+    assert (count.item(), module.last.item()) == (0.0, 7.0)
+
+
 def test_frozen_parameters_are_absent() -> None:
     module = Net(lambda s, x: s.b(torch.fft.fft(x).real + s.a(x)), a=nn.Linear(4, 4), b=nn.Linear(4, 3))
     module.a.weight.requires_grad_(False)
