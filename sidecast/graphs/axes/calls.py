@@ -78,7 +78,11 @@ class Recording:
 def _is_uniform(tensor: Tensor, axis: int) -> bool:
     if tensor.device.type == "meta" or tensor.is_complex() or not tensor.numel():
         return False
-    return bool((tensor == tensor.narrow(axis, 0, 1)).all())
+    try:
+        return bool((tensor == tensor.narrow(axis, 0, 1)).all())
+    except RuntimeError:
+        # Some kinds of elements cannot be compared.
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

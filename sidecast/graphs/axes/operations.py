@@ -9,6 +9,7 @@ Shape suffixes are not used: tensors are axes here, and axes have dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 
 from torch import Tensor
 
@@ -201,8 +202,15 @@ def _attended(call: Call) -> list[Axes]:
         broadcast([axis.size for axis in scores], (scores, call.axes(mask)))
         call.recording.use(mask, "shift")
     attended = [*query[:-1], value[-1]]
-    others = ([*query[:-1]][: output.dim()] if output.dim() else [] for output in call.outputs[1:])
-    return [attended, *(list(axes) for axes in others)]
+    # Some kernels round the places of their sums up, or give the state of their random numbers.
+    others = (
+        [
+            axis if axis is not None and axis.size == size else held(size)
+            for axis, size in zip_longest(query[:-1][: output.dim()], output.shape)
+        ]
+        for output in call.outputs[1:]
+    )
+    return [attended, *others]
 
 
 def _gated(call: Call) -> list[Axes]:

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sidecast.errors import ConfigError
-from sidecast.graphs.axes.calls import Call, Recording
+from sidecast.graphs.axes.calls import Axes, Call, Recording
 from sidecast.graphs.axes.dimensions import Dimension, held, hold
-from sidecast.graphs.axes.operations import FOLLOWED, KEEPS_ORIGIN, follow_elementwise
+from sidecast.graphs.axes.operations import FOLLOWED, KEEPS_ORIGIN, Follow, follow_elementwise
 from sidecast.graphs.double_precision import ExampleInputs
 
 
@@ -133,13 +133,12 @@ class _Recorder(TorchDispatchMode):
         follow = FOLLOWED.get(call.name)
         if follow is None and torch.Tag.pointwise in func.tags:
             follow = follow_elementwise
-        axes = None if follow is None else follow(call)
+        axes = None if follow is None else _followed(follow, call)
         if axes is None:
             if call.tensors:
                 self._recording.not_followed[call.name] = None
             axes = call.hold_all()
         for output, output_axes in zip(call.outputs, axes, strict=True):
-            assert [axis.size for axis in output_axes] == list(output.shape), f"axes of {call.name}"
             self._recording.set_axes(output, output_axes)
         self._keep_origin(call, follow)
 
@@ -151,6 +150,17 @@ class _Recorder(TorchDispatchMode):
         if origin is not None:
             for output in call.outputs:
                 self._recording.set_origin(output, origin)
+
+
+def _followed(follow: Follow, call: Call) -> list[Axes] | None:
+    """The axes of all outputs; None where the operation does what is not known of it."""
+    try:
+        axes = follow(call)
+    except Exception:  # arguments, and kinds of tensors, that nobody thought of
+        return None
+    if axes is None or [[axis.size for axis in each] for each in axes] != [list(each.shape) for each in call.outputs]:
+        return None
+    return axes
 
 
 def _plain_name(func: Any) -> str:

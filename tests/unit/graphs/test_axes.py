@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from sidecast.errors import ConfigError
 from sidecast.graphs import build_topology, manifest_of_module, remember_graph
 from sidecast.graphs.automorphism_check import check_automorphisms
+from sidecast.graphs.axes.calls import Axes, Call
 from sidecast.graphs.axes.description import describe_axes
 from sidecast.graphs.axes.dimensions import Dimension, cut, factorised, hold, runs_of, sequence_of, unite
+from sidecast.graphs.axes.operations import FOLLOWED
 from sidecast.manifest import ModelManifest
 from tests.support.symmetric_models import DECODER, token_ids
 
@@ -112,6 +114,41 @@ def test_what_is_not_followed_is_held_and_named() -> None:
     config = describe_axes(module, random(5, 4))
     assert "_fft_r2c" in config["held_at"]
     assert all(each["is_held"] for each in config["sets"])
+
+
+@pytest.mark.parametrize(
+    ("name", "forward"),
+    [
+        ("view", lambda s, x: s.b(s.a(x) + s.a(x).view(torch.int16).sum())),
+        ("relu", lambda s, x: s.b(torch.relu(s.a(x)))),
+        ("tanh", lambda s, x: s.b(torch.tanh(s.a(x)))),
+    ],
+)
+def test_what_cannot_be_followed_as_it_is_called_is_held_and_named(
+    name: str, forward: Callable[[Any, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(call: Call) -> list[Axes]:
+        raise AssertionError(call.name)
+
+    monkeypatch.setitem(FOLLOWED, "relu", fails)
+    monkeypatch.setitem(FOLLOWED, "tanh", lambda call: [[Dimension(1)] for _ in call.outputs])
+    config = describe_axes(Net(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 3)), random(5, 4))
+    assert name in config["held_at"]
+    assert all(each["is_held"] for each in config["sets"])
+
+
+def test_attention_whose_kernel_rounds_places_up_is_followed() -> None:
+    def forward(module: Any, x: Tensor) -> Tensor:
+        query, key, value = (part(x).unflatten(2, (3, 4)).transpose(1, 2) for part in (module.q, module.k, module.v))
+        attend = torch.ops.aten._scaled_dot_product_efficient_attention
+        attended = attend(query, key, value, None, compute_log_sumexp=True)[0]
+        return module.o(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    with torch.device("meta"):
+        module = Net(forward, **{name: nn.Linear(12, 12) for name in "qkvo"})
+    config = describe_axes(module, random(2, 5, 12))
+    assert config["held_at"] == []
+    assert {each["size"] for each in config["sets"] if not each["is_held"]} == {3, 4}
 
 
 def test_parameters_without_a_use_and_rows_without_one_are_held() -> None:
