@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +82,36 @@ def test_shrinking_keeps_what_decides_on_the_graph() -> None:
     assert alone == {"hidden_size": 12, "num_attention_heads": 3, "head_dim": None, "hidden_act": "gelu"}
     with pytest.raises(ConfigError, match="num_attention_heads='8'; it must be a positive integer"):
         shrunken({"hidden_size": 8, "num_attention_heads": "8"})
+
+
+def test_two_heads_without_groups_stay_without() -> None:
+    small = shrunken({"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2})
+    assert small == {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 3}
+
+
+@pytest.mark.parametrize("make_small", [shrunken, scaled])
+def test_a_single_layer_stays_single(make_small: Callable[[dict[str, object]], dict[str, object]]) -> None:
+    config = {"num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"], "kinds": {"0": "a"}}
+    assert make_small(config) == {**config, "kinds": {0: "a"}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"hidden_size": 64, "num_heads": 2, "expand": [2]},
+        {"hidden_size": 64, "num_heads": 2, "expand": "two"},
+        {"hidden_size": 64, "num_heads": 2, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_expand": [2]},
+        {"hidden_size": 64, "num_heads": 2, "head_dim": 32, "num_key_value_heads": [2]},
+    ],
+    ids=str,
+)
+def test_numbers_that_are_none_are_named(config: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="it must be a positive integer"):
+        shrunken(config)
+
+
+def test_kinds_of_layers_may_be_anything() -> None:
+    assert shrunken({"n_layer": 3, "layer_types": [["a"], ["b"], ["a"]]})["layer_types"] == [["a"], ["b"]]
 
 
 def test_groups_of_experts_stay_groups() -> None:
