@@ -205,7 +205,8 @@ def test_frozen_parameters_are_absent() -> None:
         {},
         {"sets": 3, "parameters": {}},
         {"sets": [{"size": 3}], "parameters": {}},
-        {"sets": [], "parameters": {"a": {"kind": "shift", "parts": [{"factors": [[0, 1]]}]}}},
+        {"sets": [], "parameters": {"a": {"shape": [3], "kind": "shift", "parts": [{"factors": [[0, 1]]}]}}},
+        {"sets": [], "parameters": {"a": {"shape": [3], "kind": "shift", "parts": []}}},
         {"sets": [], "parameters": {"a": {"kind": "shift", "parts": []}}},
         {"sets": [], "parameters": {"a": 3}},
     ],
@@ -215,6 +216,39 @@ def test_descriptions_that_are_none_are_one_line(config: dict[str, Any]) -> None
     manifest = ModelManifest.from_shapes([("a", (3,))], {"model_type": "axis_graph", **config})
     with pytest.raises(ConfigError, match=r"description|describe the axes"):
         build_topology(manifest, "symmetric")
+
+
+def test_a_description_of_another_shape_is_refused() -> None:
+    """A weight of (inputs, outputs) has as many elements as one of (outputs, inputs)."""
+    module = Net(lambda s, x: s.b(torch.fft.fft(x).real + s.a(x)), a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    config = describe_axes(module, random(5, 4))
+    shapes = [(name, tuple(parameter.shape)[::-1]) for name, parameter in module.named_parameters()]
+    with pytest.raises(ConfigError, match=r"'b.weight' has shape \(4, 3\); the model's configuration implies \(3, 4\)"):
+        build_topology(ModelManifest.from_shapes(shapes, config), "symmetric")
+
+
+@pytest.mark.parametrize(
+    ("offset", "strides", "message"),
+    [
+        (0, (2, 1), "has a stride of 2, where faster ones reach 2 elements far; strides must nest"),
+        (0, (3, 0), "has a stride of 0, where faster ones reach 0 elements far; strides must nest"),
+        (0, (4, 1), "reaches from element 0 to 6; it has 6"),
+        (1, (3, 1), "reaches from element 1 to 6; it has 6"),
+        (-1, (3, 1), "reaches from element -1 to 4; it has 6"),
+    ],
+    ids=str,
+)
+def test_descriptions_whose_elements_are_not_each_there_once_are_refused(
+    offset: int, strides: tuple[int, int], message: str
+) -> None:
+    part = {"offset": offset, "factors": [[0, strides[0]], [1, strides[1]]], "source": [1], "target": [0], "kernel": []}
+    config = {
+        "model_type": "axis_graph",
+        "sets": [{"size": size, "is_held": False, "within": []} for size in (2, 3)],
+        "parameters": {"a": {"shape": [2, 3], "kind": "matrix", "parts": [part]}},
+    }
+    with pytest.raises(ConfigError, match=message):
+        build_topology(ModelManifest.from_shapes([("a", (2, 3))], config), "symmetric")
 
 
 def test_a_remembered_graph_is_what_training_sends() -> None:
