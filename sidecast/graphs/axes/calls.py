@@ -34,7 +34,8 @@ class Recording:
 
     Attributes:
         uses: Of each parameter by name, in the order of the first uses.
-        seen: The axes of every tensor that was made, each once.
+        seen: The axes of every tensor that was made, each once; and those that are left of a tensor where an operation
+            mixes places along its others.
         not_followed: Operations whose axes were held, because nothing is known of them.
     """
 
@@ -58,6 +59,10 @@ class Recording:
 
     def set_axes(self, tensor: Tensor, axes: Sequence[Dimension]) -> None:
         self._axes[tensor] = list(axes)
+        self.see(axes)
+
+    def see(self, axes: Sequence[Dimension]) -> None:
+        """Notes that there are places along these axes, without others."""
         self.seen.setdefault(tuple(map(id, axes)), tuple(axes))
 
     def origin(self, tensor: Tensor) -> str | None:
@@ -127,6 +132,11 @@ class Call:
         if value is None or value == []:
             return set(range(rank))
         return {int(axis) % max(rank, 1) for axis in (value if isinstance(value, list | tuple) else [value])}
+
+    def mix(self, tensor: Tensor | str, numbers: Iterable[int]) -> None:
+        """Notes that places along some axes of a tensor are mixed: along the others, all of them move alike."""
+        gone = set(numbers)
+        self.recording.see([axis for number, axis in enumerate(self.axes(tensor)) if number not in gone])
 
     def hold_all(self) -> list[Axes]:
         """Holds every axis of every argument: whatever is done with them keeps their order."""
