@@ -101,7 +101,6 @@ def test_a_single_layer_stays_single(make_small: Callable[[dict[str, object]], d
         {"hidden_size": 64, "num_heads": 2, "expand": [2]},
         {"hidden_size": 64, "num_heads": 2, "expand": "two"},
         {"hidden_size": 64, "num_heads": 2, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_expand": [2]},
-        {"hidden_size": 64, "num_heads": 2, "head_dim": 32, "num_key_value_heads": [2]},
     ],
     ids=str,
 )
@@ -180,6 +179,15 @@ def test_a_module_is_checked_and_drawn(tmp_path: Path, capsys: pytest.CaptureFix
         (["--layout", "official", "config.json"], "--layout is 'official', .* a check needs 'symmetric'"),
         (["config.json", "--module", "modules_to_check:right"], "give either MODEL or --module"),
         ([], "give either MODEL or --module"),
+        (["config.json", "--snapshot", "weights"], "--snapshot is for a drawing; give --out FILE too, or leave it out"),
+        (
+            ["config.json", "--unknown-parameters", "error"],
+            "--unknown-parameters is for a drawing; give --out FILE too, or leave it out",
+        ),
+        (
+            ["--module", "modules_to_check:right", "--unknown-parameters", "isolate"],
+            "--unknown-parameters is about parameters that a family's graph does not know; --module has none",
+        ),
         (["config.json"], "model_type 'sequential' names no class to run; give --module instead"),
     ],
 )
