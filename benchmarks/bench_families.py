@@ -77,12 +77,13 @@ def outcome_of(model_type: str) -> Outcome:
     try:
         with _time_limit(MAX_SECONDS):
             topology, check = check_config(_default_config(model_type))
-    except Exception as error:
-        name = "" if isinstance(error, SidecastError) else f"{type(error).__name__}: "
+    except (Exception, _OutOfTimeError) as error:
+        name = "" if isinstance(error, SidecastError | _OutOfTimeError) else f"{type(error).__name__}: "
         seconds = time.perf_counter() - start
         return Outcome(model_type=model_type, seconds=seconds, refusal=name + " ".join(str(error).split()))
     sizes = {spec.fqn: spec.numel for spec in topology.parameters}
-    moved = check.num_moved_elements / (check.num_elements - sum(sizes[name] for name in check.without_effect))
+    num_with_effect = check.num_elements - sum(sizes[name] for name in check.without_effect)
+    moved = check.num_moved_elements / num_with_effect if num_with_effect else 0.0
     return Outcome(
         model_type=model_type,
         graph=topology.family,
@@ -97,10 +98,14 @@ def _default_config(model_type: str) -> dict[str, Any]:
     return {**config, **_LEFT_OUT.get(model_type, {}), "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]}
 
 
+class _OutOfTimeError(BaseException):
+    """No ``Exception``, so that nothing that guards against models' errors takes it for one of theirs."""
+
+
 @contextmanager
 def _time_limit(seconds: int) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
-        raise TimeoutError(f"not done in {seconds} s")
+        raise _OutOfTimeError(f"not done in {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)

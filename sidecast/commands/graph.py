@@ -62,9 +62,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--unknown-parameters",
         choices=("error", "isolate"),
-        default="error",
         help="what becomes of a parameter that this family's graph does not know: refuse the model, or give the "
-        "parameter nodes of its own (default: %(default)s)",
+        "parameter nodes of its own (default: error)",
     )
     parser.set_defaults(run=run)
 
@@ -84,11 +83,18 @@ def run(args: argparse.Namespace) -> int:
     if args.module is not None:
         if args.snapshot is not None:
             raise ConfigError("--snapshot shows the weights of MODEL; --module has none to show")
+        if args.unknown_parameters is not None:
+            raise ConfigError(
+                "--unknown-parameters is about parameters that a family's graph does not know; --module has none"
+            )
         topology, line = check_module(*load_module(args.module))
         sys.stdout.write(f"{line}\n")
         if args.out is not None:
             _draw(topology, None, args.out)
         return 0
+    for option, value in (("--snapshot", args.snapshot), ("--unknown-parameters", args.unknown_parameters)):
+        if args.out is None and value is not None:
+            raise ConfigError(f"{option} is for a drawing; give --out FILE too, or leave it out")
     config, checkpoint = _open_model(args.model)
     if args.check:
         sys.stdout.write(f"{line_of_config(config)}\n")
@@ -96,9 +102,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.snapshot is not None:
         checkpoint = open_checkpoint(args.snapshot, config)
-    drawn_from = graph_config(config)
+    drawn_from = graph_config(config, ways_out="give the model as --module, in place of MODEL", is_checked=args.check)
     manifest = _manifest_of_config(config, drawn_from) if checkpoint is None else manifest_of(checkpoint, drawn_from)
-    topology = build_topology(manifest, args.layout, unknown_parameters=args.unknown_parameters)
+    topology = build_topology(manifest, args.layout, unknown_parameters=args.unknown_parameters or "error")
     _draw(topology, checkpoint, args.out)
     return 0
 

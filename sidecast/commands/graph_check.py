@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,10 +54,18 @@ def check_config(config: Mapping[str, Any]) -> tuple[Topology, AutomorphismCheck
 
 def _tiny_model(config: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
     """A small model of a family and its inputs, in the first of the ways to make it small that can be run."""
-    problems = []
-    for make_small in (shrunken, scaled):
+    problems: list[ConfigError] = []
+    tried: list[dict[str, Any]] = []
+    # Groups of experts and of states are kept where the family can be run with them.
+    ways: tuple[Callable[[Mapping[str, Any]], dict[str, Any]], ...]
+    ways = (shrunken, partial(shrunken, num_groups=1), scaled)
+    for make_small in ways:
         try:
-            return _running_model({**make_small(config), "use_cache": False})
+            small = {**make_small(config), "use_cache": False}
+            if small in tried:
+                continue
+            tried.append(small)
+            return _running_model(small)
         except ConfigError as error:
             problems.append(error)
     raise problems[0]

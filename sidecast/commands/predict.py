@@ -21,7 +21,7 @@ from sidecast.checkpoints.output import check_output, missing_config, write_nowc
 from sidecast.checkpoints.series import check_series, with_shared_aliases
 from sidecast.checkpoints.staging import StagedHistory, manifest_of, stage_history
 from sidecast.checkpoints.steps import Step
-from sidecast.commands.family_graph import graph_config
+from sidecast.commands.family_graph import described_by_module, graph_config
 from sidecast.commands.graph_check import load_module
 from sidecast.errors import ConfigError, one_line, printable
 from sidecast.graphs import manifest_of_module
@@ -31,6 +31,7 @@ from sidecast.predictors.file_workspace import predict_with_files
 from sidecast.predictors.registry import create_predictor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WAYS_OUT = "give the model as --module, or use a predictor without a graph (linear, average, rank1, wnn)"
 
 _DESCRIPTION = """\
 Predicts where the weights will be some checkpoints from now, from at least two checkpoints that you saved at equal
@@ -169,8 +170,9 @@ def _with_graph(manifest: ModelManifest, predictor: Predictor, module: str | Non
         if module is not None:
             raise ConfigError(f"--module describes a graph, and predictor {predictor.name!r} has none; leave it out")
         return manifest
-    described = graph_config(manifest.config) if module is None else manifest_of_module(*load_module(module)).config
-    return replace(manifest, config=described)
+    if module is None:
+        return replace(manifest, config=graph_config(manifest.config, ways_out=_WAYS_OUT))
+    return described_by_module(manifest, manifest_of_module(*load_module(module)))
 
 
 def _steps(text: str | None) -> list[int] | None:

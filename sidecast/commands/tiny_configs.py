@@ -26,12 +26,10 @@ _TINY = {
         ),
         9,
     ),
-    **dict.fromkeys(_LAYER_COUNTS, _NUM_LAYERS),
     **dict.fromkeys(
         ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions", "context_length"), 16
     ),
     **dict.fromkeys(("sliding_window", "window_size", "attention_window_size", "sliding_window_size"), 4),
-    **dict.fromkeys(("n_group", "n_groups", "topk_group", "num_expert_group", "mamba_n_groups"), 1),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 6),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rotary_dim", "index_head_dim"), _HEAD_DIM),
     **dict.fromkeys(("chunk_size", "mamba_chunk_size", "state_size", "mamba_d_state", "ssm_state_size"), 4),
@@ -45,9 +43,12 @@ _TINY = {
     "max_window_layers": 1,
     "first_k_dense_replace": 1,
 }  # fmt: skip
+_GROUP_COUNTS = ("n_group", "n_groups", "num_expert_group", "mamba_n_groups")
+_NUM_GROUPS = 2
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 _MOST = {
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"), 3),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
+    **dict.fromkeys(_CHOSEN, 2),
 }
 _STREAMS_AND_HEADS = (
     ("hidden_size", "num_attention_heads"),
@@ -69,11 +70,12 @@ _SCALE = 16
 _FOLLOWS_STREAM = ("word_embed_proj_dim", "lru_width", "attention_hidden_size")
 
 
-def shrunken(config: Mapping[str, Any]) -> dict[str, Any]:
+def shrunken(config: Mapping[str, Any], *, num_groups: int = _NUM_GROUPS) -> dict[str, Any]:
     """A configuration of the same family and the same options, whose model takes next to no memory.
 
     Args:
         config: Of any size; configurations in it are made small too.
+        num_groups: Into how many groups experts, or heads with states, are divided at most.
 
     Returns:
         Widths, layers and vocabulary made small; of lists with an entry for each layer, the first of every kind are
@@ -82,21 +84,35 @@ def shrunken(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: A number that it needs is none.
     """
-    tiny = {key: shrunken(value) if _is_config(key, value) else value for key, value in config.items()}
+    tiny = {
+        key: shrunken(value, num_groups=num_groups) if _is_config(key, value) else value
+        for key, value in config.items()
+    }
+    has_groups = num_groups > 1 and any(_is_grouped(config.get(key)) for key in _GROUP_COUNTS)
     kinds = _first_of_each_kind(config)
+    layers = _kept_layers(config)
     for key, value in config.items():
         if value is None or isinstance(value, bool):
             continue
-        if key in _TINY:
-            tiny[key] = len(kinds) if kinds is not None and key in _LAYER_COUNTS else _TINY[key]
+        if key in _LAYER_COUNTS:
+            most = _NUM_LAYERS if kinds is None else len(kinds)
+            tiny[key] = min(value, most) if isinstance(value, int) else most
+        elif key in _TINY:
+            tiny[key] = _TINY[key]
+        elif key in _GROUP_COUNTS:
+            tiny[key] = num_groups if _is_grouped(value) else 1
+        elif key == "topk_group":
+            # One of two groups, so that it shows which one is chosen.
+            tiny[key] = 1
         elif key in _MOST:
-            tiny[key] = min(_count(config, key), _MOST[key])
+            most = 2 * num_groups if has_groups and key not in _CHOSEN else _MOST[key]
+            tiny[key] = min(_count(config, key), most)
         elif isinstance(value, int) and "vocab" in key and key.endswith("_size"):
             tiny[key] = _NUM_ROWS
         elif isinstance(value, int | list) and key.endswith(("token_id", "token_index")):
             tiny[key] = 0
         else:
-            tiny[key] = _of_layers(tiny[key], kinds or list(range(_NUM_LAYERS)), _num_layers(config))
+            tiny[key] = _of_layers(tiny[key], layers, _num_layers(config))
     for stream, heads in _STREAMS_AND_HEADS:
         if config.get(heads) is not None and config.get(stream) is not None:
             _shrink_heads(tiny, config, stream, heads)
@@ -113,7 +129,9 @@ def scaled(config: Mapping[str, Any]) -> dict[str, Any]:
         Numbers of heads, groups and the like stay; layers, vocabulary and experts are made few as by ``shrunken``.
     """
     small = {key: scaled(value) if _is_config(key, value) else value for key, value in config.items()}
-    few = shrunken({key: value for key, value in config.items() if not key.endswith("heads") and key != "n_head"})
+    without_heads = {key: value for key, value in config.items() if not key.endswith("heads") and key != "n_head"}
+    few = shrunken(without_heads, num_groups=1)
+    layers = _kept_layers(config)
     for key, value in config.items():
         if value is None or isinstance(value, bool):
             continue
@@ -124,7 +142,7 @@ def scaled(config: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, int) and ("vocab" in key or key.endswith(("token_id", "token_index"))):
             small[key] = few[key]
         elif isinstance(value, Mapping):
-            small[key] = _of_layers(small[key], _first_of_each_kind(config) or [0, 1], _num_layers(config))
+            small[key] = _of_layers(small[key], layers, _num_layers(config))
     return small
 
 
@@ -151,6 +169,12 @@ def _num_layers(config: Mapping[str, Any]) -> int:
     return next((count for count in counts if isinstance(count, int)), -1)
 
 
+def _kept_layers(config: Mapping[str, Any]) -> list[int]:
+    num_layers, kinds = _num_layers(config), _first_of_each_kind(config)
+    first = list(range(min(_NUM_LAYERS, num_layers) if num_layers >= 0 else _NUM_LAYERS))
+    return first if kinds is None else kinds
+
+
 def _first_of_each_kind(config: Mapping[str, Any]) -> list[int] | None:
     """Layers among which is each kind that the configuration lists; None if it lists none."""
     lists = [
@@ -161,33 +185,39 @@ def _first_of_each_kind(config: Mapping[str, Any]) -> list[int] | None:
     if not lists:
         return None
     kinds = list(zip(*lists, strict=True))
-    found = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
+    found = {repr(kind): layer for layer, kind in reversed(list(enumerate(kinds)))}
     layers = sorted(found.values())
     return layers if len(layers) > 1 else list(range(min(_NUM_LAYERS, len(kinds))))
 
 
+def _is_grouped(value: object) -> bool:
+    return isinstance(value, int) and value > 1
+
+
 def _shrink_heads(tiny: dict[str, Any], config: Mapping[str, Any], stream: str, heads: str) -> None:
-    num_heads, groups = 3, _count(config, heads)
+    num_heads, before = 3, _count(config, heads)
+    if heads == "num_heads" and _is_grouped(tiny.get("n_groups")):
+        num_heads = 2 * int(tiny["n_groups"])
     if tiny.get("num_key_value_heads") is not None:
         groups = _count(config, "num_key_value_heads")
-        is_grouped = 1 < groups < _count(config, heads)
-        num_heads = 4 if is_grouped else 3
-        tiny["num_key_value_heads"] = 2 if is_grouped else min(groups, num_heads)
+        num_heads = 4 if 1 < groups < before else 3
+        tiny["num_key_value_heads"] = 1 if groups == 1 else 2 if groups < before else num_heads
     tiny[heads] = num_heads
     tiny[stream] = num_heads * _HEAD_DIM
     for key in _FOLLOWS_STREAM:
         if tiny.get(key) is not None:
             tiny[key] = tiny[stream]
     if tiny.get("mamba_n_heads") is not None and tiny.get("mamba_d_head") is not None:
+        expansion = 1 if tiny.get("mamba_expand") is None else _count(tiny, "mamba_expand")
         tiny["mamba_n_heads"] = 2
-        tiny["mamba_d_head"] = tiny[stream] * int(tiny.get("mamba_expand") or 1) // 2
+        tiny["mamba_d_head"] = tiny[stream] * expansion // 2
         if tiny.get("mamba_d_ssm") is not None:
             tiny["mamba_d_ssm"] = 2 * tiny["mamba_d_head"]
     if heads == "num_heads" and tiny.get("expand") is not None:
-        tiny["head_dim"] = _HEAD_DIM * int(tiny["expand"])
+        tiny["head_dim"] = _HEAD_DIM * _count(tiny, "expand")
     elif tiny.get("head_dim") is not None:
         # Wider heads than the stream has room for stay wider.
-        is_wide = _count(config, "head_dim") * _count(config, heads) != _count(config, stream)
+        is_wide = _count(config, "head_dim") * before != _count(config, stream)
         tiny["head_dim"] = _HEAD_DIM + 2 * (is_wide and config.get("qk_rope_head_dim") is None)
 
 

@@ -109,6 +109,15 @@ def test_a_broken_library_is_a_missing_one(monkeypatch: pytest.MonkeyPatch, tmp_
     assert not compiled_loops()
 
 
+@pytest.mark.usefixtures("fresh_search")
+def test_loops_that_are_not_installed_are_no_fault_of_the_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(nino_loops, "__file__", str(tmp_path / "loops.py"))
+    with pytest.raises(ConfigError, match=r"are not to be had \(there is no .* compiler\); allowed here: auto, torch"):
+        cpu_kernels("fp32", "avx2", 32)
+
+
 def rounded_hidden(features: Tensor, layers: Sequence[Layer]) -> Tensor:
     """Hidden vectors (T, S, D) of the last layer in fp32, from bf16 ones of the layers before and bf16 weights."""
     inputs = features.permute(1, 2, 0)

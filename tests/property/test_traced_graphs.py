@@ -71,6 +71,13 @@ def linear_then(middle: Callable[[Any, Tensor], Tensor], head: nn.Module, **part
     return traced(net(lambda s, x: s.o(middle(s, s.c(x))), c=nn.Linear(3, 8), o=head, **parts), random(2, 8, 3))
 
 
+def heads_then(middle: Callable[[Any, Tensor], Tensor], **parts: nn.Module) -> SmallModel:
+    """A linear layer to three heads of four dimensions, something that keeps both, and a head."""
+    parts = {"a": nn.Linear(5, 12), "o": nn.Linear(12, 2), **parts}
+    forward = lambda s, x: s.o(middle(s, s.a(x).unflatten(1, (3, 4))).flatten(1))  # noqa: E731
+    return traced(net(forward, **parts), random(6, 5))
+
+
 LACKS = "has a symmetry that the model lacks"
 
 KNOWN: dict[str, tuple[Callable[[], SmallModel], str]] = {
@@ -303,6 +310,28 @@ SIBLINGS: dict[str, tuple[Callable[[], SmallModel], str]] = {
         lambda: _chain(nn.Conv1d(2, 8, 1), nn.LayerNorm(8), nn.ReLU(), nn.Conv1d(8, 3, 1), shape=(2, 2, 8)),
         LACKS,
     ),
+    "weights of heads": (lambda: heads_then(lambda s, y: y.softmax(1)), RIGHT),
+    "logarithms of weights of heads": (lambda: heads_then(lambda s, y: y.log_softmax(1)), RIGHT),
+    "running sum over heads": (lambda: heads_then(lambda s, y: y.cumsum(1)), RIGHT),
+    "running product over heads": (lambda: heads_then(lambda s, y: y.cumprod(1)), RIGHT),
+    "reversed heads": (lambda: heads_then(lambda s, y: y + y.flip(1)), RIGHT),
+    "rolled heads": (lambda: heads_then(lambda s, y: y + y.roll(1, 1)), RIGHT),
+    "reordered heads": (lambda: heads_then(lambda s, y: y + y[:, [2, 0, 1]]), RIGHT),
+    "heads that are added to heads": (
+        lambda: heads_then(lambda s, y: y + s.m(y.transpose(1, 2)).transpose(1, 2), m=nn.Linear(3, 3)),
+        RIGHT,
+    ),
+    "heads that are convolved with heads": (
+        lambda: heads_then(
+            lambda s, y: y + s.m(y.transpose(1, 2).flatten(0, 1)[:, :, None])[:, :, 0].unflatten(0, (6, 4)).mT,
+            m=nn.Conv1d(3, 3, 1),
+        ),
+        RIGHT,
+    ),
+    "attention between heads": (
+        lambda: heads_then(lambda s, y: y + (y @ y.mT).softmax(-1) @ y),
+        RIGHT,
+    ),
     "chain, gated": (lambda: _chain(nn.Linear(6, 8), nn.Softmax(0), nn.Linear(8, 3), shape=(4, 6)), RIGHT),
 }
 
@@ -343,6 +372,9 @@ FREE = {
     "einsum": 8,
     "recurrent cell": 5,
     "batch norm over positions": 8,
+    "weights of heads": 4,
+    "running sum over heads": 4,
+    "heads that are added to heads": 4,
 }
 """Networks that have no graph of layers, and the size of a set of neurons that may be permuted in each."""
 

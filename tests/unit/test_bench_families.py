@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import signal
+from types import SimpleNamespace
 
+import pytest
+import transformers
+
+from benchmarks import bench_families
 from benchmarks.bench_families import MOST_USED, PRESETS, outcome_of, report
 
 
@@ -25,3 +30,18 @@ def test_what_fails_is_named_and_ends_nothing(capsys: pytest.CaptureFixture[str]
 def test_the_most_used_are_types_of_transformers() -> None:
     assert set(MOST_USED) <= {*PRESETS["full"], "llama4_text"}
     assert len(set(MOST_USED)) == 30
+
+
+def test_what_takes_too_long_is_refused_wherever_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGALRM)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    assert outcome_of("llama").refusal == f"not done in {bench_families.MAX_SECONDS} s"
+
+
+def test_a_model_without_an_effect_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = SimpleNamespace(family="axis_graph", parameters=[SimpleNamespace(fqn="a", numel=3)])
+    check = SimpleNamespace(num_moved_elements=0, num_elements=3, without_effect=("a",))
+    monkeypatch.setattr(bench_families, "check_config", lambda config: (topology, check))
+    assert outcome_of("llama").refusal == "its graph moves only 0%"

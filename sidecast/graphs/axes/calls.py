@@ -34,7 +34,8 @@ class Recording:
 
     Attributes:
         uses: Of each parameter by name, in the order of the first uses.
-        seen: The axes of every tensor that was made, each once.
+        seen: The axes of every tensor that was made, each once; and those that are left of a tensor where an operation
+            mixes places along its others.
         not_followed: Operations whose axes were held, because nothing is known of them.
     """
 
@@ -58,6 +59,10 @@ class Recording:
 
     def set_axes(self, tensor: Tensor, axes: Sequence[Dimension]) -> None:
         self._axes[tensor] = list(axes)
+        self.see(axes)
+
+    def see(self, axes: Sequence[Dimension]) -> None:
+        """Notes that there are places along these axes, without others."""
         self.seen.setdefault(tuple(map(id, axes)), tuple(axes))
 
     def origin(self, tensor: Tensor) -> str | None:
@@ -78,7 +83,11 @@ class Recording:
 def _is_uniform(tensor: Tensor, axis: int) -> bool:
     if tensor.device.type == "meta" or tensor.is_complex() or not tensor.numel():
         return False
-    return bool((tensor == tensor.narrow(axis, 0, 1)).all())
+    try:
+        return bool((tensor == tensor.narrow(axis, 0, 1)).all())
+    except RuntimeError:
+        # Some kinds of elements cannot be compared.
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +132,11 @@ class Call:
         if value is None or value == []:
             return set(range(rank))
         return {int(axis) % max(rank, 1) for axis in (value if isinstance(value, list | tuple) else [value])}
+
+    def mix(self, tensor: Tensor | str, numbers: Iterable[int]) -> None:
+        """Notes that places along some axes of a tensor are mixed: along the others, all of them move alike."""
+        gone = set(numbers)
+        self.recording.see([axis for number, axis in enumerate(self.axes(tensor)) if number not in gone])
 
     def hold_all(self) -> list[Axes]:
         """Holds every axis of every argument: whatever is done with them keeps their order."""

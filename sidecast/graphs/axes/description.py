@@ -28,7 +28,7 @@ def describe_axes(module: nn.Module, example_inputs: ExampleInputs) -> dict[str,
     Returns:
         A configuration of model type ``axis_graph``, plain JSON. ``sets`` lists sets of neurons: the size, whether
         their order means something, and which sets they lie in (a set of dimensions lies in a set of heads if each
-        head has its own). ``parameters`` lists, in the order of their use, parts that are products of sets.
+        head has its own). ``parameters`` lists shapes, in the order of their use, and parts that are products of sets.
 
     Raises:
         ConfigError: The module cannot be run with these inputs.
@@ -45,6 +45,7 @@ def describe_axes(module: nn.Module, example_inputs: ExampleInputs) -> dict[str,
         "sets": sets.described(),
         "parameters": {
             name: {
+                "shape": list(module.get_parameter(name).shape),
                 "kind": (recording.uses.get(name) or Use(kind="shift")).kind,
                 "parts": [sets.described_part(part, recording.uses.get(name)) for part in parts[name]],
             }

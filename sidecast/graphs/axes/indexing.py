@@ -27,6 +27,7 @@ def _indexed_axes(call: Call) -> Axes | None:
         return None
     for number in given:
         hold(axes[number])
+    call.mix("self", given)
     shape: list[int] = []
     for tensor in tensors:
         sizes = [1] * (len(shape) - tensor.dim()) + list(tensor.shape)
@@ -59,6 +60,7 @@ def _looked_up_along(call: Call) -> list[Axes]:
     axes = call.axes("self")
     number = call.axis(len(axes))
     hold(axes[number])
+    call.mix("self", (number,))
     axes[number] = call.axes("index")[0]
     return [axes]
 
@@ -67,6 +69,7 @@ def _added_along(call: Call) -> list[Axes]:
     axes, source = call.axes("self"), call.axes("source")
     number = call.axis(len(axes))
     hold(axes[number])
+    call.mix("self", (number,))
     unite(source[number], call.axes("index")[0])
     for place, axis in enumerate(axes):
         if place != number:
@@ -80,6 +83,7 @@ def _gathered(call: Call) -> list[Axes]:
         return call.hold_all()
     number = call.axis(len(axes))
     hold(axes[number])
+    call.mix("self", (number,))
     for place, axis in enumerate(index):
         if place != number:
             unite(axes[place], axis)
@@ -90,6 +94,7 @@ def _scattered(call: Call) -> list[Axes]:
     axes, index = call.axes("self"), call.axes("index")
     number = call.axis(len(axes))
     hold(axes[number])
+    call.mix("self", (number,))
     source = call.get("src")
     all_axes = [axes, *([call.axes(source)] if isinstance(source, Tensor) else [])]
     for place, axis in enumerate(index):

@@ -9,6 +9,7 @@ Shape suffixes are not used: tensors are axes here, and axes have dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 
 from torch import Tensor
 
@@ -66,12 +67,21 @@ def _same(call: Call) -> list[Axes]:
     return [call.axes("self") for _ in call.outputs]
 
 
+def _mixed(call: Call) -> list[Axes]:
+    """What is divided by a sum along an axis sees that as a set, and keeps it."""
+    axes = call.axes("self")
+    if axes:
+        call.mix("self", call.axis_set(len(axes)))
+    return [list(axes) for _ in call.outputs]
+
+
 def _running(call: Call) -> list[Axes]:
     """Running sums and the like go along an axis in its order."""
     axes = call.axes("self")
-    for number in call.axis_set(len(axes), "dims" if "dims" in call.arguments else "dim"):
-        if axes:
-            hold(axes[number])
+    numbers = call.axis_set(len(axes), "dims" if "dims" in call.arguments else "dim") if axes else set()
+    for number in numbers:
+        hold(axes[number])
+    call.mix("self", numbers)
     return [list(axes) for _ in call.outputs]
 
 
@@ -99,6 +109,9 @@ def _contract(call: Call, left: Tensor, right: Tensor) -> Axes:
     unite(here[-1], summed)
     for one, other in zip(here[:-2], there[:-2], strict=False):
         unite(one, other)
+    # What is made may be added to what is read, so that nothing else shows that the sum leaves the other axes.
+    call.mix(left, (len(here) - 1,))
+    call.mix(right, (max(len(there) - 2, 0),))
     for tensor in (left, right):
         call.recording.use(tensor, "matrix", (summed,))
     return [*here[:-1], *(there[-1:] if len(there) > 1 else ())]
@@ -162,6 +175,7 @@ def _convolved(call: Call) -> list[Axes]:
     outer_group, outer_rest = factorised(outer, (num_groups, outer.size // num_groups))
     unite(group, outer_group)
     unite(per_group, outer_rest if call["transposed"] else summed)
+    call.mix("input", range(1, len(inputs)))
     outputs = _product(outer_group, inner) if call["transposed"] else made
     call.recording.use(call["weight"], "convolution", (per_group,))
     bias = call.get("bias")
@@ -181,6 +195,7 @@ def _pooled(call: Call) -> list[Axes]:
     num_kept = {1: 1, 2: 2}.get(len(axes) - 2, 2)
     for axis in axes[num_kept:]:
         hold(axis)
+    call.mix("self", range(num_kept, len(axes)))
     return [[*axes[:num_kept], *(held(size) for size in output.shape[num_kept:])] for output in call.outputs]
 
 
@@ -200,9 +215,20 @@ def _attended(call: Call) -> list[Axes]:
         scores = [*query[:-1], key[-2]]
         broadcast([axis.size for axis in scores], (scores, call.axes(mask)))
         call.recording.use(mask, "shift")
+    for name in ("query", "key"):
+        call.mix(name, (len(query) - 1,))
+    for name in ("key", "value"):
+        call.mix(name, (len(query) - 2,))
     attended = [*query[:-1], value[-1]]
-    others = ([*query[:-1]][: output.dim()] if output.dim() else [] for output in call.outputs[1:])
-    return [attended, *(list(axes) for axes in others)]
+    # Some kernels round the places of their sums up, or give the state of their random numbers.
+    others = (
+        [
+            axis if axis is not None and axis.size == size else held(size)
+            for axis, size in zip_longest(query[:-1][: output.dim()], output.shape)
+        ]
+        for output in call.outputs[1:]
+    )
+    return [attended, *others]
 
 
 def _gated(call: Call) -> list[Axes]:
@@ -230,7 +256,8 @@ FOLLOWED: dict[str, Follow] = {
     ),
     **dict.fromkeys(("linalg_vector_norm", "norm", "count_nonzero"), _reduced),
     **dict.fromkeys(("argmax", "argmin", "max", "min"), _reduced_with_places),
-    **dict.fromkeys(("_softmax", "_log_softmax", "fill", "zero", "detach", "alias", "clone", "_to_copy"), _same),
+    **dict.fromkeys(("fill", "zero", "detach", "alias", "clone", "_to_copy"), _same),
+    **dict.fromkeys(("_softmax", "_log_softmax"), _mixed),
     **dict.fromkeys(("cumsum", "cumprod", "logcumsumexp", "flip", "roll"), _running),
     **dict.fromkeys(("topk", "sort"), lambda call: _in_order_along(call, "dim")),
     **dict.fromkeys(("tril", "triu"), _triangle),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sidecast.errors import ConfigError
-from sidecast.graphs.axes.calls import Call, Recording
+from sidecast.graphs.axes.calls import Axes, Call, Recording
 from sidecast.graphs.axes.dimensions import Dimension, held, hold
-from sidecast.graphs.axes.operations import FOLLOWED, KEEPS_ORIGIN, follow_elementwise
+from sidecast.graphs.axes.operations import FOLLOWED, KEEPS_ORIGIN, Follow, follow_elementwise
 from sidecast.graphs.double_precision import ExampleInputs
 
 
@@ -46,22 +47,42 @@ def record_run(module: nn.Module, example_inputs: ExampleInputs) -> tuple[Record
     for leaf in tree_leaves((arguments, named)):
         if isinstance(leaf, Tensor):
             recording.set_axes(leaf, [held(size) for size in leaf.shape])
-    was_training = module.training
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _Recorder(recording):
+        with _left_as_it_was(module), torch.no_grad(), torch.random.fork_rng(devices=[]), _Recorder(recording):
             returned = module.eval()(*arguments, **named)
     except Exception as error:  # whatever a model's forward raises
         first = next(iter(str(error).splitlines()), "")
         raise ConfigError(
             f"{type(module).__name__} cannot be run with these example inputs: {type(error).__name__}: {first}"
         ) from error
-    finally:
-        module.train(was_training)
     for leaf in tree_leaves(returned):
         if isinstance(leaf, Tensor):
             for axis in recording.axes(leaf):
                 hold(axis)
     return recording, parameters
+
+
+@contextmanager
+def _left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Restores the mode of every part, frozen ones in evaluation among them, and buffers that a run writes to."""
+    is_in_training, modes = module.training, [(part, part.training) for part in module.modules()]
+    buffers = [
+        (part, name, buffer, None if buffer is None or buffer.device.type == "meta" else buffer.clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        # By the module's own method first: parts may do more than note their mode.
+        module.train(is_in_training)
+        for part, is_training in modes:
+            part.training = is_training
+        for part, name, buffer, before in buffers:
+            part._buffers[name] = buffer
+            if buffer is not None and before is not None and not torch.equal(buffer, before):
+                with torch.no_grad():
+                    buffer.copy_(before)
 
 
 def _called_with(module: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -112,13 +133,12 @@ class _Recorder(TorchDispatchMode):
         follow = FOLLOWED.get(call.name)
         if follow is None and torch.Tag.pointwise in func.tags:
             follow = follow_elementwise
-        axes = None if follow is None else follow(call)
+        axes = None if follow is None else _followed(follow, call)
         if axes is None:
             if call.tensors:
                 self._recording.not_followed[call.name] = None
             axes = call.hold_all()
         for output, output_axes in zip(call.outputs, axes, strict=True):
-            assert [axis.size for axis in output_axes] == list(output.shape), f"axes of {call.name}"
             self._recording.set_axes(output, output_axes)
         self._keep_origin(call, follow)
 
@@ -130,6 +150,17 @@ class _Recorder(TorchDispatchMode):
         if origin is not None:
             for output in call.outputs:
                 self._recording.set_origin(output, origin)
+
+
+def _followed(follow: Follow, call: Call) -> list[Axes] | None:
+    """The axes of all outputs; None where the operation does what is not known of it."""
+    try:
+        axes = follow(call)
+    except Exception:  # arguments, and kinds of tensors, that nobody thought of
+        return None
+    if axes is None or [[axis.size for axis in each] for each in axes] != [list(each.shape) for each in call.outputs]:
+        return None
+    return axes
 
 
 def _plain_name(func: Any) -> str:

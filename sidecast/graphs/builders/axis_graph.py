@@ -30,7 +30,8 @@ def draw_axis_graph(assembler: TopologyAssembler, config: ModelConfig) -> None:
     """Draws the axes that ``describe_axes`` has found.
 
     Raises:
-        ConfigError: The configuration is not what it gives, or does not cover every element of a parameter once.
+        ConfigError: The configuration is not what it gives, is of parameters of other shapes, or does not cover every
+            element of a parameter once.
     """
     try:
         sets = [
@@ -57,14 +58,34 @@ class _AxisGraph:
 
     def draw(self, name: str, described: dict[str, Any]) -> None:
         kind, parts = described["kind"], described["parts"]
-        covered = sum(prod(self._sets.size(number) for number, _ in part["factors"]) for part in parts)
-        spec = self._assembler.manifest.by_name.get(name)
-        if spec is None:
-            self._assembler.use(name, ())
-        elif covered != spec.numel or not self._assembler.use(name, spec.shape):
-            raise ConfigError(f"the description of parameter {name!r} covers {covered} of {spec.numel} elements")
+        shape = tuple(int(size) for size in described["shape"])
+        self._assembler.use(name, shape)
+        self._check_covered(name, parts, prod(shape))
         for number, part in enumerate(parts):
             self._draw_part(name if len(parts) == 1 else f"{name}.part{number}", name, kind, part)
+
+    def _check_covered(self, name: str, parts: list[dict[str, Any]], num_elements: int) -> None:
+        num_covered = 0
+        for part in parts if num_elements else ():
+            offset = int(part["offset"])
+            factors = [(int(stride), self._sets.size(number)) for number, stride in part["factors"]]
+            num_covered += prod(size for _, size in factors)
+            # How far the faster factors reach.
+            reach = 0
+            for stride, size in sorted(factors):
+                if stride <= reach:
+                    raise ConfigError(
+                        f"the description of parameter {name!r} has a stride of {stride}, where faster ones reach "
+                        f"{reach} elements far; strides must nest"
+                    )
+                reach += (size - 1) * stride
+            if not 0 <= offset <= offset + reach < num_elements:
+                raise ConfigError(
+                    f"the description of parameter {name!r} reaches from element {offset} to {offset + reach}; it has "
+                    f"{num_elements}"
+                )
+        if num_covered != num_elements:
+            raise ConfigError(f"the description of parameter {name!r} covers {num_covered} of {num_elements} elements")
 
     def _draw_part(self, name: str, fqn: str, kind: str, part: dict[str, Any]) -> None:
         factors = [(int(number), int(stride)) for number, stride in part["factors"]]

@@ -13,7 +13,7 @@ from torch import Tensor
 from sidecast.errors import ConfigError
 from sidecast.predictors.nino.fusion import Affine
 from sidecast.predictors.nino.kernels import CpuKernels, Kernels, Layer
-from sidecast.predictors.nino.loops import LOOPS, TORCH_LOOPS, CompiledLayer, Loops, compiled_loops
+from sidecast.predictors.nino.loops import LOOPS, TORCH_LOOPS, CompiledLayer, Loops, compiled_loops, load_problem
 
 AUTO = "auto"
 """The setting that leaves a choice to what the processor has."""
@@ -45,11 +45,17 @@ def cpu_kernels(precision: str, loops: str, dim: int) -> Kernels:
         dim: D, the hidden width.
 
     Raises:
-        ConfigError: This processor cannot run the loops, or they do not know the width.
+        ConfigError: The loops are not installed, this processor cannot run them, or they do not know the width.
     """
     here = compiled_loops()
     if loops in LOOPS:
         if loops not in here:
+            problem = None if here else load_problem()
+            if problem is not None:
+                raise ConfigError(
+                    f"loops is {loops!r}, and compiled loops are not to be had ({problem}); allowed here: "
+                    f"{AUTO}, {TORCH_LOOPS}"
+                )
             raise ConfigError(
                 f"loops is {loops!r}, which need {LOOPS[loops].needs}; "
                 f"here there are: {', '.join((*here, TORCH_LOOPS))}"

@@ -131,6 +131,15 @@ def find_compiled_loops() -> Mapping[str, Loops]:
     return MappingProxyType(found)
 
 
+def load_problem() -> str | None:
+    """Why there are no compiled loops to be had on any processor; None if they are installed."""
+    try:
+        _load()
+    except OSError as error:
+        return str(error)
+    return None
+
+
 def _load() -> ctypes.CDLL:
     stem = Path(__file__).with_name("_nino_tiles")
     path = next((path for suffix in EXTENSION_SUFFIXES if (path := Path(f"{stem}{suffix}")).exists()), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 
 from sidecast.commands.__main__ import main
+from sidecast.commands.graph_check import check_config
 from sidecast.commands.tiny_configs import scaled, shrunken
 from sidecast.errors import ConfigError
 from sidecast.graphs import graph_builders
@@ -82,6 +84,53 @@ def test_shrinking_keeps_what_decides_on_the_graph() -> None:
         shrunken({"hidden_size": 8, "num_attention_heads": "8"})
 
 
+def test_two_heads_without_groups_stay_without() -> None:
+    small = shrunken({"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2})
+    assert small == {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 3}
+
+
+@pytest.mark.parametrize("make_small", [shrunken, scaled])
+def test_a_single_layer_stays_single(make_small: Callable[[dict[str, object]], dict[str, object]]) -> None:
+    config = {"num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"], "kinds": {"0": "a"}}
+    assert make_small(config) == {**config, "kinds": {0: "a"}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"hidden_size": 64, "num_heads": 2, "expand": [2]},
+        {"hidden_size": 64, "num_heads": 2, "expand": "two"},
+        {"hidden_size": 64, "num_heads": 2, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_expand": [2]},
+    ],
+    ids=str,
+)
+def test_numbers_that_are_none_are_named(config: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="it must be a positive integer"):
+        shrunken(config)
+
+
+def test_kinds_of_layers_may_be_anything() -> None:
+    assert shrunken({"n_layer": 3, "layer_types": [["a"], ["b"], ["a"]]})["layer_types"] == [["a"], ["b"]]
+
+
+def test_groups_of_experts_stay_groups() -> None:
+    config = {"n_group": 8, "topk_group": 4, "n_routed_experts": 256, "num_experts_per_tok": 8}
+    assert shrunken(config) == {"n_group": 2, "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    alone = {"n_group": 1, "topk_group": 1, "n_routed_experts": 3, "num_experts_per_tok": 2}
+    assert shrunken(config, num_groups=1) == alone
+    assert shrunken({**config, "n_group": 1, "topk_group": 1}) == alone
+
+
+@pytest.mark.parametrize(("num_experts", "num_groups", "num_kept"), [(64, 8, 4), (3, 3, 3)])
+def test_a_family_is_checked_with_groups_where_it_runs_with_them(
+    num_experts: int, num_groups: int, num_kept: int
+) -> None:
+    config = transformers.DeepseekV3Config(n_routed_experts=num_experts, n_group=num_groups, topk_group=2)
+    topology, _ = check_config({**config.to_dict(), "architectures": ["DeepseekV3ForCausalLM"]})
+    shapes = {spec.fqn: spec.shape for spec in topology.parameters}
+    assert shapes["model.layers.1.mlp.gate.weight"] == (num_kept, 12)
+
+
 def test_scaling_keeps_what_widths_depend_on() -> None:
     small = scaled(
         {"hidden_size": 512, "num_attention_heads": 8, "head_dim": 64, "layer_types": list("aaba"), "n_layer": 4}
@@ -130,6 +179,15 @@ def test_a_module_is_checked_and_drawn(tmp_path: Path, capsys: pytest.CaptureFix
         (["--layout", "official", "config.json"], "--layout is 'official', .* a check needs 'symmetric'"),
         (["config.json", "--module", "modules_to_check:right"], "give either MODEL or --module"),
         ([], "give either MODEL or --module"),
+        (["config.json", "--snapshot", "weights"], "--snapshot is for a drawing; give --out FILE too, or leave it out"),
+        (
+            ["config.json", "--unknown-parameters", "error"],
+            "--unknown-parameters is for a drawing; give --out FILE too, or leave it out",
+        ),
+        (
+            ["--module", "modules_to_check:right", "--unknown-parameters", "isolate"],
+            "--unknown-parameters is about parameters that a family's graph does not know; --module has none",
+        ),
         (["config.json"], "model_type 'sequential' names no class to run; give --module instead"),
     ],
 )

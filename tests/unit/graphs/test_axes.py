@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from sidecast.errors import ConfigError
 from sidecast.graphs import build_topology, manifest_of_module, remember_graph
 from sidecast.graphs.automorphism_check import check_automorphisms
+from sidecast.graphs.axes.calls import Axes, Call
 from sidecast.graphs.axes.description import describe_axes
 from sidecast.graphs.axes.dimensions import Dimension, cut, factorised, hold, runs_of, sequence_of, unite
+from sidecast.graphs.axes.operations import FOLLOWED
 from sidecast.manifest import ModelManifest
 from tests.support.symmetric_models import DECODER, token_ids
 
@@ -114,6 +116,41 @@ def test_what_is_not_followed_is_held_and_named() -> None:
     assert all(each["is_held"] for each in config["sets"])
 
 
+@pytest.mark.parametrize(
+    ("name", "forward"),
+    [
+        ("view", lambda s, x: s.b(s.a(x) + s.a(x).view(torch.int16).sum())),
+        ("relu", lambda s, x: s.b(torch.relu(s.a(x)))),
+        ("tanh", lambda s, x: s.b(torch.tanh(s.a(x)))),
+    ],
+)
+def test_what_cannot_be_followed_as_it_is_called_is_held_and_named(
+    name: str, forward: Callable[[Any, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(call: Call) -> list[Axes]:
+        raise AssertionError(call.name)
+
+    monkeypatch.setitem(FOLLOWED, "relu", fails)
+    monkeypatch.setitem(FOLLOWED, "tanh", lambda call: [[Dimension(1)] for _ in call.outputs])
+    config = describe_axes(Net(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 3)), random(5, 4))
+    assert name in config["held_at"]
+    assert all(each["is_held"] for each in config["sets"])
+
+
+def test_attention_whose_kernel_rounds_places_up_is_followed() -> None:
+    def forward(module: Any, x: Tensor) -> Tensor:
+        query, key, value = (part(x).unflatten(2, (3, 4)).transpose(1, 2) for part in (module.q, module.k, module.v))
+        attend = torch.ops.aten._scaled_dot_product_efficient_attention
+        attended = attend(query, key, value, None, compute_log_sumexp=True)[0]
+        return module.o(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    with torch.device("meta"):
+        module = Net(forward, **{name: nn.Linear(12, 12) for name in "qkvo"})
+    config = describe_axes(module, random(2, 5, 12))
+    assert config["held_at"] == []
+    assert {each["size"] for each in config["sets"] if not each["is_held"]} == {3, 4}
+
+
 def test_parameters_without_a_use_and_rows_without_one_are_held() -> None:
     module = Net(
         lambda s, x: s.a(x + s.table.weight[:2]), a=nn.Linear(6, 3), table=nn.Embedding(5, 6), c=nn.Linear(7, 8)
@@ -137,6 +174,23 @@ def test_the_module_stays_as_it_is() -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+def test_parts_keep_their_modes_and_buffers_that_forward_writes_keep_their_values() -> None:
+    def forward(module: Any, x: Tensor) -> Tensor:
+        module.count.add_(1)
+        module.last = x.sum()
+        return module.a(x)  # type: ignore[no-any-return]
+
+    module = Net(forward, a=nn.Linear(4, 3), drop=nn.Dropout(0.5))
+    module.register_buffer("count", torch.zeros(1))
+    module.register_buffer("last", torch.full((), 7.0))
+    module.drop.eval()
+    count = module.count
+    describe_axes(module, random(5, 4))
+    assert (module.training, module.a.training, module.drop.training) == (True, True, False)
+    assert module.count is count
+    assert (count.item(), module.last.item()) == (0.0, 7.0)
+
+
 def test_frozen_parameters_are_absent() -> None:
     module = Net(lambda s, x: s.b(torch.fft.fft(x).real + s.a(x)), a=nn.Linear(4, 4), b=nn.Linear(4, 3))
     module.a.weight.requires_grad_(False)
@@ -151,7 +205,8 @@ def test_frozen_parameters_are_absent() -> None:
         {},
         {"sets": 3, "parameters": {}},
         {"sets": [{"size": 3}], "parameters": {}},
-        {"sets": [], "parameters": {"a": {"kind": "shift", "parts": [{"factors": [[0, 1]]}]}}},
+        {"sets": [], "parameters": {"a": {"shape": [3], "kind": "shift", "parts": [{"factors": [[0, 1]]}]}}},
+        {"sets": [], "parameters": {"a": {"shape": [3], "kind": "shift", "parts": []}}},
         {"sets": [], "parameters": {"a": {"kind": "shift", "parts": []}}},
         {"sets": [], "parameters": {"a": 3}},
     ],
@@ -161,6 +216,39 @@ def test_descriptions_that_are_none_are_one_line(config: dict[str, Any]) -> None
     manifest = ModelManifest.from_shapes([("a", (3,))], {"model_type": "axis_graph", **config})
     with pytest.raises(ConfigError, match=r"description|describe the axes"):
         build_topology(manifest, "symmetric")
+
+
+def test_a_description_of_another_shape_is_refused() -> None:
+    """A weight of (inputs, outputs) has as many elements as one of (outputs, inputs)."""
+    module = Net(lambda s, x: s.b(torch.fft.fft(x).real + s.a(x)), a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    config = describe_axes(module, random(5, 4))
+    shapes = [(name, tuple(parameter.shape)[::-1]) for name, parameter in module.named_parameters()]
+    with pytest.raises(ConfigError, match=r"'b.weight' has shape \(4, 3\); the model's configuration implies \(3, 4\)"):
+        build_topology(ModelManifest.from_shapes(shapes, config), "symmetric")
+
+
+@pytest.mark.parametrize(
+    ("offset", "strides", "message"),
+    [
+        (0, (2, 1), "has a stride of 2, where faster ones reach 2 elements far; strides must nest"),
+        (0, (3, 0), "has a stride of 0, where faster ones reach 0 elements far; strides must nest"),
+        (0, (4, 1), "reaches from element 0 to 6; it has 6"),
+        (1, (3, 1), "reaches from element 1 to 6; it has 6"),
+        (-1, (3, 1), "reaches from element -1 to 4; it has 6"),
+    ],
+    ids=str,
+)
+def test_descriptions_whose_elements_are_not_each_there_once_are_refused(
+    offset: int, strides: tuple[int, int], message: str
+) -> None:
+    part = {"offset": offset, "factors": [[0, strides[0]], [1, strides[1]]], "source": [1], "target": [0], "kernel": []}
+    config = {
+        "model_type": "axis_graph",
+        "sets": [{"size": size, "is_held": False, "within": []} for size in (2, 3)],
+        "parameters": {"a": {"shape": [2, 3], "kind": "matrix", "parts": [part]}},
+    }
+    with pytest.raises(ConfigError, match=message):
+        build_topology(ModelManifest.from_shapes([("a", (2, 3))], config), "symmetric")
 
 
 def test_a_remembered_graph_is_what_training_sends() -> None:

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-// One hidden layer; the mirror of _CompiledLayer in compiled.py.
+// One hidden layer; the mirror of CompiledLayer in loops.py.
 struct SidecastLayer {
     const void *weight;      // (X, D) in the first layer, (D, D) in later ones, packed as the loops say
     const float *source_SD;  // or null
