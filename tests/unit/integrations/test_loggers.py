@@ -40,3 +40,19 @@ def test_numbers_are_those_of_the_summary_at_every_event_that_changes_them() -> 
         kind in ("committed", "accepted", "rolled_back") and step > PERIOD_STEPS for kind, step in training.events
     )
     assert written[-1]["sidecast/num_accepted"] + written[-1]["sidecast/num_rolled_back"] == 1
+
+
+def test_a_logger_that_fails_ends_no_step_and_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """On the rank that logs alone, it would: the others would wait for it for ever."""
+    training = Training(probation_steps=10)
+    num_tries = 0
+
+    def write(_: dict[str, float]) -> None:
+        nonlocal num_tries
+        num_tries += 1
+        raise ConnectionError("no route to the tracking server")
+
+    log_numbers(training.optimizer.hook, write)
+    training.train(PERIOD_STEPS + 10)
+    assert num_tries > 1
+    assert caplog.text.count("numbers cannot be logged: no route to the tracking server") == 1
