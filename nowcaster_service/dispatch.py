@@ -69,7 +69,7 @@ class Dispatcher:
             self._spawn(self._fold(session))
 
     async def _fold(self, session: Session) -> None:
-        while (task := session.read_outs.next()) is not None:
+        while (task := await self._next_fold(session)) is not None:
             try:
                 async with self._folds.turn(session.settings.run_id):
                     answer = await self._folded(session, task)
@@ -77,6 +77,11 @@ class Dispatcher:
                 log.exception("the read-out %s could not be averaged", task.read_out.name)
                 answer = FoldAnswer(refusal="the engine failed; the service's log says how")
             session.finish_fold(task, answer)
+
+    async def _next_fold(self, session: Session) -> FoldTask | None:
+        while session.read_outs.needs_vector and await session.prepare():
+            pass
+        return session.read_outs.next()
 
     async def _folded(self, session: Session, task: FoldTask) -> FoldAnswer:
         request = fold_request(session.settings, task)

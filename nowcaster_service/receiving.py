@@ -101,6 +101,22 @@ class Receiving(ABC):
 
     # --- receiving
 
+    async def prepare(self) -> bool:
+        """Lets the next vector be had at once; see ``HistoryStore.prepare``."""
+        return await self._vectors.prepare(self.settings.manifest.num_elements)
+
+    def begins(self, key: pb.ChunkKey) -> bool:
+        """Whether a chunk is the first of its snapshot, which needs a vector."""
+        is_due = key.id > self._last_ended_step and key.id % self.settings.snapshot_interval_steps == 0
+        return is_due and key.id not in self._snapshots and not self._is_closed
+
+    def completes(self, request: pb.CommitRequest) -> bool:
+        """Whether a commit is the last one that its snapshot waits for."""
+        snapshot = self._snapshots.get(request.step)
+        if snapshot is None or snapshot.state is not SnapshotState.RECEIVING:
+            return False
+        return len(snapshot.rank_digests.keys() | {request.rank}) == self.settings.world_size
+
     def receive(self, frame: ChunkFrame) -> None:
         """Stores one chunk of a snapshot; the same chunk again is harmless."""
         key, data = frame.key, frame.data

@@ -145,6 +145,9 @@ class Servicer:
                     f"a chunk refers to {frame.shared_bytes} bytes of shared memory; allowed: {MAX_CHUNK_BYTES}"
                 )
             session = self.sessions.get_for(frame.key.session_id, caller)
+            while session.begins(frame.key) and await session.prepare():
+                # Another rank's chunk may have begun it meanwhile.
+                pass
             session.receive(frame)
             num_bytes = frame.shared_bytes or len(frame.data)
             self.metrics.received_bytes.labels(session.settings.run_id).inc(num_bytes)
@@ -158,6 +161,8 @@ class Servicer:
 
     async def commit(self, request: pb.CommitRequest, caller: Caller = ANYBODY) -> pb.CommitReply:
         session = self.sessions.get_for(request.session_id, caller)
+        while session.needs_vector(request) and await session.prepare():
+            pass
         task = session.commit(request)
         if task is not None:
             self._dispatcher.start(session, task)

@@ -21,6 +21,7 @@ from sidecast.nowcaster_service.session_events import Event, FailureEvent, Nowca
 from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.snapshots import Snapshot, SnapshotState
 from sidecast.nowcaster_service.vector_store import VectorFile, Vectors
+from sidecast.protos import nowcast_pb2 as pb
 
 
 class Session(Receiving):
@@ -59,6 +60,14 @@ class Session(Receiving):
         self._dropped: list[VectorFile] = []
 
     # --- predicting
+
+    def needs_vector(self, request: pb.CommitRequest) -> bool:
+        """Whether a commit makes a nowcast due, for which there is no vector yet."""
+        if self._is_closed or not self.completes(request):
+            return False
+        if self._motion is None:
+            return request.step % self.settings.period_steps == 0
+        return self.settings.makes_pushes and self._motion.base is not None and self._motion.carry is None
 
     def _due(self, snapshot: Snapshot) -> NowcastTask | None:
         self.read_outs.take(snapshot)

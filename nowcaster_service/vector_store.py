@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import itertools
@@ -93,6 +94,10 @@ class Vectors(Protocol):
         """
         ...
 
+    async def prepare(self, num_elements: int) -> bool:
+        """Lets the next ``create`` find a vector; see ``HistoryStore.prepare``."""
+        ...
+
 
 class FolderLock:
     """Keeps a folder to one process: the system lets go of it when that process ends, however it does.
@@ -164,9 +169,11 @@ class HistoryStore:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
         self._spares: list[VectorFile] = []
+        self._allocations: dict[tuple[Path, int], asyncio.Task[bool]] = {}
         self._serial = itertools.count()
         earlier = [path for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
         self.folder = Path(tempfile.mkdtemp(prefix="v", dir=root))
+        self._folders = {self.folder}
         self.left: list[Path] = []
         for life in earlier:
             for recorded in sorted(life.glob(f"*/{RECORD_NAME}")):
@@ -193,10 +200,12 @@ class HistoryStore:
         """
         folder = self.folder / f"{name}-{next(self._serial):09d}"
         folder.mkdir(mode=0o700)
+        self._folders.add(folder)
         return folder
 
     def remove_folder(self, folder: Path) -> None:
         """Removes a run's folder with all that is in it, once what was to be removed before is."""
+        self._folders.discard(folder)
         self._remove(lambda: shutil.rmtree(folder, ignore_errors=True))
 
     def create(self, num_elements: int, folder: Path | None = None) -> VectorFile:
@@ -218,21 +227,71 @@ class HistoryStore:
                 "history are in use (sidecast serve --history-gib)"
             )
         folder = folder or self.folder
-        for index, spare in enumerate(self._spares):
-            if spare.num_bytes == num_bytes and spare.path.parent == folder:
-                vector = self._spares.pop(index)
-                vector.revive()
-                break
+        spare = self._spare(num_bytes, folder)
+        if spare is not None:
+            self._spares.remove(spare)
+            spare.revive()
+            vector = spare
         else:
             self._drop_spares(self.budget_bytes - self.used_bytes - num_bytes)
-            # A run's folder may hold files of earlier services, whose serial numbers are the same.
-            path = folder / f"{self.folder.name}-{next(self._serial):09d}.f32"
+            path = self._new_path(folder)
             try:
                 vector = VectorFile(self, path, num_bytes, map_new_file(path, num_bytes))
             except NoRoomError as error:
                 raise SaturatedError(str(error)) from error
         self.used_bytes += num_bytes
         return vector
+
+    async def prepare(self, num_elements: int, folder: Path | None = None) -> bool:
+        """Lets the next ``create`` find a vector, which is allocated in a thread: nobody waits but who asks.
+
+        In memory a GiB takes a fifth of a second; where a file system cannot reserve room, all of it is written.
+
+        Args:
+            num_elements: Of fp32.
+            folder: As for ``create``.
+
+        Returns:
+            Whether it took time, in which others may have taken what was allocated, or made it needless. False: there
+            is a vector, or ``create`` will say why there is none.
+        """
+        folder, num_bytes = folder or self.folder, num_elements * FP32_BYTES
+        if self._spare(num_bytes, folder) is not None:
+            return False
+        allocation = self._allocations.get((folder, num_bytes))
+        if allocation is None:
+            spare_bytes = self.budget_bytes - self.used_bytes - num_bytes
+            spare_bytes -= sum(size for _, size in self._allocations)
+            if spare_bytes < 0:
+                return False
+            self._drop_spares(spare_bytes)
+            allocation = asyncio.get_running_loop().create_task(self._allocate(num_bytes, folder))
+            self._allocations[folder, num_bytes] = allocation
+        # Whoever gives up waiting leaves it to others.
+        return await asyncio.shield(allocation)
+
+    async def _allocate(self, num_bytes: int, folder: Path) -> bool:
+        path = self._new_path(folder)
+        try:
+            vector = VectorFile(self, path, num_bytes, await asyncio.to_thread(map_new_file, path, num_bytes))
+        except NoRoomError:
+            return False
+        finally:
+            del self._allocations[folder, num_bytes]
+        if folder not in self._folders:
+            # Its run has ended meanwhile.
+            self._remove(vector.discard)
+            return False
+        self._spares.append(vector)
+        return True
+
+    def _spare(self, num_bytes: int, folder: Path) -> VectorFile | None:
+        beside = (spare for spare in self._spares if spare.path.parent == folder)
+        return next((spare for spare in beside if spare.num_bytes == num_bytes), None)
+
+    def _new_path(self, folder: Path) -> Path:
+        # A run's folder may hold files of earlier services, whose serial numbers are the same.
+        return folder / f"{self.folder.name}-{next(self._serial):09d}.f32"
 
     def take_over(self, path: Path, mapped: mmap.mmap) -> VectorFile:
         """Counts a vector that an earlier service has left, and that has been found to be what it was.

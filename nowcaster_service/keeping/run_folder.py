@@ -57,6 +57,10 @@ class RunFolder:
         """See ``HistoryStore.create``."""
         return self._store.create(num_elements, self.path)
 
+    async def prepare(self, num_elements: int) -> bool:
+        """See ``HistoryStore.prepare``."""
+        return await self._store.prepare(num_elements, self.path)
+
     def remove(self) -> None:
         """Gives everything up; no vector of the run is in use any more."""
         forget(self.path)

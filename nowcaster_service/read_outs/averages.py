@@ -112,6 +112,11 @@ class RunningAverages:
         average = self.averages.get(read_out.name)
         return step > read_out.start_step and (average is None or step > average.step)
 
+    @property
+    def needs_vector(self) -> bool:
+        """Whether ``next`` will ask for a vector."""
+        return self._snapshot is not None and bool(self._left)
+
     def claim(self) -> bool:
         """Whether there is work that nobody does yet; whoever asks does it, by ``next`` until that has no more."""
         is_claimed = self._snapshot is not None and not self._has_worker

@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service import handover, joined_ranks
+from sidecast.nowcaster_service import handover, joined_ranks, vector_store
 from sidecast.nowcaster_service.config import MAX_CHUNK_BYTES
 from sidecast.nowcaster_service.errors import MalformedError, WrongStateError
 from sidecast.nowcaster_service.handover import TICKET_S
@@ -26,7 +26,8 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.local_socket import short_name
 from sidecast.protos.shards import ShardSpec
 from tests.support.limits import HANG_S
-from tests.support.services.calls import INVALID, next_event, refusal, send, watching
+from tests.support.local_engines import LocalEngines
+from tests.support.services.calls import INVALID, join, next_event, refusal, send, watching
 from tests.support.services.harness import (
     MANIFEST,
     RunningService,
@@ -216,6 +217,34 @@ def test_files_are_removed_where_nobody_waits_for_it(tmp_path: Path) -> None:
     thread.start()
     thread.join(HANG_S)
     assert not any(vector.path.exists() for vector in vectors)
+
+
+def test_files_are_allocated_where_nobody_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate, threads = vector_store.map_new_file, []
+
+    def allocate_noted(path: Path, num_bytes: int) -> mmap.mmap:
+        threads.append(threading.current_thread())
+        return allocate(path, num_bytes)
+
+    monkeypatch.setattr(vector_store, "map_new_file", allocate_noted)
+    push = pb.Push(gain=1.0, time_constant_steps=20.0, start_step=1, stop_step=10**6)
+    with RunningService(tmp_path, engines=LocalEngines()) as service:
+        loop_thread = service.call(current_thread())
+        join(service, read_outs=["ema5"], predictor="linear")
+        join(service, session_id="s2", run_id="pushed", push=push, period_steps=10, predictor="")
+        watch = watching(service, session_id="s2")
+        for step in (10, 20, 30, 40):
+            assert send(service, step, step) == [False, True]
+            assert send(service, step, step, session_id="s2") == [False, True]
+            # Of no motion, as the rate's sum stays the same; until then the next state must wait.
+            assert next_event(watch, "failed").base_step == step
+        assert loop_thread not in threads
+        # Of both runs: states, and what is predicted or averaged from them.
+        assert len(threads) > 5
+
+
+async def current_thread() -> threading.Thread:
+    return threading.current_thread()
 
 
 # --- engines
