@@ -73,9 +73,7 @@ def test_a_service_that_dies_while_it_restores_a_run_costs_no_more(
     service: MortalService, unharmed: dict[str, Given], kind: str, again: str
 ) -> None:
     service.start("after the record of a commit", DEATH_STEP)
-    run = SteadfastRun(service, kind)
-    run.second_death = again
-    assert run.train() == unharmed[kind]
+    assert SteadfastRun(service, kind, [(again, 0)]).train() == unharmed[kind]
     assert service.num_deaths == 2
 
 

@@ -34,6 +34,7 @@ from sidecast.nowcaster_service.pushing import PushRequest
 from sidecast.nowcaster_service.read_outs import folding
 from sidecast.nowcaster_service.session import Session
 from sidecast.nowcaster_service.snapshots import Snapshot
+from sidecast.nowcaster_service.vector_store import RECORD_NAME
 from sidecast.policies import push
 from tests.support.limits import HANG_S
 from tests.support.services.harness import RunningService, SteadyEngines
@@ -103,21 +104,31 @@ class Nth:
         return self._left == 0
 
 
-def half_of_the_delta(predict: Any) -> Any:
-    def dying(self: Any, predictor: Any, files: Any, horizon_intervals: int, delta_path: Path) -> None:
-        with delta_path.open("r+b") as file:
-            file.write(b"\x11" * (delta_path.stat().st_size // 2))
-        die()
+def half_of_the_delta(is_due: Callable[..., bool] = lambda *_: True) -> Callable[[Any], Any]:
+    def wrap(predict: Any) -> Any:
+        def dying(self: Any, predictor: Any, files: Any, horizon_intervals: int, delta_path: Path) -> None:
+            if is_due():
+                with delta_path.open("r+b") as file:
+                    file.write(b"\x11" * (delta_path.stat().st_size // 2))
+                die()
+            predict(self, predictor, files, horizon_intervals, delta_path)
 
-    return dying
+        return dying
+
+    return wrap
 
 
-def half_of_the_push(mul: Any) -> Any:
-    def dying(carry_P: torch.Tensor, factor: float, out: torch.Tensor) -> None:
-        out[: len(out) // 2] = mul(carry_P[: len(out) // 2], factor)
-        die()
+def half_of_the_push(is_due: Callable[..., bool] = lambda *_: True) -> Callable[[Any], Any]:
+    def wrap(mul: Any) -> Any:
+        def dying(carry_P: torch.Tensor, factor: float, out: torch.Tensor) -> torch.Tensor:
+            if is_due():
+                out[: len(out) // 2] = mul(carry_P[: len(out) // 2], factor)
+                die()
+            return mul(carry_P, factor, out=out)
 
-    return dying
+        return dying
+
+    return wrap
 
 
 def half_of_the_average(step: int) -> Callable[[Any], Any]:
@@ -172,6 +183,62 @@ def _replacing(step: int) -> None:
     replaced(atomic_files.os, "replace", before(lambda *_: is_there.is_set()))
 
 
+class NthEvent:
+    """True from when it is asked for the n-th time, but not while a nowcast is made that an earlier service has begun.
+
+    One that two services have died over is given up, and a run is then given less.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._left = number
+        self._is_making_again = False
+
+    def __call__(self, *_: Any, **__: Any) -> bool:
+        self._left -= 1
+        return self._left <= 0 and not self._is_making_again
+
+    def restoring(self, restore: Any) -> Any:
+        """Notes that ``Session.restore`` begins a nowcast again."""
+
+        def noting(session: Session, kept: Any) -> Any:
+            self._is_making_again = True
+            task = restore(session, kept)
+            self._is_making_again = task is not None
+            return task
+
+        return noting
+
+    def finishing(self, finish: Any) -> Any:
+        """Notes that ``Session.finish`` ends it."""
+
+        def noting(*args: Any, **kwargs: Any) -> None:
+            finish(*args, **kwargs)
+            self._is_making_again = False
+
+        return noting
+
+
+def _nth_event(number: int) -> None:
+    """Dies at one of the moments in which something is half done, or done and not yet known to others.
+
+    Not before an average is noted to be whole, which costs the interval: what a run is given is then not the same.
+    """
+    is_due = NthEvent(number)
+    replaced(Session, "restore", is_due.restoring)
+    replaced(Session, "finish", is_due.finishing)
+    replaced(Snapshot, "take", after(is_due))
+    replaced(Session, "commit", before(is_due))
+    replaced(Recorder, "write", before(is_due))
+    replaced(Recorder, "write", after(is_due))
+    replaced(atomic_files.os, "replace", before(lambda _, path: Path(path).name == RECORD_NAME and is_due()))
+    replaced(LocalRunner, "predict", half_of_the_delta(is_due))
+    replaced(torch, "mul", half_of_the_push(is_due))
+    replaced(Session, "finish", before(is_due))
+    replaced(Session, "finish", after(is_due))
+    replaced(kept_runs, "examine", before(is_due))
+    replaced(Session, "restore", before(is_due))
+
+
 DEATHS: dict[str, Callable[[int], None]] = {
     "in an upload": lambda step: replaced(
         Snapshot, "take", after(lambda self, frame, *_: frame.key.id == step and frame.offset_bytes > 0)
@@ -182,7 +249,7 @@ DEATHS: dict[str, Callable[[int], None]] = {
     "before the record of a commit": lambda step: replaced(Recorder, "write", before(_states_end_with(step))),
     "in the record of a commit": _replacing,
     "after the record of a commit": lambda step: replaced(Recorder, "write", after(_states_end_with(step))),
-    "in the nowcast": lambda step: replaced(LocalRunner, "predict", half_of_the_delta),
+    "in the nowcast": lambda step: replaced(LocalRunner, "predict", half_of_the_delta()),
     "before publication": lambda step: replaced(
         Session, "finish", before(lambda self, task, *_, **__: task.base_step == step)
     ),
@@ -197,9 +264,10 @@ DEATHS: dict[str, Callable[[int], None]] = {
     "after a read-out is known": lambda step: replaced(
         Session, "finish_fold", after(lambda self, task, *_: task.snapshot.step == step)
     ),
-    "in the push": lambda step: replaced(torch, "mul", half_of_the_push),
+    "in the push": lambda step: replaced(torch, "mul", half_of_the_push()),
     "while it looks at what is left": lambda step: replaced(kept_runs, "examine", before()),
     "when it goes on with what is left": lambda step: replaced(Session, "restore", before()),
+    "at an event": _nth_event,
 }
 
 
@@ -239,7 +307,7 @@ class MortalService:
         return self._folder / "vectors"
 
     def start(self, death: str = "", step: int = 0) -> None:
-        """Starts one that will die as it is told, where a step is meant at that one."""
+        """Starts one that will die as it is told: where a step is meant at that one, at an event at the one so counted."""
         self._link, theirs = self._context.Pipe()
         self._process = self._context.Process(
             target=serve, args=(theirs, self._folder, self.port, death, step), daemon=True

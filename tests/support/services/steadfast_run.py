@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
@@ -57,17 +58,17 @@ class SteadfastRun:
     Args:
         service: Which may die at any moment.
         kind: Of ``KINDS``.
+        deaths: How the next services die, those after the first one, and at which step or event.
 
     Attributes:
         given: What it has been given.
-        second_death: Should the next service die, too: how.
     """
 
-    def __init__(self, service: MortalService, kind: str) -> None:
+    def __init__(self, service: MortalService, kind: str, deaths: Iterable[tuple[str, int]] = ()) -> None:
         self.service = service
         self.kind = kind
         self.given = Given()
-        self.second_death = ""
+        self._deaths = iter(deaths)
         self.state_P = state(0)
         self.epoch = 0
         self.applied = (0, 0.0)
@@ -75,7 +76,7 @@ class SteadfastRun:
         self.held = [np.zeros(0), np.zeros(0)]
         self.digests = [b"", b""]
         self.base_step = 0
-        self._connect()
+        self._connect_or_go_on()
 
     def _connect(self) -> None:
         options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
@@ -122,8 +123,10 @@ class SteadfastRun:
     def _go_on(self) -> None:
         self.service.await_death()
         self.channel.close()
-        death, self.second_death = self.second_death, ""
-        self.service.start(death)
+        self.service.start(*next(self._deaths, ("", 0)))
+        self._connect_or_go_on()
+
+    def _connect_or_go_on(self) -> None:
         try:
             self._connect()
         except grpc.RpcError as error:
