@@ -84,7 +84,8 @@ def main() -> None:
             num_kills, num_runs = num_kills + killed.num_kills, num_runs + 1
             if killed.given != unharmed[kind]:
                 sys.exit(f"seed {seed}, {kind}: the run was given something else after {killed.num_kills} kills")
-        print(f"seed {seed}: {num_kills} kills, {num_runs} runs, every prediction as without", flush=True)
+        sys.stdout.write(f"seed {seed}: {num_kills} kills, {num_runs} runs, every prediction as without\n")
+        sys.stdout.flush()
         seed += 1
 
 

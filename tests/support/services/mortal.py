@@ -307,7 +307,7 @@ class MortalService:
         return self._folder / "vectors"
 
     def start(self, death: str = "", step: int = 0) -> None:
-        """Starts one that will die as it is told: where a step is meant at that one, at an event at the one so counted."""
+        """Starts one that will die as it is told: at that step, or that event, where one is meant."""
         self._link, theirs = self._context.Pipe()
         self._process = self._context.Process(
             target=serve, args=(theirs, self._folder, self.port, death, step), daemon=True
