@@ -24,6 +24,9 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".cache" / "torch
 # Programs that tests start import what the tests share, as the tests do.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 
+# Files run side by side, and threads that wait for one another on a busy core cost three times what they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if not Path("/dev/nvidiactl").exists():
     # Without a GPU, Triton kernels run in its interpreter. Triton reads this when it is first imported, by whomever.
     os.environ.setdefault("TRITON_INTERPRET", "1")
