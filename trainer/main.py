@@ -156,7 +156,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="set any key of the configuration, e.g. nowcaster.period_steps=200 (VALUE is JSON, or else text)",
     )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    # DeepSpeed's launcher gives both, torchrun the variable alone.
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    parser.add_argument("--local_rank", type=int, default=local_rank, help=argparse.SUPPRESS)
     return parser
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import resource
 import signal
@@ -24,6 +23,7 @@ from faults import PERIOD_STEPS, Fault
 from sidecast.manifest import ParameterSpec
 from sidecast.protos.shards import ShardSpec
 from tests.support.limits import HANG_S
+from tests.support.programs.forking import forking_context
 
 # So many steps are made without a service before it is started again.
 OUTAGE_STEPS = 12
@@ -71,8 +71,7 @@ class FaultRun:
         self.is_well = False
         self._port = 0
         # Forks of one process that has imported everything: a service that is killed twenty times is back at once.
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["fault_service", "fault_rank"])
+        self._context = forking_context()
         self._progress = self._context.RawArray("q", WORLD_SIZE)
         self._start_service(None)
         self._links: list[Connection] = []

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.integration.workers.huggingface_runs import NUM_STEPS, PERIOD_STEPS, SAVE_STEP
-from tests.support.scripts import run_script
+from tests.support.programs.program import run_ranks
 from tests.support.services.harness import RunningService
+from tests.support.services.process import free_port
 
 RUNS = Path(__file__).with_name("workers") / "ddp_runs.py"
 NUM_RANKS = 2
@@ -25,8 +26,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
 
 def run(kind: str, folder: Path, endpoint: str) -> list[dict[str, Any]]:
     """Trains on all ranks; what each of them saw."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
-    run_script(RUNS, kind, folder, endpoint, launcher=launcher)
+    # As torchrun sets it.
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}", "LOCAL_WORLD_SIZE": f"{NUM_RANKS}"}
+    environment |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "forked"}
+    statuses, logs = run_ranks(RUNS, [kind, folder, endpoint], NUM_RANKS, folder, environment=environment)
+    assert statuses == [0] * NUM_RANKS, logs
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(NUM_RANKS)]
 
 

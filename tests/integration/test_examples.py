@@ -6,12 +6,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.support.limits import HANG_S
+from tests.support.programs.forking import QUIET
+from tests.support.programs.program import run_ranks
+from tests.support.programs.scripts import alone, run_script
 from tests.support.services.harness import RunningService
 from tests.support.services.process import free_port
 
@@ -24,18 +27,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
         yield running
 
 
-def run(name: str, *arguments: str, launcher: bool = False, num_ranks: int = 0) -> str:
-    """Runs an example in an environment without a GPU, alone or under a launcher; returns what it prints."""
-    command = [sys.executable]
-    if launcher:
-        command += ["-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", f"{free_port()}"]
-    if num_ranks:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["GLOO_SOCKET_IFNAME"] = "lo"
+def launch(launcher: Sequence[str], name: str, *arguments: str) -> str:
+    """Runs an example as users do, by a launcher; returns what it prints."""
     ended = subprocess.run(
-        [*command, str(EXAMPLES / name), *arguments],
-        env=environment,
+        [sys.executable, "-m", *launcher, str(EXAMPLES / name), *arguments],
+        env={**os.environ, **QUIET},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -44,6 +40,11 @@ def run(name: str, *arguments: str, launcher: bool = False, num_ranks: int = 0) 
     )
     assert ended.returncode == 0, ended.stdout[-4000:]
     return ended.stdout
+
+
+def run(name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """Runs an example alone; returns what it prints."""
+    return run_script(EXAMPLES / name, *arguments, environment=environment)
 
 
 def num_applied(output: str) -> int:
@@ -78,16 +79,21 @@ def test_huggingface(service: RunningService, tmp_path: Path) -> None:
 def test_fsdp2(service: RunningService, tmp_path: Path) -> None:
     checkpoint = str(tmp_path / "checkpoint")
     arguments = beside(service)
-    assert num_applied(run("fsdp2_script.py", *arguments, "--save-to", checkpoint, num_ranks=2)) >= 1
-    resumed = run("fsdp2_script.py", *arguments, "--resume-from", checkpoint, num_ranks=2)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert num_applied(launch(torchrun, "fsdp2_script.py", *arguments, "--save-to", checkpoint)) >= 1
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
+    arguments += ["--resume-from", checkpoint]
+    statuses, resumed = run_ranks(EXAMPLES / "fsdp2_script.py", arguments, 2, tmp_path, environment=environment)
+    assert statuses == [0, 0], resumed
     assert num_applied(resumed) >= 1
     assert "begins anew" not in resumed
 
 
 def test_deepspeed(service: RunningService) -> None:
-    assert num_applied(run("deepspeed_script.py", *beside(service), launcher=True)) >= 1
+    deepspeed = ["deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", f"{free_port()}"]
+    assert num_applied(launch(deepspeed, "deepspeed_script.py", *beside(service))) >= 1
 
 
 def test_huggingface_with_deepspeed(service: RunningService, tmp_path: Path) -> None:
     arguments = [*beside(service), "--deepspeed", "--output-dir", str(tmp_path)]
-    assert num_applied(run("huggingface_trainer.py", *arguments, launcher=True)) >= 1
+    assert num_applied(run("huggingface_trainer.py", *arguments, environment=alone())) >= 1

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sidecast.trainer.hook.vote import ANOTHER_RANK
-from tests.support.limits import HANG_S
+from tests.support.programs.program import run_ranks
 from tests.support.services.harness import RunningService
 
 WORKER = Path(__file__).with_name("workers") / "hook_worker.py"
@@ -22,20 +19,8 @@ WORKER = Path(__file__).with_name("workers") / "hook_worker.py"
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both ranks saw."""
     folder = tmp_path_factory.mktemp("hook")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with RunningService(folder / "service") as service:
-        processes = []
-        for rank in (0, 1):
-            with (folder / f"rank{rank}.log").open("wb") as log:
-                command = [sys.executable, str(WORKER), str(rank), str(folder), service.endpoint]
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        try:
-            statuses = [process.wait(timeout=HANG_S) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-4000:] for rank in (0, 1))
+        statuses, logs = run_ranks(WORKER, [folder, service.endpoint], 2, folder)
     assert statuses == [0, 0], logs
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 

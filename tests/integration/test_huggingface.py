@@ -23,7 +23,7 @@ from tests.integration.workers.huggingface_runs import (
     straight_and_resumed,
     train,
 )
-from tests.support.scripts import alone, run_script
+from tests.support.programs.scripts import alone, run_script
 from tests.support.services.harness import RunningService
 
 RUNS = Path(__file__).with_name("workers") / "huggingface_runs.py"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from tests.integration.workers.partition_cases import (
     CASES_OF_WORLD_SIZE,
     NUM_CHECKS,
 )
-from tests.support.limits import HANG_S
+from tests.support.programs.program import run_ranks
 
 WORKER = Path(__file__).resolve().with_name("workers") / "partition_worker.py"
 
@@ -43,30 +42,8 @@ class Matrix:
     def _run(self, world_size: int) -> str:
         folder = self._scratch / f"{world_size}"
         folder.mkdir()
-        workers = []
-        for rank in range(world_size):
-            environment = {
-                **os.environ,
-                "RANK": f"{rank}",
-                "LOCAL_RANK": f"{rank}",
-                "WORLD_SIZE": f"{world_size}",
-                "DS_ACCELERATOR": "cpu",
-                "OMP_NUM_THREADS": "1",
-                "GLOO_SOCKET_IFNAME": "lo",
-                "TOKENIZERS_PARALLELISM": "false",
-            }
-            command = [sys.executable, str(WORKER), str(folder), str(folder)]
-            with (folder / f"rank{rank}.log").open("wb") as log:
-                workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        try:
-            for worker in workers:
-                worker.wait(HANG_S)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run_ranks(WORKER, [folder, folder], world_size, folder)
         return "\n".join((folder / f"rank{rank}.log").read_text(errors="replace") for rank in range(world_size))
 
 

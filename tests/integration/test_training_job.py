@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import pytest
 
 from sidecast.trainer.job.run_log import METRICS_NAME, read_records
+from tests.support.programs.program import run_ranks
+from tests.support.services.process import free_port
 
 NUM_STEPS, SAVED_STEP = 6, 3
 SETTINGS = [
@@ -28,17 +29,25 @@ SETTINGS = [
 ]
 
 
-def launch(run_dir: Path, corpus: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
-    command += ["--module", "sidecast.trainer.main", "--run-dir", str(run_dir), "--corpus", str(corpus)]
-    command += ["--steps", str(NUM_STEPS), "--micro-batch-size", "2"]
-    for setting in SETTINGS:
-        command += ["--set", setting]
+def options(run_dir: Path, corpus: Path, *more: str) -> list[str]:
+    """Of one run of the job."""
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    sizes = ["--steps", str(NUM_STEPS), "--micro-batch-size", "2"]
+    return ["--run-dir", str(run_dir), "--corpus", str(corpus), *sizes, *settings, *more]
+
+
+def launch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs the job as users do."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", f"{free_port()}"]
+    command += ["--module", "sidecast.trainer.main", *arguments]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def resume(arguments: list[str], folder: Path) -> tuple[list[int], str]:
+    """Runs the job on two ranks of an environment as the launcher's; exit statuses and logs."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
+    return run_ranks("sidecast.trainer.main", arguments, 2, folder, environment=meeting)
 
 
 def numbers(run_dir: Path, after_step: int) -> list[tuple[Any, ...]]:
@@ -60,7 +69,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     run_dir = tmp_path_factory.mktemp("whole")
-    done = launch(run_dir, corpus, "--checkpoint-interval-steps", str(SAVED_STEP))
+    done = launch(options(run_dir, corpus, "--checkpoint-interval-steps", str(SAVED_STEP)))
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -79,14 +88,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole_run: Path,
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(whole_run / "checkpoints", checkpoints)
     (checkpoints / "latest").write_text(f"step_{SAVED_STEP:08d}")
-    done = launch(tmp_path / "run", corpus, "--resume", str(checkpoints))
-    assert done.returncode == 0, done.stderr
+    statuses, logs = resume(options(tmp_path / "run", corpus, "--resume", str(checkpoints)), tmp_path)
+    assert statuses == [0, 0], logs
     assert numbers(tmp_path / "run", 0) == numbers(whole_run, SAVED_STEP)
 
 
 def test_another_seed_cannot_resume(whole_run: Path, corpus: Path, tmp_path: Path) -> None:
-    done = launch(tmp_path / "run", corpus, "--resume", str(whole_run / "checkpoints"), "--seed", "1")
-    assert done.returncode == 2
-    refusals = [line for line in done.stderr.splitlines() if line.startswith("sidecast: error:")]
+    arguments = options(tmp_path / "run", corpus, "--resume", str(whole_run / "checkpoints"), "--seed", "1")
+    statuses, logs = resume(arguments, tmp_path)
+    assert statuses == [2, 2]
+    refusals = [line for line in logs.splitlines() if line.startswith("sidecast: error:")]
     assert len(refusals) == 1
     assert "seed is 1, but it was 0" in refusals[0]

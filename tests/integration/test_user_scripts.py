@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.scripts import alone, run_script
+from tests.support.programs.scripts import alone, run_script
 from tests.support.services.harness import RunningService
 
 RUNS = Path(__file__).with_name("workers") / "script_runs.py"

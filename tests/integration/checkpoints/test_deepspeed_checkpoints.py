@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sidecast.checkpoints.opening import open_checkpoint
 from sidecast.errors import ConfigError
 from tests.support.limits import HANG_S
+from tests.support.programs.program import run_ranks
 
 CASES = (
     "stage0_fp32",
@@ -41,30 +42,8 @@ for arguments in sys.stdin.read().splitlines():
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``<case>/global_step{1,2,3}`` and ``<case>/expected_{1,2,3}.safetensors``."""
     out = tmp_path_factory.mktemp("zero")
-    ranks = []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_SIZE": "2",
-            # Read by DeepSpeed, but the ranks meet through a file.
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-        }
-        with (out / f"rank{rank}.log").open("wb") as log:
-            command = [sys.executable, str(WORKER), str(out)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        statuses = [rank.wait(timeout=HANG_S) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    logs = "\n".join((out / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
+    # Read by DeepSpeed, but the ranks meet through a file.
+    statuses, logs = run_ranks(WORKER, [out], 2, out, environment={"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     assert statuses == [0, 0], logs
     return out
 

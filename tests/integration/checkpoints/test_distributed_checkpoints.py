@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,7 @@ from safetensors.torch import load_file
 
 from sidecast.checkpoints.opening import open_checkpoint
 from sidecast.commands.__main__ import main
-from tests.support.limits import HANG_S
+from tests.support.programs.program import run_ranks
 
 WORKER = Path(__file__).parent.with_name("workers") / "save_distributed_checkpoints.py"
 STEPS = (10, 20, 30)
@@ -24,19 +21,8 @@ BUFFERS = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``step-N`` and ``expected-N.safetensors``."""
     out = tmp_path_factory.mktemp("dcp")
-    ranks = []
-    for rank in range(2):
-        environment = {**os.environ, "RANK": f"{rank}", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        with (out / f"rank{rank}.log").open("wb") as log:
-            command = [sys.executable, str(WORKER), str(out)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        statuses = [rank.wait(timeout=HANG_S) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert statuses == [0, 0], "\n".join((out / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
+    statuses, logs = run_ranks(WORKER, [out], 2, out)
+    assert statuses == [0, 0], logs
     return out
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.workers.fsdp_models import CASES
 from tests.integration.workers.fsdp_worker import CHECKS, WORLD_SIZES
-from tests.support.scripts import run_script
+from tests.support.programs.scripts import run_script
 
 WORKER = Path(__file__).resolve().parents[1] / "workers" / "fsdp_worker.py"
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.workers.fsdp_runs import NUM_RANKS, NUM_STEPS, PERIOD_STEPS, PUSH, SAVE_STEP
 from tests.support.local_engines import LocalEngines
-from tests.support.scripts import run_script
+from tests.support.programs.scripts import run_script
 from tests.support.services.harness import RunningService
 
 RUNS = Path(__file__).resolve().parents[1] / "workers" / "fsdp_runs.py"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.integration.workers.huggingface_runs import PERIOD_STEPS, SAVE_STEP
-from tests.support.scripts import run_script
+from tests.support.programs.scripts import run_script
 from tests.support.services.harness import RunningService
 
 RUNS = Path(__file__).resolve().parents[1] / "workers" / "fsdp_trainers.py"

@@ -1,6 +1,6 @@
 """One of two ranks that "train" a fake partition under the hook; writes what happened as JSON.
 
-Usage: python hook_worker.py RANK FOLDER ENDPOINT
+Usage: RANK=... python hook_worker.py FOLDER ENDPOINT
 """
 
 from __future__ import annotations
@@ -323,4 +323,4 @@ def main(rank: int, folder: Path, endpoint: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(int(os.environ["RANK"]), Path(sys.argv[1]), sys.argv[2])

@@ -6,7 +6,6 @@ Its engine is a thread of the same process, and dies with it.
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -37,6 +36,7 @@ from sidecast.nowcaster_service.snapshots import Snapshot
 from sidecast.nowcaster_service.vector_store import RECORD_NAME
 from sidecast.policies import push
 from tests.support.limits import HANG_S
+from tests.support.programs.forking import forking_context
 from tests.support.services.harness import RunningService, SteadyEngines
 
 
@@ -294,8 +294,7 @@ class MortalService:
     """
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.support.services.mortal"])
+        self._context = forking_context()
         self._folder = Path(tempfile.mkdtemp(prefix="mortal-"))
         self._process: Any = None
         self.port = 0
