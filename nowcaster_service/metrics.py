@@ -5,7 +5,13 @@
 
 from __future__ import annotations
 
+import logging
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from sidecast.nowcaster_service.session_events import Event, FailureEvent, FoldEvent, Prediction, SnapshotEvent
+
+log = logging.getLogger(__name__)
 
 RUN_LABEL = "run_id"
 NOWCAST_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300)
@@ -112,11 +118,27 @@ class ServiceMetrics:
             for value in values:
                 counter.labels(run_id, value)
 
-    def note_fold(self, run_id: str, read_out: str, step: int, reason: str) -> None:
-        """Counts a state that went into a read-out, or was left out of it for a reason."""
-        self.folds.labels(run_id, "left_out" if reason else "averaged").inc()
-        if not reason:
-            self.read_out_step.labels(run_id, read_out).set(step)
+    def note(self, run_id: str, predictor: str, event: Event) -> None:
+        """Counts an event of a run's session, and says in the log what went wrong."""
+        match event:
+            case SnapshotEvent(reason=""):
+                self.snapshots.labels(run_id, "committed").inc()
+                self.snapshot_step.labels(run_id).set(event.step)
+            case SnapshotEvent():
+                self.snapshots.labels(run_id, "aborted").inc()
+                log.warning("snapshot of step %d aborted: %s", event.step, event.reason)
+            case Prediction():
+                self.predictions.labels(run_id, "published").inc()
+                self.nowcast_seconds.labels(run_id, predictor).observe(event.nowcast_s)
+                self.relative_norm.labels(run_id).set(event.relative_norm)
+            case FailureEvent():
+                self.predictions.labels(run_id, "failed").inc()
+                log.warning("no nowcast at step %d: %s", event.base_step, event.reason)
+            case FoldEvent(reason=""):
+                self.folds.labels(run_id, "averaged").inc()
+                self.read_out_step.labels(run_id, event.name).set(event.step)
+            case FoldEvent():
+                self.folds.labels(run_id, "left_out").inc()
 
     def forget_run(self, run_id: str) -> None:
         """Drops the series of a run that is over, so that a long-lived service does not collect them."""

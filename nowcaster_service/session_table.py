@@ -18,6 +18,7 @@ from sidecast.nowcaster_service.keeping.kept_runs import KeptRuns, Taken
 from sidecast.nowcaster_service.keeping.restoration import Restoration
 from sidecast.nowcaster_service.keeping.run_folder import RunFolder, folder_name, recorder_of
 from sidecast.nowcaster_service.metrics import ServiceMetrics
+from sidecast.nowcaster_service.overview.activity import Activity
 from sidecast.nowcaster_service.session import Session
 from sidecast.nowcaster_service.session_events import (
     Event,
@@ -25,7 +26,6 @@ from sidecast.nowcaster_service.session_events import (
     FoldEvent,
     NowcastTask,
     Prediction,
-    SnapshotEvent,
     event_message,
 )
 from sidecast.nowcaster_service.session_settings import SessionSettings
@@ -59,6 +59,7 @@ class SessionTable:
         fetches: Under way, of predictions.
         exports: Under way, of read-outs.
         kept: What earlier services have left.
+        activity: What has happened of late, by run.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class SessionTable:
         self._last_seen_s: dict[str, float] = {}
         self.owners = Owners()
         self.fetches, self.exports = Fetches(), Fetches()
+        self.activity = Activity(clock)
         self._watchers: dict[str, list[Watcher]] = {}
         self._superseded: deque[str] = deque(maxlen=MAX_SUPERSEDED)
         self.kept = KeptRuns(store, clock, lock_timeout_s)
@@ -144,7 +146,11 @@ class SessionTable:
     def items(self) -> Iterator[tuple[Session, float]]:
         """Every session with the seconds since it was used."""
         for session_id, session in self._sessions.items():
-            yield session, self._idle_s(session_id)
+            yield session, self.idle_s(session_id)
+
+    def is_open(self, session_id: str) -> bool:
+        """Whether there is such a session; that somebody asks does not count as its use."""
+        return session_id in self._sessions
 
     def num_watchers(self, session_id: str) -> int:
         return len(self._watchers.get(session_id, ()))
@@ -289,7 +295,7 @@ class SessionTable:
             waiting_bytes = self.kept.num_bytes(besides=settings.run_id)
         promised += waiting_bytes
         for session_id in sorted(others, key=self._last_seen_s.__getitem__):
-            is_orphan = not self._watchers.get(session_id) and self._idle_s(session_id) > ORPHAN_GRACE_S
+            is_orphan = not self._watchers.get(session_id) and self.idle_s(session_id) > ORPHAN_GRACE_S
             lacks_room = promised + settings.needed_bytes > budget_bytes or num_others >= self._max_sessions
             if lacks_room and is_orphan:
                 log.info("session %s, which nobody watches, makes room for %s", session_id, settings.session_id)
@@ -305,7 +311,8 @@ class SessionTable:
                 f"{num_others} sessions are open, as many as are allowed (sidecast serve --max-sessions)"
             )
 
-    def _idle_s(self, session_id: str) -> float:
+    def idle_s(self, session_id: str) -> float:
+        """Seconds since a session was used."""
         return self._clock() - self._last_seen_s[session_id]
 
     def expire(self) -> None:
@@ -313,7 +320,7 @@ class SessionTable:
         if self.kept.idle_s > self._session_timeout_s:
             self.kept.forget_all()
         for session_id in list(self._sessions):
-            is_idle = self._idle_s(session_id) > self._session_timeout_s
+            is_idle = self.idle_s(session_id) > self._session_timeout_s
             if is_idle and not self._watchers.get(session_id):
                 log.info("session %s expired", session_id)
                 self._expire(session_id)
@@ -324,6 +331,7 @@ class SessionTable:
         # A run has one session at a time: a resume ends the one before.
         self._folders.pop(run_id).remove()
         self._metrics.forget_run(run_id)
+        self.activity.forget(run_id)
 
     def _end(self, session_id: str) -> None:
         self._sessions.pop(session_id).close()
@@ -367,24 +375,12 @@ class SessionTable:
         if session is None:
             return
         run = session.settings.run_id
-        match event:
-            case SnapshotEvent(reason=""):
-                self._metrics.snapshots.labels(run, "committed").inc()
-                self._metrics.snapshot_step.labels(run).set(event.step)
-            case SnapshotEvent():
-                self._metrics.snapshots.labels(run, "aborted").inc()
-                log.warning("snapshot of step %d aborted: %s", event.step, event.reason)
-            case Prediction():
-                self.fetches.replace(session_id, event.task.version)
-                self._metrics.predictions.labels(run, "published").inc()
-                self._metrics.nowcast_seconds.labels(run, session.settings.predictor).observe(event.nowcast_s)
-                self._metrics.relative_norm.labels(run).set(event.relative_norm)
-            case FailureEvent():
-                self._metrics.predictions.labels(run, "failed").inc()
-                log.warning("no nowcast at step %d: %s", event.base_step, event.reason)
-            case FoldEvent():
-                self._metrics.note_fold(run, event.name, event.step, event.reason)
-                return
+        self.activity.note(run, event)
+        self._metrics.note(run, session.settings.predictor, event)
+        if isinstance(event, FoldEvent):
+            return
+        if isinstance(event, Prediction):
+            self.fetches.replace(session_id, event.task.version)
         self._metrics.history_bytes.set(self._store.used_bytes)
         message = event_message(event)
         for queue in self._watchers.get(session_id, []):

@@ -1,9 +1,17 @@
+from sidecast.protos import nowcast_status_pb2 as _nowcast_status_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from sidecast.protos.nowcast_status_pb2 import StatusRequest as StatusRequest
+from sidecast.protos.nowcast_status_pb2 import ReadOutStatus as ReadOutStatus
+from sidecast.protos.nowcast_status_pb2 import SessionStatus as SessionStatus
+from sidecast.protos.nowcast_status_pb2 import NowcastStatus as NowcastStatus
+from sidecast.protos.nowcast_status_pb2 import QueueStatus as QueueStatus
+from sidecast.protos.nowcast_status_pb2 import EnginesStatus as EnginesStatus
+from sidecast.protos.nowcast_status_pb2 import StatusReply as StatusReply
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -372,78 +380,6 @@ class ReportReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class StatusRequest(_message.Message):
-    __slots__ = ("without_sessions",)
-    WITHOUT_SESSIONS_FIELD_NUMBER: _ClassVar[int]
-    without_sessions: bool
-    def __init__(self, without_sessions: _Optional[bool] = ...) -> None: ...
-
-class ReadOutStatus(_message.Message):
-    __slots__ = ("name", "step", "begin_step", "num_snapshots")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    STEP_FIELD_NUMBER: _ClassVar[int]
-    BEGIN_STEP_FIELD_NUMBER: _ClassVar[int]
-    NUM_SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    step: int
-    begin_step: int
-    num_snapshots: int
-    def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., begin_step: _Optional[int] = ..., num_snapshots: _Optional[int] = ...) -> None: ...
-
-class SessionStatus(_message.Message):
-    __slots__ = ("session_id", "run_id", "predictor", "world_size", "num_joined", "num_parameters", "epoch", "history_steps", "num_committed", "num_aborted", "num_published", "num_failed", "num_applied", "num_rolled_back", "idle_seconds", "context_len", "read_outs")
-    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
-    RUN_ID_FIELD_NUMBER: _ClassVar[int]
-    PREDICTOR_FIELD_NUMBER: _ClassVar[int]
-    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
-    NUM_JOINED_FIELD_NUMBER: _ClassVar[int]
-    NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    HISTORY_STEPS_FIELD_NUMBER: _ClassVar[int]
-    NUM_COMMITTED_FIELD_NUMBER: _ClassVar[int]
-    NUM_ABORTED_FIELD_NUMBER: _ClassVar[int]
-    NUM_PUBLISHED_FIELD_NUMBER: _ClassVar[int]
-    NUM_FAILED_FIELD_NUMBER: _ClassVar[int]
-    NUM_APPLIED_FIELD_NUMBER: _ClassVar[int]
-    NUM_ROLLED_BACK_FIELD_NUMBER: _ClassVar[int]
-    IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    CONTEXT_LEN_FIELD_NUMBER: _ClassVar[int]
-    READ_OUTS_FIELD_NUMBER: _ClassVar[int]
-    session_id: str
-    run_id: str
-    predictor: str
-    world_size: int
-    num_joined: int
-    num_parameters: int
-    epoch: int
-    history_steps: _containers.RepeatedScalarFieldContainer[int]
-    num_committed: int
-    num_aborted: int
-    num_published: int
-    num_failed: int
-    num_applied: int
-    num_rolled_back: int
-    idle_seconds: float
-    context_len: int
-    read_outs: _containers.RepeatedCompositeFieldContainer[ReadOutStatus]
-    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., predictor: _Optional[str] = ..., world_size: _Optional[int] = ..., num_joined: _Optional[int] = ..., num_parameters: _Optional[int] = ..., epoch: _Optional[int] = ..., history_steps: _Optional[_Iterable[int]] = ..., num_committed: _Optional[int] = ..., num_aborted: _Optional[int] = ..., num_published: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_applied: _Optional[int] = ..., num_rolled_back: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., context_len: _Optional[int] = ..., read_outs: _Optional[_Iterable[_Union[ReadOutStatus, _Mapping]]] = ...) -> None: ...
-
-class StatusReply(_message.Message):
-    __slots__ = ("service_version", "uptime_seconds", "history_bytes", "history_budget_bytes", "sessions", "engines_fault")
-    SERVICE_VERSION_FIELD_NUMBER: _ClassVar[int]
-    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    HISTORY_BYTES_FIELD_NUMBER: _ClassVar[int]
-    HISTORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
-    SESSIONS_FIELD_NUMBER: _ClassVar[int]
-    ENGINES_FAULT_FIELD_NUMBER: _ClassVar[int]
-    service_version: str
-    uptime_seconds: float
-    history_bytes: int
-    history_budget_bytes: int
-    sessions: _containers.RepeatedCompositeFieldContainer[SessionStatus]
-    engines_fault: str
-    def __init__(self, service_version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., history_bytes: _Optional[int] = ..., history_budget_bytes: _Optional[int] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., engines_fault: _Optional[str] = ...) -> None: ...
-
 class ReadOutRequest(_message.Message):
     __slots__ = ("run_id", "name")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -457,10 +393,10 @@ class ReadOutDescription(_message.Message):
     STATUS_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
-    status: ReadOutStatus
+    status: _nowcast_status_pb2.ReadOutStatus
     digest: int
     manifest: Manifest
-    def __init__(self, status: _Optional[_Union[ReadOutStatus, _Mapping]] = ..., digest: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ...) -> None: ...
+    def __init__(self, status: _Optional[_Union[_nowcast_status_pb2.ReadOutStatus, _Mapping]] = ..., digest: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ...) -> None: ...
 
 class ReadOutPart(_message.Message):
     __slots__ = ("description", "offset_bytes", "crc32", "data")

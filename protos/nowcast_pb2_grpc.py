@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from sidecast.protos import nowcast_pb2 as nowcast__pb2
+from sidecast.protos import nowcast_status_pb2 as nowcast__status__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -76,8 +77,8 @@ class NowcasterStub:
                 _registered_method=True)
         self.Status = channel.unary_unary(
                 '/sidecast.v1.Nowcaster/Status',
-                request_serializer=nowcast__pb2.StatusRequest.SerializeToString,
-                response_deserializer=nowcast__pb2.StatusReply.FromString,
+                request_serializer=nowcast__status__pb2.StatusRequest.SerializeToString,
+                response_deserializer=nowcast__status__pb2.StatusReply.FromString,
                 _registered_method=True)
         self.ReadOut = channel.unary_stream(
                 '/sidecast.v1.Nowcaster/ReadOut',
@@ -204,8 +205,8 @@ def add_NowcasterServicer_to_server(servicer, server):
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
-                    request_deserializer=nowcast__pb2.StatusRequest.FromString,
-                    response_serializer=nowcast__pb2.StatusReply.SerializeToString,
+                    request_deserializer=nowcast__status__pb2.StatusRequest.FromString,
+                    response_serializer=nowcast__status__pb2.StatusReply.SerializeToString,
             ),
             'ReadOut': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadOut,
@@ -454,8 +455,8 @@ class Nowcaster:
             request,
             target,
             '/sidecast.v1.Nowcaster/Status',
-            nowcast__pb2.StatusRequest.SerializeToString,
-            nowcast__pb2.StatusReply.FromString,
+            nowcast__status__pb2.StatusRequest.SerializeToString,
+            nowcast__status__pb2.StatusReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -63,6 +63,10 @@ class Owners:
         """Whether a call may learn that there is such a session."""
         return caller.sees(self._owners[session_id].tenant)
 
+    def tenant_of(self, session_id: str) -> str:
+        """Whose run a session is of; empty where there are no tenants."""
+        return self._owners[session_id].tenant
+
     def visible_runs(self, caller: Caller) -> set[str]:
         """Names of the runs that a caller may learn of; may be called from any thread."""
         return {owner.run_id for owner in list(self._owners.values()) if caller.sees(owner.tenant)}
