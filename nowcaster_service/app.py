@@ -244,7 +244,7 @@ class IngressActor:
             await bind(lambda: serve_metrics(config, metrics.registry, callers, visible_runs, metrics_port))
         page_port = config.page_port
         if page_port is not None:
-            self._page = await bind(lambda: PageServer(config, callers, servicer.overview.reply, page_port))
+            self._page = await bind(lambda: PageServer(servicer, callers, page_port))
         server, port = await bind(lambda: create_server(servicer, callers, config.port))
         servicer.handover.start()
         await server.start()

@@ -72,6 +72,15 @@ class ServiceConfig:
         default=None,
         metadata=option("--page-port", "serve the live page on this port", kind=int, default="none"),
     )
+    page_control: bool = field(
+        default=False,
+        metadata=option(
+            "--page-control",
+            "whoever may see a run as its own on the page may pause and resume it there, and by `sidecast pause`, "
+            "without the run's secret",
+            is_flag=True,
+        ),
+    )
     weights: Path | None = field(
         default=None,
         metadata=option(

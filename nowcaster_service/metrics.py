@@ -76,6 +76,9 @@ class ServiceMetrics:
         self.snapshot_step = Gauge(
             "sidecast_service_snapshot_step", "Step of the newest committed snapshot", [RUN_LABEL], registry=registry
         )
+        self.paused = Gauge(
+            "sidecast_service_paused", "1 while the run is asked to apply nothing", [RUN_LABEL], registry=registry
+        )
         self.folds = Counter(
             "sidecast_service_read_out_states",
             "States by whether they went into a read-out: averaged, left_out",
@@ -101,11 +104,12 @@ class ServiceMetrics:
             self.nowcast_seconds,
             self.relative_norm,
             self.snapshot_step,
+            self.paused,
             self.folds,
             self.read_out_step,
         )
 
-    def begin_run(self, run_id: str) -> None:
+    def begin_run(self, run_id: str, *, is_paused: bool = False) -> None:
         """Shows a run's counters from zero on: Prometheus sees no increase in a series that begins at one."""
         for counter in (self.received_bytes, self.sent_bytes):
             counter.labels(run_id)
@@ -117,6 +121,7 @@ class ServiceMetrics:
         ):
             for value in values:
                 counter.labels(run_id, value)
+        self.paused.labels(run_id).set(is_paused)
 
     def note(self, run_id: str, predictor: str, event: Event) -> None:
         """Counts an event of a run's session, and says in the log what went wrong."""

@@ -83,6 +83,7 @@ class Servicer:
             run_budget_bytes=config.run_budget_bytes or store.budget_bytes,
             # An engine that takes longer is given up.
             lock_timeout_s=config.nowcast_timeout_s,
+            may_pause_by_token=config.page_control,
         )
         self.handover = Handover(store.folder, self.sessions, clock=clock)
         self._store = store
@@ -134,7 +135,12 @@ class Servicer:
         session.join(request.rank, _shards(request.upload_shards), _shards(request.fetch_shards))
         self.metrics.ranks.labels(session.settings.run_id).set(session.num_joined)
         path, ticket = self.handover.issue(request.session_id, request.rank)
-        return pb.JoinReply(chunk_bytes=self.config.chunk_bytes, local_socket=path, local_ticket=ticket)
+        return pb.JoinReply(
+            chunk_bytes=self.config.chunk_bytes,
+            local_socket=path,
+            local_ticket=ticket,
+            is_paused=session.is_paused,
+        )
 
     async def upload(self, frames: AsyncIterator[ChunkFrame], caller: Caller = ANYBODY) -> pb.UploadReply:
         async for frame in frames:
@@ -231,6 +237,9 @@ class Servicer:
                 data = bytes(average.vector.view[start : start + self.config.chunk_bytes])
                 yield pb.ReadOutPart(offset_bytes=start, crc32=crc32(data), data=data)
                 sent.inc(len(data))
+
+    async def pause(self, request: pb.PauseRequest, caller: Caller = ANYBODY) -> pb.PauseReply:
+        return pb.PauseReply(has_changed=self.sessions.pause(request.run_id, request.is_paused, caller))
 
 
 def _shards(messages: Any) -> tuple[ShardSpec, ...]:

@@ -99,7 +99,7 @@ class Push(_message.Message):
     def __init__(self, time_constant_steps: _Optional[float] = ..., gain: _Optional[float] = ..., start_step: _Optional[int] = ..., stop_step: _Optional[int] = ..., max_relative_norm: _Optional[float] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch", "wire_dtype", "protocol_version", "push", "read_outs")
+    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch", "wire_dtype", "protocol_version", "push", "read_outs", "can_pause")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +120,7 @@ class OpenRequest(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PUSH_FIELD_NUMBER: _ClassVar[int]
     READ_OUTS_FIELD_NUMBER: _ClassVar[int]
+    CAN_PAUSE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     run_id: str
     world_size: int
@@ -140,7 +141,8 @@ class OpenRequest(_message.Message):
     protocol_version: int
     push: Push
     read_outs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., protocol_version: _Optional[int] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., read_outs: _Optional[_Iterable[str]] = ...) -> None: ...
+    can_pause: bool
+    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., protocol_version: _Optional[int] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., read_outs: _Optional[_Iterable[str]] = ..., can_pause: _Optional[bool] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("chunk_bytes", "protocol_version")
@@ -173,14 +175,16 @@ class JoinRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., upload_shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., fetch_shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("chunk_bytes", "local_socket", "local_ticket")
+    __slots__ = ("chunk_bytes", "local_socket", "local_ticket", "is_paused")
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOCAL_SOCKET_FIELD_NUMBER: _ClassVar[int]
     LOCAL_TICKET_FIELD_NUMBER: _ClassVar[int]
+    IS_PAUSED_FIELD_NUMBER: _ClassVar[int]
     chunk_bytes: int
     local_socket: str
     local_ticket: bytes
-    def __init__(self, chunk_bytes: _Optional[int] = ..., local_socket: _Optional[str] = ..., local_ticket: _Optional[bytes] = ...) -> None: ...
+    is_paused: bool
+    def __init__(self, chunk_bytes: _Optional[int] = ..., local_socket: _Optional[str] = ..., local_ticket: _Optional[bytes] = ..., is_paused: _Optional[bool] = ...) -> None: ...
 
 class ChunkKey(_message.Message):
     __slots__ = ("session_id", "rank", "id", "epoch", "dtype", "base_step")
@@ -320,17 +324,25 @@ class PredictionFailed(_message.Message):
     reason: str
     def __init__(self, base_step: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class PauseChanged(_message.Message):
+    __slots__ = ("is_paused",)
+    IS_PAUSED_FIELD_NUMBER: _ClassVar[int]
+    is_paused: bool
+    def __init__(self, is_paused: _Optional[bool] = ...) -> None: ...
+
 class SessionEvent(_message.Message):
-    __slots__ = ("committed", "aborted", "published", "failed")
+    __slots__ = ("pause", "committed", "aborted", "published", "failed")
+    PAUSE_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     ABORTED_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    pause: PauseChanged
     committed: SnapshotCommitted
     aborted: SnapshotAborted
     published: PredictionPublished
     failed: PredictionFailed
-    def __init__(self, committed: _Optional[_Union[SnapshotCommitted, _Mapping]] = ..., aborted: _Optional[_Union[SnapshotAborted, _Mapping]] = ..., published: _Optional[_Union[PredictionPublished, _Mapping]] = ..., failed: _Optional[_Union[PredictionFailed, _Mapping]] = ...) -> None: ...
+    def __init__(self, pause: _Optional[_Union[PauseChanged, _Mapping]] = ..., committed: _Optional[_Union[SnapshotCommitted, _Mapping]] = ..., aborted: _Optional[_Union[SnapshotAborted, _Mapping]] = ..., published: _Optional[_Union[PredictionPublished, _Mapping]] = ..., failed: _Optional[_Union[PredictionFailed, _Mapping]] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("session_id", "rank", "version", "offset_bytes", "num_bytes", "dtype", "into_shared")
@@ -379,6 +391,20 @@ class ReportRequest(_message.Message):
 class ReportReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class PauseRequest(_message.Message):
+    __slots__ = ("run_id", "is_paused")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    IS_PAUSED_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    is_paused: bool
+    def __init__(self, run_id: _Optional[str] = ..., is_paused: _Optional[bool] = ...) -> None: ...
+
+class PauseReply(_message.Message):
+    __slots__ = ("has_changed",)
+    HAS_CHANGED_FIELD_NUMBER: _ClassVar[int]
+    has_changed: bool
+    def __init__(self, has_changed: _Optional[bool] = ...) -> None: ...
 
 class ReadOutRequest(_message.Message):
     __slots__ = ("run_id", "name")

@@ -85,6 +85,11 @@ class NowcasterStub:
                 request_serializer=nowcast__pb2.ReadOutRequest.SerializeToString,
                 response_deserializer=nowcast__pb2.ReadOutPart.FromString,
                 _registered_method=True)
+        self.Pause = channel.unary_unary(
+                '/sidecast.v1.Nowcaster/Pause',
+                request_serializer=nowcast__pb2.PauseRequest.SerializeToString,
+                response_deserializer=nowcast__pb2.PauseReply.FromString,
+                _registered_method=True)
 
 
 class NowcasterServicer:
@@ -160,6 +165,13 @@ class NowcasterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pause(self, request, context):
+        """Asks a run to apply nothing from its next vote on, or to go on; for whoever may act for it, though no rank of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NowcasterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -212,6 +224,11 @@ def add_NowcasterServicer_to_server(servicer, server):
                     servicer.ReadOut,
                     request_deserializer=nowcast__pb2.ReadOutRequest.FromString,
                     response_serializer=nowcast__pb2.ReadOutPart.SerializeToString,
+            ),
+            'Pause': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pause,
+                    request_deserializer=nowcast__pb2.PauseRequest.FromString,
+                    response_serializer=nowcast__pb2.PauseReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -484,6 +501,33 @@ class Nowcaster:
             '/sidecast.v1.Nowcaster/ReadOut',
             nowcast__pb2.ReadOutRequest.SerializeToString,
             nowcast__pb2.ReadOutPart.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pause(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidecast.v1.Nowcaster/Pause',
+            nowcast__pb2.PauseRequest.SerializeToString,
+            nowcast__pb2.PauseReply.FromString,
             options,
             channel_credentials,
             insecure,

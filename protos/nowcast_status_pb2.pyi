@@ -25,7 +25,7 @@ class ReadOutStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., begin_step: _Optional[int] = ..., num_snapshots: _Optional[int] = ...) -> None: ...
 
 class SessionStatus(_message.Message):
-    __slots__ = ("session_id", "run_id", "predictor", "world_size", "num_joined", "num_parameters", "epoch", "history_steps", "num_committed", "num_aborted", "num_published", "num_failed", "num_applied", "num_rolled_back", "idle_seconds", "context_len", "read_outs", "tenant", "num_accepted", "num_rejected", "snapshot_step", "snapshot_age_seconds", "promised_bytes", "recent_nowcasts", "policy", "snapshot_interval_steps")
+    __slots__ = ("session_id", "run_id", "predictor", "world_size", "num_joined", "num_parameters", "epoch", "history_steps", "num_committed", "num_aborted", "num_published", "num_failed", "num_applied", "num_rolled_back", "idle_seconds", "context_len", "read_outs", "tenant", "num_accepted", "num_rejected", "snapshot_step", "snapshot_age_seconds", "promised_bytes", "recent_nowcasts", "policy", "snapshot_interval_steps", "is_paused", "may_pause")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     PREDICTOR_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,8 @@ class SessionStatus(_message.Message):
     RECENT_NOWCASTS_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_INTERVAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    IS_PAUSED_FIELD_NUMBER: _ClassVar[int]
+    MAY_PAUSE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     run_id: str
     predictor: str
@@ -78,7 +80,9 @@ class SessionStatus(_message.Message):
     recent_nowcasts: _containers.RepeatedCompositeFieldContainer[NowcastStatus]
     policy: str
     snapshot_interval_steps: int
-    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., predictor: _Optional[str] = ..., world_size: _Optional[int] = ..., num_joined: _Optional[int] = ..., num_parameters: _Optional[int] = ..., epoch: _Optional[int] = ..., history_steps: _Optional[_Iterable[int]] = ..., num_committed: _Optional[int] = ..., num_aborted: _Optional[int] = ..., num_published: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_applied: _Optional[int] = ..., num_rolled_back: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., context_len: _Optional[int] = ..., read_outs: _Optional[_Iterable[_Union[ReadOutStatus, _Mapping]]] = ..., tenant: _Optional[str] = ..., num_accepted: _Optional[int] = ..., num_rejected: _Optional[int] = ..., snapshot_step: _Optional[int] = ..., snapshot_age_seconds: _Optional[float] = ..., promised_bytes: _Optional[int] = ..., recent_nowcasts: _Optional[_Iterable[_Union[NowcastStatus, _Mapping]]] = ..., policy: _Optional[str] = ..., snapshot_interval_steps: _Optional[int] = ...) -> None: ...
+    is_paused: bool
+    may_pause: bool
+    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., predictor: _Optional[str] = ..., world_size: _Optional[int] = ..., num_joined: _Optional[int] = ..., num_parameters: _Optional[int] = ..., epoch: _Optional[int] = ..., history_steps: _Optional[_Iterable[int]] = ..., num_committed: _Optional[int] = ..., num_aborted: _Optional[int] = ..., num_published: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_applied: _Optional[int] = ..., num_rolled_back: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., context_len: _Optional[int] = ..., read_outs: _Optional[_Iterable[_Union[ReadOutStatus, _Mapping]]] = ..., tenant: _Optional[str] = ..., num_accepted: _Optional[int] = ..., num_rejected: _Optional[int] = ..., snapshot_step: _Optional[int] = ..., snapshot_age_seconds: _Optional[float] = ..., promised_bytes: _Optional[int] = ..., recent_nowcasts: _Optional[_Iterable[_Union[NowcastStatus, _Mapping]]] = ..., policy: _Optional[str] = ..., snapshot_interval_steps: _Optional[int] = ..., is_paused: _Optional[bool] = ..., may_pause: _Optional[bool] = ...) -> None: ...
 
 class NowcastStatus(_message.Message):
     __slots__ = ("version", "base_step", "horizon_intervals", "relative_norm", "nowcast_seconds", "age_seconds", "outcome", "failure")

@@ -94,6 +94,7 @@ def render(reply: object) -> str:
             f"run {item.run_id}{owner}" + (f"  (session {item.session_id})" if item.session_id else ""),
             f"  model       {item.num_parameters:,} parameters, {item.num_joined} of {item.world_size} ranks joined",
             f"  predictor   {item.predictor}",
+            *(["  paused      nothing is applied until `sidecast resume`"] if item.is_paused else []),
             f"  history     {len(item.history_steps)} of {item.context_len} states (steps {history}), "
             f"epoch {item.epoch}",
             f"  snapshots   {item.num_committed} committed, {item.num_aborted} aborted{_newest(item)}",

@@ -130,6 +130,8 @@ class Overview:
             num_rolled_back=counts.rolled_back,
             num_rejected=counts.rejected,
             recent_nowcasts=[self._nowcast(item) for item in activity.recent],
+            is_paused=session.is_paused,
+            may_pause=owners.may_pause(settings.session_id, caller),
             idle_seconds=self._sessions.idle_s(settings.session_id),
             read_outs=read_out_statuses(session),
         )

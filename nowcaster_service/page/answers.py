@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
+from sidecast.errors import SidecastError
 from sidecast.nowcaster_service.access.callers import Caller, Callers
 from sidecast.nowcaster_service.page.document import document
 
@@ -22,6 +23,8 @@ VIEW_AGE_S = 1.0
 # Callers whose views are kept.
 MAX_VIEWS = 64
 JSON_TYPE, HTML_TYPE = "application/json; charset=utf-8", "text/html; charset=utf-8"
+# What the page shows with a request that changes something.
+PAGE_HEADER = "x-sidecast-page"
 _READING = ("GET", "HEAD")
 # Said with every answer.
 _HEADERS = {
@@ -37,17 +40,19 @@ _NOTHING_POLICY = "default-src 'none'; frame-ancestors 'none'"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request, its body apart.
+    """One request.
 
     Attributes:
         method: As "GET".
         target: What is asked for, with its query.
         headers: By their names in small letters.
+        body: Whole.
     """
 
     method: str
     target: str
     headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,8 @@ class Answers:
     Args:
         callers: Whose requests are answered.
         view: Makes the JSON that a caller may see; may take its time, or raise TimeoutError.
+        pause: Pauses (True) or resumes a run for a caller, and raises SidecastError where that may not; None where the
+            page is only read.
         needs_token: Whether callers show a token; else it is made sure that a browser was not led here by a name
             that somebody else gave this host.
         host: That the service was told to listen at.
@@ -99,12 +106,14 @@ class Answers:
         callers: Callers,
         view: Callable[[Caller], Awaitable[bytes]],
         *,
+        pause: Callable[[Caller, str, bool], Awaitable[None]] | None = None,
         needs_token: bool,
         host: str,
         clock: Callable[[], float],
     ) -> None:
         self._callers = callers
         self._view = view
+        self._pause = pause
         self._needs_token = needs_token
         self._host = host
         self._clock = clock
@@ -115,10 +124,11 @@ class Answers:
         if not self._needs_token and not _is_own_name(request.headers.get("host", ""), self._host):
             return refusal(HTTPStatus.MISDIRECTED_REQUEST, "the page is at this host's address, or localhost")
         path = request.target.partition("?")[0]
-        if path not in ("/", "/state"):
+        if path not in ("/", "/state", "/pause") or (path == "/pause" and self._pause is None):
             return refusal(HTTPStatus.NOT_FOUND, "there is / and /state")
-        if request.method not in _READING:
-            return refusal(HTTPStatus.METHOD_NOT_ALLOWED, "the page is read", Allow=", ".join(_READING))
+        methods = ("POST",) if path == "/pause" else _READING
+        if request.method not in methods:
+            return refusal(HTTPStatus.METHOD_NOT_ALLOWED, "the page is read", Allow=", ".join(methods))
         if path == "/":
             page = document(needs_token=self._needs_token)
             return answer_of(HTTPStatus.OK, page.body, HTML_TYPE, policy=page.policy)
@@ -127,9 +137,30 @@ class Answers:
             # No scheme that a browser would open a window of its own for.
             return refusal(HTTPStatus.UNAUTHORIZED, "a token is needed", WWW_Authenticate="Bearer")
         try:
+            if path == "/pause":
+                return await self._paused(request, caller)
             return answer_of(HTTPStatus.OK, await self._seen_by(caller))
         except TimeoutError:
             return refusal(HTTPStatus.SERVICE_UNAVAILABLE, "the service is busy", Retry_After="2")
+
+    async def _paused(self, request: Request, caller: Caller) -> Answer:
+        assert self._pause is not None, "there is no such path otherwise"
+        if not _is_of_the_page(request):
+            return refusal(HTTPStatus.FORBIDDEN, "only the page itself may ask for this")
+        try:
+            asked = json.loads(request.body)
+            run_id, is_paused = asked["run_id"], asked["is_paused"]
+            if not (isinstance(run_id, str) and isinstance(is_paused, bool)):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            return refusal(HTTPStatus.BAD_REQUEST, "allowed: a JSON object with run_id, a text, and is_paused")
+        try:
+            await self._pause(caller, run_id, is_paused)
+        except SidecastError as error:
+            return refusal(HTTPStatus.CONFLICT, str(error))
+        # What is asked for next is to show it.
+        self._views.pop(caller, None)
+        return answer_of(HTTPStatus.OK, b"{}")
 
     async def _seen_by(self, caller: Caller) -> bytes:
         now_s = self._clock()
@@ -140,6 +171,22 @@ class Answers:
             known = self._views[caller] = now_s, asyncio.ensure_future(self._view(caller))
         # Others may wait for it, too.
         return await asyncio.shield(known[1])
+
+
+def _is_of_the_page(request: Request) -> bool:
+    """Whether a request that changes something comes from the page, and no other site has made a browser send it.
+
+    A browser lets other sites send no such header without asking here first, and is not answered then. It also says
+    itself where a request comes from.
+    """
+    headers = request.headers
+    origin = headers.get("origin", "")
+    return (
+        headers.get(PAGE_HEADER) == "1"
+        and headers.get("content-type", "").partition(";")[0] == "application/json"
+        and headers.get("sec-fetch-site", "same-origin") == "same-origin"
+        and (not origin or origin.partition("://")[2] == headers.get("host"))
+    )
 
 
 def _is_own_name(host_header: str, host: str) -> bool:

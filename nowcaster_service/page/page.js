@@ -48,6 +48,7 @@ function draw(tag, attributes, text) {
 
 function condition(run) {
   const last = run.recent_nowcasts.at(-1);
+  if (run.is_paused) return ["calm", "paused", 1];
   if (run.num_joined < run.world_size) return ["warn", "joining", 1];
   if (run.idle_seconds > QUIET_S) return ["wait", `quiet ${seconds(run.idle_seconds)}`, 2];
   if (last?.failure) return ["warn", "no nowcast", 1];
@@ -165,6 +166,8 @@ class Row {
     this.node = byId("run").content.firstElementChild.cloneNode(true);
     this.details = this.node.querySelector("details");
     this.shown = {};
+    this.button = this.node.querySelector(".control button");
+    this.button.addEventListener("click", () => this.pause(!this.run.is_paused));
     this.details.addEventListener("toggle", () => {
       // So that one can send somebody the address of a run; what follows # no service is told.
       if (this.details.open) history.replaceState(null, "", this.address);
@@ -173,8 +176,25 @@ class Row {
   }
   get address() { return `#${encodeURIComponent(this.run.run_id)}`; }
   part(kind) { return this.node.querySelector(`.${kind}`); }
+  async pause(isPaused) {
+    this.button.disabled = true;
+    const headers = { "Content-Type": "application/json", "X-Sidecast-Page": "1", ...(token && { Authorization: `Bearer ${token}` }) };
+    const body = JSON.stringify({ run_id: this.run.run_id, is_paused: isPaused });
+    try {
+      const answer = await fetch("pause", { method: "POST", headers, body, signal: AbortSignal.timeout(PATIENCE_MS) });
+      this.fault = answer.ok ? "" : (await answer.json()).error;
+    } catch { this.fault = "no answer; it may have been heard all the same"; }
+    this.button.disabled = false;
+    ask();
+  }
   show(run) {
     this.run = run;
+    this.part("control").hidden = !run.may_pause && !run.is_paused;
+    this.button.hidden = !run.may_pause;
+    put(this.button, run.is_paused ? "Resume" : "Pause");
+    put(this.part("control > .muted"), this.fault || (run.is_paused
+      ? "No jump or push is applied until it is resumed; training and snapshots go on."
+      : "From its next vote on the run would apply no jump or push; training and snapshots would go on."));
     const [tone, word] = condition(run);
     put(this.part("state"), word, tone);
     put(this.part("id"), run.run_id);

@@ -12,19 +12,21 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from typing import TypeVar
 
 import h11
 
 from sidecast.nowcaster_service.access.callers import Caller, Callers
 from sidecast.nowcaster_service.access.encryption import watched_context
 from sidecast.nowcaster_service.access.watched_file import WatchedFile
-from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.errors import AddressError
 from sidecast.nowcaster_service.overview.fields import as_fields
 from sidecast.nowcaster_service.page.answers import Answer, Answers, Request, refusal
+from sidecast.nowcaster_service.servicer import Servicer
 from sidecast.protos import nowcast_pb2 as pb
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Others wait in the system's queue, for no longer than it takes until some of these are over.
 MAX_CONNECTIONS = 64
@@ -43,9 +45,9 @@ class PageServer:
     """A page that is served until it is closed.
 
     Args:
-        config: Settings.
+        servicer: What is shown, and who is asked to pause a run; lives on the loop that this is made on. Its settings
+            name host and encryption.
         callers: Who may look.
-        view: What a caller may see; awaited on the loop that this is made on.
         port: Where to listen; 0 picks a free port.
 
     Attributes:
@@ -56,19 +58,15 @@ class PageServer:
         ConfigError: A file of certificates or keys cannot be used.
     """
 
-    def __init__(
-        self,
-        config: ServiceConfig,
-        callers: Callers,
-        view: Callable[[Caller], Awaitable[pb.StatusReply]],
-        port: int,
-    ) -> None:
+    def __init__(self, servicer: Servicer, callers: Callers, port: int) -> None:
+        config = servicer.config
         self._service_loop = asyncio.get_running_loop()
-        self._view = view
+        self._servicer = servicer
         self._encryption = None if config.tls is None else watched_context(config.tls)
         self._answers = Answers(
             callers,
             self._seen_by,
+            pause=self._paused_by if config.page_control else None,
             needs_token=config.token_file is not None or config.tenants_file is not None,
             host=config.host,
             clock=time.monotonic,
@@ -106,12 +104,25 @@ class PageServer:
             self._loop.close()
 
     async def _seen_by(self, caller: Caller) -> bytes:
-        async def view() -> pb.StatusReply:
-            return await self._view(caller)
-
-        asked = asyncio.run_coroutine_threadsafe(view(), self._service_loop)
-        reply = await asyncio.wait_for(asyncio.wrap_future(asked), VIEW_S)
+        reply = await self._asked(lambda: self._servicer.overview.reply(caller))
         return json.dumps(as_fields(reply), separators=(",", ":")).encode()
+
+    async def _paused_by(self, caller: Caller, run_id: str, is_paused: bool) -> None:
+        request = pb.PauseRequest(run_id=run_id, is_paused=is_paused)
+        await self._asked(lambda: self._servicer.pause(request, caller))
+
+    async def _asked(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Has something done on the service's event loop.
+
+        Raises:
+            TimeoutError: It is busy.
+        """
+
+        async def work() -> T:
+            return await ask()
+
+        asked = asyncio.run_coroutine_threadsafe(work(), self._service_loop)
+        return await asyncio.wait_for(asyncio.wrap_future(asked), VIEW_S)
 
 
 async def accept_for_ever(
@@ -184,6 +195,8 @@ async def _serve(connection: socket.socket, context: ssl.SSLContext | None, answ
 
 
 async def _request(http: h11.Connection, reader: asyncio.StreamReader) -> Request:
+    head: h11.Request | None = None
+    body = b""
     while True:
         event = http.next_event()
         if event is h11.NEED_DATA:
@@ -192,13 +205,20 @@ async def _request(http: h11.Connection, reader: asyncio.StreamReader) -> Reques
                 raise EOFError
             http.receive_data(data)
         elif isinstance(event, h11.Request):
+            head = event
+        elif isinstance(event, h11.Data):
+            body += event.data
+        elif head is not None and isinstance(event, h11.EndOfMessage):
             return Request(
-                method=event.method.decode(),
-                target=event.target.decode("latin-1"),
-                headers={name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers},
+                method=head.method.decode(),
+                target=head.target.decode("latin-1"),
+                headers={name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers},
+                body=body,
             )
         else:
             raise EOFError
+        if len(body) > MAX_REQUEST_BYTES:
+            raise h11.RemoteProtocolError("too much is sent", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 
 
 def _malformed(error: h11.RemoteProtocolError) -> Answer:

@@ -15,6 +15,8 @@ COMMANDS = {
     "serve": "sidecast.nowcaster_service.commands.serve",
     "status": "sidecast.nowcaster_service.commands.status",
     "export": "sidecast.nowcaster_service.commands.export",
+    "pause": "sidecast.nowcaster_service.commands.pause",
+    "resume": "sidecast.nowcaster_service.commands.resume",
     "predict": "sidecast.commands.predict",
     "graph": "sidecast.commands.graph",
     "evaluate": "sidecast.commands.evaluate",

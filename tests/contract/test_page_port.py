@@ -23,7 +23,7 @@ from sidecast.nowcaster_service.access.watched_file import LOOK_INTERVAL_S
 from sidecast.nowcaster_service.config import TlsFiles
 from sidecast.nowcaster_service.errors import AddressError
 from sidecast.nowcaster_service.page import server as page_server
-from sidecast.nowcaster_service.page.server import MAX_REQUEST_BYTES, PageServer
+from sidecast.nowcaster_service.page.server import MAX_REQUEST_BYTES
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.transport import AUTHORIZATION_KEY
 from tests.support.limits import HANG_S
@@ -192,12 +192,8 @@ def test_a_busy_service_does_not_hold_the_page_up(
 def test_a_port_that_is_taken_is_named(stack: ExitStack, tmp_path: Path) -> None:
     service = stack.enter_context(RunningService(tmp_path))
     page = stack.enter_context(served_page(service))
-
-    async def start() -> PageServer:
-        return PageServer(service.config, callers_of(service.config), service.servicer.overview.reply, page.port)
-
     with pytest.raises(AddressError, match=rf"cannot serve the page at 127\.0\.0\.1:{page.port}: .* \(--page-port\)"):
-        service.call(start())
+        stack.enter_context(served_page(service, page.port))
 
 
 @pytest.fixture
@@ -240,9 +236,5 @@ def test_a_certificate_that_is_none_is_named(tmp_path: Path, stack: ExitStack) -
     object.__setattr__(
         service.config, "tls", TlsFiles(certificate=tmp_path / "tls.crt", private_key=tmp_path / "tls.key")
     )
-
-    async def start() -> PageServer:
-        return PageServer(service.config, callers_of(service.config), service.servicer.overview.reply, 0)
-
     with pytest.raises(ConfigError, match=r"tls\.crt, .*tls\.key cannot be used for TLS: "):
-        service.call(start())
+        stack.enter_context(served_page(service))

@@ -162,6 +162,25 @@ def test_a_token_is_asked_for_and_kept_out_of_sight(browser: Browser, stack: Exi
     assert all("401" in complaint for complaint in complaints)
 
 
+def test_a_run_is_paused_and_resumed(browser: Browser, stack: ExitStack, tmp_path: Path) -> None:
+    service = stack.enter_context(RunningService(tmp_path, page_control=True))
+    page = stack.enter_context(served_page(service))
+    open_run(service, "run", can_pause=True)
+    open_run(service, "of-an-older-trainer")
+    browser.open(f"http://127.0.0.1:{page.port}/", width=390, height=844)
+    browser.until(f"{row('run')}.querySelector('details').open = true")
+    for word, other, state in (("Pause", "Resume", "paused"), ("Resume", "Pause", "running")):
+        button = f"{row('run')}.querySelector('button')"
+        assert browser.evaluate(f"{button}.innerText") == word
+        browser.evaluate(f"{button}.click()")
+        browser.until(f"{button}.innerText === {json.dumps(other)} && !{button}.disabled")
+        assert text_of(browser, "run", "state") == state
+        (seen,) = [item for item in service.stub.Status(pb.StatusRequest()).sessions if item.run_id == "run"]
+        assert seen.is_paused is (state == "paused")
+    assert browser.evaluate(f"{row('of-an-older-trainer')}.querySelector('.control').hidden")
+    assert browser.evaluate(OVERFLOW) <= 0
+
+
 def test_a_service_that_goes_away_is_seen_to(browser: Browser, tmp_path: Path) -> None:
     with RunningService(tmp_path) as service, served_page(service) as page:
         open_run(service, "run")

@@ -19,11 +19,11 @@ from tests.support.services.harness import (
 
 
 @contextmanager
-def served_page(service: RunningService) -> Iterator[PageServer]:
-    """Serves a running service's page on a free port."""
+def served_page(service: RunningService, port: int = 0) -> Iterator[PageServer]:
+    """Serves a running service's page, on a free port if none is given."""
 
     async def start() -> PageServer:
-        return PageServer(service.config, callers_of(service.config), service.servicer.overview.reply, 0)
+        return PageServer(service.servicer, callers_of(service.config), port)
 
     page = service.call(start())
     try:

@@ -9,10 +9,12 @@ import json
 import re
 from collections.abc import Callable
 from http import HTTPStatus
+from typing import Any
 
 import pytest
 
 from sidecast.nowcaster_service.access.callers import ANYBODY, Caller
+from sidecast.nowcaster_service.errors import ForbiddenError
 from sidecast.nowcaster_service.page.answers import MAX_VIEWS, VIEW_AGE_S, Answer, Answers, Request
 from sidecast.nowcaster_service.page.document import document
 
@@ -209,3 +211,90 @@ def test_two_who_ask_at_once_wait_for_one_view(views: Views) -> None:
     first, second = asyncio.run(work())
     assert first.body == second.body
     assert len(views.asked) == 1
+
+
+ASKED = {"host": "localhost:8080", "content-type": "application/json", "x-sidecast-page": "1"}
+
+
+def control(views: Views, headers: dict[str, str], body: object, **how: Any) -> tuple[Answer, list[tuple[str, bool]]]:
+    """Asks for a pause where that is allowed; the answer, and what the service was asked for."""
+    asked: list[tuple[str, bool]] = []
+
+    async def pause(caller: Caller, run_id: str, is_paused: bool) -> None:
+        asked.append((run_id, is_paused))
+        if run_id == "another's":
+            raise ForbiddenError("run another's is another tenant's")
+
+    async def work() -> Answer:
+        callers = OneToken() if how.get("needs_token") else Everybody()
+        made: dict[str, Any] = {"needs_token": False, "pause": pause} | how
+        answers = Answers(callers, views, host="127.0.0.1", clock=views.clock, **made)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await answers.answer(Request(method="POST", target="/pause", headers=headers, body=content))
+
+    return asyncio.run(work()), asked
+
+
+@pytest.mark.parametrize("more", [{}, {"origin": "http://localhost:8080", "sec-fetch-site": "same-origin"}])
+def test_the_page_pauses_a_run(views: Views, more: dict[str, str]) -> None:
+    answer, asked = control(views, ASKED | more, {"run_id": "run", "is_paused": True})
+    assert (answer.status, asked) == (HTTPStatus.OK, [("run", True)])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"x-sidecast-page": ""},
+        {"content-type": "text/plain"},
+        {"content-type": "application/x-www-form-urlencoded"},
+        {"origin": "https://attacker.example"},
+        {"origin": "null"},
+        {"origin": "http://localhost:8081"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"sec-fetch-site": "none"},
+    ],
+)
+def test_no_other_site_makes_a_browser_do_it(views: Views, changed: dict[str, str]) -> None:
+    answer, asked = control(views, ASKED | changed, {"run_id": "run", "is_paused": True})
+    assert (answer.status, asked) == (HTTPStatus.FORBIDDEN, [])
+
+
+def test_nobody_does_it_without_a_token_where_one_is_needed(views: Views) -> None:
+    body = {"run_id": "run", "is_paused": True}
+    answer, asked = control(views, ASKED, body, needs_token=True)
+    assert (answer.status, asked) == (HTTPStatus.UNAUTHORIZED, [])
+    answer, asked = control(views, ASKED | {"authorization": "Bearer red"}, body, needs_token=True)
+    assert (answer.status, asked) == (HTTPStatus.OK, [("run", True)])
+
+
+def test_a_page_that_is_only_read_has_no_such_place(views: Views) -> None:
+    answer, _ = control(views, ASKED, {"run_id": "run", "is_paused": True}, pause=None)
+    assert answer.status is HTTPStatus.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        [],
+        "run",
+        {},
+        {"run_id": 1, "is_paused": True},
+        {"run_id": "run"},
+        {"run_id": "run", "is_paused": "yes"},
+    ],
+)
+def test_what_is_no_request_for_a_pause_is_refused(views: Views, body: object) -> None:
+    answer, asked = control(views, ASKED, body)
+    assert (answer.status, asked) == (HTTPStatus.BAD_REQUEST, [])
+
+
+def test_what_the_service_refuses_is_said(views: Views) -> None:
+    answer, _ = control(views, ASKED, {"run_id": "another's", "is_paused": True})
+    assert (answer.status, json.loads(answer.body)) == (
+        HTTPStatus.CONFLICT,
+        {"error": "run another's is another tenant's"},
+    )
