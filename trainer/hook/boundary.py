@@ -281,7 +281,7 @@ class NowcastHook:
         self.totals.num_losses += decision.num_losses
         self._policy.on_loss(self._vote_step, decision.mean_loss)
         self._reporter.agree_on_pause(decision.is_paused)
-        held = None if decision.is_paused else self._inbox.held
+        held = self._inbox.held
         if held is not None and (decision.version, decision.digest, decision.epoch) == (
             held.version,
             held.digest,
