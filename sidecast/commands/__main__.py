@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from sidecast.errors import SidecastError, printable
 
-# By name: those that belong to the service are loaded only where they are asked for.
+# By name: those that belong to the service, or to training jobs, are loaded only where they are asked for.
 COMMANDS = {
     "serve": "sidecast.nowcaster_service.commands.serve",
     "status": "sidecast.nowcaster_service.commands.status",
@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": "sidecast.commands.predict",
     "graph": "sidecast.commands.graph",
     "evaluate": "sidecast.commands.evaluate",
+    "report": "sidecast.trainer.report.command",
     "doctor": "sidecast.commands.doctor",
 }
 

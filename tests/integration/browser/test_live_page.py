@@ -14,7 +14,7 @@ from sidecast.nowcaster_service.nowcasting import NowcastAnswer
 from sidecast.nowcaster_service.page import answers
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.transport import AUTHORIZATION_KEY
-from tests.support.browser import Browser
+from tests.support.browsing.browser import Browser
 from tests.support.services.harness import RunningService, open_request
 from tests.support.services.page import commit_step, open_run, served_page
 
