@@ -117,11 +117,16 @@ function nowcastTable(run) {
   return [make("h3", "Newest nowcasts"), scroll];
 }
 
-// --- read-outs: read_outs[].probe_losses is a list of {step, loss}, oldest first; absent where nobody measures
+// --- read-outs: probe.points is a list of {step, losses}, oldest first, with a loss by read-out and of the run's own
+// weights, as "raw"; absent where nobody measures
 
-function chart(losses) {
+function probeLosses(run, name) {
+  const points = (run.probe?.points ?? []).map((point) => ({ step: point.step, loss: point.losses?.[name] }));
+  return points.filter((point) => Number.isFinite(point.loss));
+}
+function chart(losses, raw) {
   const [width, height, left, foot] = [280, 84, 38, 14];
-  const xs = losses.map((item) => Number(item.step)), ys = losses.map((item) => item.loss);
+  const all = [...losses, ...raw], xs = all.map((item) => Number(item.step)), ys = all.map((item) => item.loss);
   const [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
   const x = (step) => left + ((step - x0) / (x1 - x0 || 1)) * (width - left - 6);
   const y = (loss) => 6 + (1 - (loss - y0) / (y1 - y0 || 1)) * (height - foot - 12);
@@ -131,32 +136,37 @@ function chart(losses) {
     image.append(draw("line", { x1: left, x2: width, y1: y(loss), y2: y(loss) }));
     image.append(draw("text", { x: left - 5, y: y(loss) + 3, "text-anchor": "end" }, loss.toPrecision(3)));
   }
-  image.append(draw("polyline", { points: losses.map((item, i) => `${x(xs[i]).toFixed(1)},${y(item.loss).toFixed(1)}`).join(" ") }));
+  for (const [line, kind] of [[raw, "raw"], [losses, "own"]]) {
+    const points = line.map((item) => `${x(Number(item.step)).toFixed(1)},${y(item.loss).toFixed(1)}`);
+    image.append(draw("polyline", { class: kind, points: points.join(" ") }));
+  }
   const last = losses.at(-1);
   image.append(draw("circle", { cx: x(Number(last.step)), cy: y(last.loss), r: 3 }));
   image.append(draw("text", { x: left, y: height - 1 }, steps(x0)));
   if (x1 > x0) image.append(draw("text", { x: width, y: height - 1, "text-anchor": "end" }, steps(x1)));
   return image;
 }
-function readOut(item) {
+function readOut(run, item) {
   const figure = make("figure"), caption = make("figcaption");
   const since = Number(item.num_snapshots)
     ? `step ${steps(item.step)}; ${many(Number(item.num_snapshots), "state")} since step ${steps(item.begin_step)}`
     : "no state yet";
   caption.append(make("b", item.name), make("span", since, "muted"));
   figure.append(caption);
-  const losses = (item.probe_losses ?? []).filter((point) => Number.isFinite(point.loss));
+  const losses = probeLosses(run, item.name), raw = probeLosses(run, "raw");
   if (losses.length) {
-    caption.append(make("span", `probe loss ${losses.at(-1).loss.toPrecision(4)}`));
-    figure.append(chart(losses));
+    const own = raw.length ? `, ${raw.at(-1).loss.toPrecision(4)} of the run's own weights (grey)` : "";
+    const best = run.probe.best === item.name ? "; the lowest" : "";
+    caption.append(make("span", `probe loss ${losses.at(-1).loss.toPrecision(4)}${own}${best}`));
+    figure.append(chart(losses, raw));
   }
   return figure;
 }
 function readOuts(run) {
   if (!run.read_outs.length) return [];
   const charts = make("div", undefined, "charts");
-  charts.append(...run.read_outs.map(readOut));
-  return [make("h3", "Read-outs"), charts];
+  charts.append(...run.read_outs.map((item) => readOut(run, item)));
+  return [make("h3", "Read-outs"), ...(run.probe?.fault ? [make("p", `The probe: ${run.probe.fault}`, "muted")] : []), charts];
 }
 
 // --- the page

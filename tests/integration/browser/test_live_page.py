@@ -113,14 +113,25 @@ def test_a_probe_is_drawn_where_there_is_one(browser: Browser, stack: ExitStack,
     page = stack.enter_context(served_page(stack.enter_context(RunningService(tmp_path))))
     browser.open(f"http://127.0.0.1:{page.port}/")
     browser.until("document.getElementById('empty').hidden === false")
-    probe = [{"step": f"{step}", "loss": 4 - step / 100} for step in range(10, 110, 10)]
-    read_out = {"name": "ema5", "step": "100", "begin_step": "0", "num_snapshots": "10", "probe_losses": probe}
-    browser.evaluate(f"document.querySelector('main').append(readOut({json.dumps(read_out)}))")
-    points = browser.evaluate("document.querySelector('figure polyline').getAttribute('points')").split()
-    heights = [float(point.split(",")[1]) for point in points]
-    assert len(points) == 10
+    points = [
+        {"step": f"{step}", "losses": {"ema5": 4 - step / 100, "raw": 4.5 - step / 100}} for step in range(10, 110, 10)
+    ]
+    # One that was not finite is missing.
+    points.insert(3, {"step": "35", "losses": {"raw": 4.2}})
+    read_outs = [
+        {"name": name, "step": "100", "begin_step": "0", "num_snapshots": "10"} for name in ("ema5", "mean@10")
+    ]
+    run = {"read_outs": read_outs, "probe": {"points": points, "best": "ema5", "fault": "it has <b>stopped</b>"}}
+    browser.evaluate(f"document.querySelector('main').append(...readOuts({json.dumps(run)}))")
+    drawn = browser.evaluate("document.querySelector('figure polyline.own').getAttribute('points')").split()
+    heights = [float(point.split(",")[1]) for point in drawn]
+    assert len(drawn) == 10
     assert heights == sorted(heights)
-    assert "probe loss 3.000" in browser.evaluate("document.querySelector('figcaption').innerText")
+    assert len(browser.evaluate("document.querySelector('figure polyline.raw').getAttribute('points')").split()) == 11
+    captions = browser.evaluate("[...document.querySelectorAll('figcaption')].map((item) => item.innerText)")
+    assert "probe loss 3.000, 3.500 of the run's own weights (grey); the lowest" in captions[0]
+    assert "probe" not in captions[1]
+    assert "The probe: it has <b>stopped</b>" in browser.evaluate("document.querySelector('main').innerText")
 
 
 def test_a_token_is_asked_for_and_kept_out_of_sight(browser: Browser, stack: ExitStack, tmp_path: Path) -> None:
