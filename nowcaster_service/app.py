@@ -36,6 +36,7 @@ from sidecast.nowcaster_service.nowcasting import (
     PredictorAnswer,
     PredictorRequest,
 )
+from sidecast.nowcaster_service.page.server import PageServer
 from sidecast.nowcaster_service.pushing import PushRequest
 from sidecast.nowcaster_service.read_outs.folding import FoldAnswer, FoldRequest, answer_fold
 from sidecast.nowcaster_service.server import create_server
@@ -183,6 +184,7 @@ class IngressActor:
         self._loop = asyncio.new_event_loop()
         self._server: grpc.aio.Server | None = None
         self._store: HistoryStore | None = None
+        self._page: PageServer | None = None
         # Looked up by name: a handle among the constructor's arguments would not survive a restart of this actor.
         self._engines = RayEngines(ray.get_actor(ENGINE_NAME))
         threading.Thread(target=self._run, name="grpc", daemon=True).start()
@@ -199,6 +201,8 @@ class IngressActor:
     def stop(self) -> None:
         """Ends the gRPC server, letting calls in flight finish, and removes the histories."""
         server = self._server
+        if self._page is not None:
+            self._page.close()
         if server is not None:
             asyncio.run_coroutine_threadsafe(server.stop(STOP_GRACE_S), self._loop).result()
         if self._store is not None:
@@ -238,6 +242,9 @@ class IngressActor:
         if metrics_port is not None:
             visible_runs = servicer.sessions.owners.visible_runs
             await bind(lambda: serve_metrics(config, metrics.registry, callers, visible_runs, metrics_port))
+        page_port = config.page_port
+        if page_port is not None:
+            self._page = await bind(lambda: PageServer(servicer, callers, page_port))
         server, port = await bind(lambda: create_server(servicer, callers, config.port))
         servicer.handover.start()
         await server.start()

@@ -68,6 +68,19 @@ class ServiceConfig:
         default=None,
         metadata=option("--metrics-port", "serve Prometheus metrics on this port", kind=int, default="none"),
     )
+    page_port: int | None = field(
+        default=None,
+        metadata=option("--page-port", "serve the live page on this port", kind=int, default="none"),
+    )
+    page_control: bool = field(
+        default=False,
+        metadata=option(
+            "--page-control",
+            "whoever may see a run as its own on the page may pause and resume it there, and by `sidecast pause`, "
+            "without the run's secret",
+            is_flag=True,
+        ),
+    )
     weights: Path | None = field(
         default=None,
         metadata=option(
@@ -173,7 +186,11 @@ class ServiceConfig:
                 f"--host {self.host} is reachable from other machines: --tls-cert, --tls-key and {TOKEN_OPTION} or "
                 f"{TENANTS_OPTION} are required (only loopback addresses may do without)"
             )
-        for name, port in (("--port", self.port), ("--metrics-port", self.metrics_port)):
+        for name, port in (
+            ("--port", self.port),
+            ("--metrics-port", self.metrics_port),
+            ("--page-port", self.page_port),
+        ):
             if port is not None and not 0 < port <= MAX_PORT:
                 raise ConfigError(f"{name} is {port}; allowed: 1 to {MAX_PORT}")
         if not MIN_CHUNK_BYTES <= self.chunk_bytes <= MAX_CHUNK_BYTES:

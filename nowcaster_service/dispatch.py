@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
 from sidecast.nowcaster_service.engines.turns import Turns
@@ -58,6 +58,11 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         # A push is worth little after a few steps: it waits for other pushes only.
         self._nowcasts, self._pushes, self._folds = Turns(clock=clock), Turns(clock=clock), Turns(clock=clock)
+
+    @property
+    def queues(self) -> Mapping[str, Turns]:
+        """Who works and who waits, by the kind of work."""
+        return {"nowcasts": self._nowcasts, "pushes": self._pushes, "read-outs": self._folds}
 
     def start(self, session: Session, task: NowcastTask) -> None:
         """Begins a nowcast, whose end the session will be told."""

@@ -5,7 +5,13 @@
 
 from __future__ import annotations
 
+import logging
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from sidecast.nowcaster_service.session_events import Event, FailureEvent, FoldEvent, Prediction, SnapshotEvent
+
+log = logging.getLogger(__name__)
 
 RUN_LABEL = "run_id"
 NOWCAST_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300)
@@ -70,6 +76,9 @@ class ServiceMetrics:
         self.snapshot_step = Gauge(
             "sidecast_service_snapshot_step", "Step of the newest committed snapshot", [RUN_LABEL], registry=registry
         )
+        self.paused = Gauge(
+            "sidecast_service_paused", "1 while the run is asked to apply nothing", [RUN_LABEL], registry=registry
+        )
         self.folds = Counter(
             "sidecast_service_read_out_states",
             "States by whether they went into a read-out: averaged, left_out",
@@ -95,11 +104,12 @@ class ServiceMetrics:
             self.nowcast_seconds,
             self.relative_norm,
             self.snapshot_step,
+            self.paused,
             self.folds,
             self.read_out_step,
         )
 
-    def begin_run(self, run_id: str) -> None:
+    def begin_run(self, run_id: str, *, is_paused: bool = False) -> None:
         """Shows a run's counters from zero on: Prometheus sees no increase in a series that begins at one."""
         for counter in (self.received_bytes, self.sent_bytes):
             counter.labels(run_id)
@@ -111,12 +121,29 @@ class ServiceMetrics:
         ):
             for value in values:
                 counter.labels(run_id, value)
+        self.paused.labels(run_id).set(is_paused)
 
-    def note_fold(self, run_id: str, read_out: str, step: int, reason: str) -> None:
-        """Counts a state that went into a read-out, or was left out of it for a reason."""
-        self.folds.labels(run_id, "left_out" if reason else "averaged").inc()
-        if not reason:
-            self.read_out_step.labels(run_id, read_out).set(step)
+    def note(self, run_id: str, predictor: str, event: Event) -> None:
+        """Counts an event of a run's session, and says in the log what went wrong."""
+        match event:
+            case SnapshotEvent(reason=""):
+                self.snapshots.labels(run_id, "committed").inc()
+                self.snapshot_step.labels(run_id).set(event.step)
+            case SnapshotEvent():
+                self.snapshots.labels(run_id, "aborted").inc()
+                log.warning("snapshot of step %d aborted: %s", event.step, event.reason)
+            case Prediction():
+                self.predictions.labels(run_id, "published").inc()
+                self.nowcast_seconds.labels(run_id, predictor).observe(event.nowcast_s)
+                self.relative_norm.labels(run_id).set(event.relative_norm)
+            case FailureEvent():
+                self.predictions.labels(run_id, "failed").inc()
+                log.warning("no nowcast at step %d: %s", event.base_step, event.reason)
+            case FoldEvent(reason=""):
+                self.folds.labels(run_id, "averaged").inc()
+                self.read_out_step.labels(run_id, event.name).set(event.step)
+            case FoldEvent():
+                self.folds.labels(run_id, "left_out").inc()
 
     def forget_run(self, run_id: str) -> None:
         """Drops the series of a run that is over, so that a long-lived service does not collect them."""

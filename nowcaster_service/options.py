@@ -22,6 +22,7 @@ class Option:
         unit: How many of the setting's units (bytes) are one of the option's.
         read: Makes the setting's value of the option's.
         default: The default as people read it; empty for none.
+        is_flag: Whether it is given without a value.
     """
 
     flag: str
@@ -30,6 +31,7 @@ class Option:
     unit: int = 1
     read: Callable[[Any], Any] | None = None
     default: str = ""
+    is_flag: bool = False
 
     @property
     def name(self) -> str:
@@ -71,6 +73,8 @@ def _shown_default(item: Field[Any]) -> str:
     declared: Option = item.metadata[_KEY]
     if declared.default or item.default is MISSING or item.default is None:
         return declared.default
+    if declared.is_flag:
+        return ""
     return f"{item.default / declared.unit:g}" if isinstance(item.default, int | float) else str(item.default)
 
 
@@ -78,6 +82,10 @@ def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> N
     """Lets a parser take options; those that are not given are None."""
     for item in options:
         default = f" (default: {item.default})" if item.default else ""
+        if item.is_flag:
+            # None where it is not given, as with the others.
+            parser.add_argument(item.flag, action="store_true", default=None, help=item.help)
+            continue
         parser.add_argument(item.flag, type=item.kind, help=item.help + default)
 
 

@@ -131,6 +131,7 @@ class GrpcFace(grpc.GenericRpcHandler):
             "Report": unary(self._answering(servicer.report), reader_of(pb.ReportRequest), _serialize),
             "Status": unary(self._answering(servicer.status), reader_of(pb.StatusRequest), _serialize),
             "ReadOut": stream(self._streaming(servicer.read_out), reader_of(pb.ReadOutRequest), _serialize),
+            "Pause": unary(self._answering(servicer.pause), reader_of(pb.PauseRequest), _serialize),
         }
         self._methods = {f"/{SERVICE_NAME}/{name}": handler for name, handler in methods.items()}
         self._health = unary(self._check_health)

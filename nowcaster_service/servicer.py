@@ -17,8 +17,8 @@ from sidecast.nowcaster_service.dispatch import Dispatcher, Predictions
 from sidecast.nowcaster_service.errors import IncompatibleError, MalformedError, SaturatedError
 from sidecast.nowcaster_service.handover import Handover
 from sidecast.nowcaster_service.metrics import ServiceMetrics
-from sidecast.nowcaster_service.read_outs.messages import description, read_out_statuses
-from sidecast.nowcaster_service.session import Session
+from sidecast.nowcaster_service.overview.view import Overview
+from sidecast.nowcaster_service.read_outs.messages import description
 from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.session_table import SessionTable
 from sidecast.nowcaster_service.vector_store import HistoryStore
@@ -59,6 +59,7 @@ class Servicer:
     Attributes:
         sessions: All that are open.
         handover: Where couriers on this host leave their buffers, once it is started.
+        overview: What all this looks like to who asks.
     """
 
     def __init__(
@@ -82,14 +83,13 @@ class Servicer:
             run_budget_bytes=config.run_budget_bytes or store.budget_bytes,
             # An engine that takes longer is given up.
             lock_timeout_s=config.nowcast_timeout_s,
+            may_pause_by_token=config.page_control,
         )
         self.handover = Handover(store.folder, self.sessions, clock=clock)
         self._store = store
         self._engines = engines
         self._dispatcher = Dispatcher(engines, config.nowcast_timeout_s, clock=clock)
-        self._version = version
-        self._clock = clock
-        self._started_s = clock()
+        self.overview = Overview(config, store, self.sessions, engines, self._dispatcher, version=version, clock=clock)
         metrics.history_budget_bytes.set(store.budget_bytes)
 
     @property
@@ -135,7 +135,12 @@ class Servicer:
         session.join(request.rank, _shards(request.upload_shards), _shards(request.fetch_shards))
         self.metrics.ranks.labels(session.settings.run_id).set(session.num_joined)
         path, ticket = self.handover.issue(request.session_id, request.rank)
-        return pb.JoinReply(chunk_bytes=self.config.chunk_bytes, local_socket=path, local_ticket=ticket)
+        return pb.JoinReply(
+            chunk_bytes=self.config.chunk_bytes,
+            local_socket=path,
+            local_ticket=ticket,
+            is_paused=session.is_paused,
+        )
 
     async def upload(self, frames: AsyncIterator[ChunkFrame], caller: Caller = ANYBODY) -> pb.UploadReply:
         async for frame in frames:
@@ -216,43 +221,13 @@ class Servicer:
         if request.rank == 0:
             setattr(session.counts, outcome, getattr(session.counts, outcome) + 1)
             self.metrics.jumps.labels(session.settings.run_id, outcome).inc()
+            self.sessions.activity.settle(session.settings.run_id, request.version, outcome)
         session.settle(request.version)
         session.begin_epoch(request.epoch)
         return pb.ReportReply()
 
     async def status(self, request: pb.StatusRequest, caller: Caller = ANYBODY) -> pb.StatusReply:
-        return pb.StatusReply(
-            service_version=self._version,
-            uptime_seconds=self._clock() - self._started_s,
-            history_bytes=self._store.used_bytes,
-            history_budget_bytes=self._store.budget_bytes,
-            engines_fault=self.engines_fault,
-            sessions=[]
-            if request.without_sessions
-            else [
-                pb.SessionStatus(
-                    session_id=self._shown_id(session, caller),
-                    run_id=session.settings.run_id,
-                    predictor=session.settings.predictor,
-                    world_size=session.settings.world_size,
-                    num_joined=session.num_joined,
-                    num_parameters=session.settings.manifest.num_elements,
-                    epoch=session.epoch,
-                    history_steps=session.history_steps,
-                    context_len=session.settings.context_len,
-                    num_committed=session.counts.committed,
-                    num_aborted=session.counts.aborted,
-                    num_published=session.counts.published,
-                    num_failed=session.counts.failed,
-                    num_applied=session.counts.applied,
-                    num_rolled_back=session.counts.rolled_back,
-                    idle_seconds=idle_s,
-                    read_outs=read_out_statuses(session),
-                )
-                for session, idle_s in self.sessions.items()
-                if self.sessions.owners.is_visible(session.settings.session_id, caller)
-            ],
-        )
+        return await self.overview.reply(caller, with_sessions=not request.without_sessions)
 
     async def read_out(
         self, request: pb.ReadOutRequest, caller: Caller = ANYBODY
@@ -268,9 +243,8 @@ class Servicer:
                 yield pb.ReadOutPart(offset_bytes=start, crc32=crc32(data), data=data)
                 sent.inc(len(data))
 
-    def _shown_id(self, session: Session, caller: Caller) -> str:
-        session_id = session.settings.session_id
-        return session_id if self.sessions.owners.is_shown_to(session_id, caller) else ""
+    async def pause(self, request: pb.PauseRequest, caller: Caller = ANYBODY) -> pb.PauseReply:
+        return pb.PauseReply(has_changed=self.sessions.pause(request.run_id, request.is_paused, caller))
 
 
 def _shards(messages: Any) -> tuple[ShardSpec, ...]:

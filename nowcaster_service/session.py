@@ -37,6 +37,8 @@ class Session(Receiving):
         prediction: The published one.
         recorder: The same.
         read_outs: Averages of the states so far.
+        is_paused: Whether the run is to apply nothing.
+        num_pause_changes: How often that has changed here.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Session(Receiving):
         super().__init__(settings, vectors, notify)
         self.prediction: Prediction | None = None
         self.recorder = recorder
+        self.is_paused, self.num_pause_changes = False, 0
         self.read_outs = RunningAverages(settings, vectors, notify)
         self._motion = None if settings.push is None else CarriedMotion(settings, vectors)
         # How many services have begun the nowcast that is being made.
@@ -184,6 +187,16 @@ class Session(Receiving):
             self._settled_version = version
             self.record()
 
+    def pause(self, is_paused: bool) -> bool:
+        """Asks the run to apply nothing, or to go on; says whether that is news."""
+        if is_paused == self.is_paused:
+            return False
+        self.is_paused = is_paused
+        self.num_pause_changes += 1
+        # Before anybody hears of it: what ranks may heed is known here after a restart, too.
+        self.record()
+        return True
+
     def fail(self, base_step: int, reason: str) -> None:
         """Counts a nowcast that was not made."""
         self.counts.failed += 1
@@ -217,6 +230,7 @@ class Session(Receiving):
                 task=self._nowcast,
                 num_tries=self._num_tries,
                 averages=dict(self.read_outs.averages),
+                is_paused=self.is_paused,
             )
             self.recorder.write(record_of(kept, self.recorder.identity))
         for vector in self._dropped:

@@ -118,6 +118,11 @@ class SessionCounts:
     rejected: int = 0
 
 
+def pause_message(is_paused: bool) -> pb.SessionEvent:
+    """How it is with the run's pause, as couriers hear of it."""
+    return pb.SessionEvent(pause=pb.PauseChanged(is_paused=is_paused))
+
+
 ToldEvent = SnapshotEvent | Prediction | FailureEvent
 Event = ToldEvent | FoldEvent
 

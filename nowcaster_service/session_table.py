@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -12,12 +11,14 @@ from sidecast.nowcaster_service.access.callers import Caller
 from sidecast.nowcaster_service.access.fetches import Fetches
 from sidecast.nowcaster_service.access.owner import announcement_digest
 from sidecast.nowcaster_service.access.owners import Owners
+from sidecast.nowcaster_service.access.watchers import Watchers
 from sidecast.nowcaster_service.errors import MalformedError, SaturatedError, UnknownSessionError, WrongStateError
 from sidecast.nowcaster_service.keeping.examination import Found
 from sidecast.nowcaster_service.keeping.kept_runs import KeptRuns, Taken
 from sidecast.nowcaster_service.keeping.restoration import Restoration
 from sidecast.nowcaster_service.keeping.run_folder import RunFolder, folder_name, recorder_of
 from sidecast.nowcaster_service.metrics import ServiceMetrics
+from sidecast.nowcaster_service.overview.activity import Activity
 from sidecast.nowcaster_service.session import Session
 from sidecast.nowcaster_service.session_events import (
     Event,
@@ -25,8 +26,8 @@ from sidecast.nowcaster_service.session_events import (
     FoldEvent,
     NowcastTask,
     Prediction,
-    SnapshotEvent,
     event_message,
+    pause_message,
 )
 from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.vector_store import HistoryStore
@@ -39,8 +40,6 @@ MAX_SUPERSEDED = 1024
 # A session that no courier has watched for so long is a dead job's, and gives way to one that needs its space.
 ORPHAN_GRACE_S = 30.0
 
-Watcher = asyncio.Queue[pb.SessionEvent | None]
-
 
 class SessionTable:
     """Sessions by id, within the history budget.
@@ -52,6 +51,7 @@ class SessionTable:
         session_timeout_s: A session that nobody has used or watched for so long is ended.
         max_sessions: How many may be open at once.
         run_budget_bytes: Most history that one of them may need.
+        may_pause_by_token: See ``Owners``.
         lock_timeout_s: How long to wait for an engine of a dead service that is still at work on a run's files.
 
     Attributes:
@@ -59,6 +59,7 @@ class SessionTable:
         fetches: Under way, of predictions.
         exports: Under way, of read-outs.
         kept: What earlier services have left.
+        activity: What has happened of late, by run.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class SessionTable:
         max_sessions: int,
         run_budget_bytes: int,
         lock_timeout_s: float = 0.0,
+        may_pause_by_token: bool = False,
     ) -> None:
         self._store = store
         self._metrics = metrics
@@ -80,14 +82,13 @@ class SessionTable:
         self._run_budget_bytes = run_budget_bytes
         self._sessions: dict[str, Session] = {}
         self._last_seen_s: dict[str, float] = {}
-        self.owners = Owners()
+        self.owners = Owners(by_token=may_pause_by_token)
         self.fetches, self.exports = Fetches(), Fetches()
-        self._watchers: dict[str, list[Watcher]] = {}
+        self.activity = Activity(clock)
+        self._watchers = Watchers()
         self._superseded: deque[str] = deque(maxlen=MAX_SUPERSEDED)
         self.kept = KeptRuns(store, clock, lock_timeout_s)
         self._folders: dict[str, RunFolder] = {}
-        # Of sessions whose history has begun anew: what is told of it, and the ranks that have been.
-        self._losses: dict[str, tuple[pb.SessionEvent, set[int]]] = {}
 
     def find(self, session_id: str) -> Session | None:
         """A session if it is open; an open one has been used just now.
@@ -144,10 +145,14 @@ class SessionTable:
     def items(self) -> Iterator[tuple[Session, float]]:
         """Every session with the seconds since it was used."""
         for session_id, session in self._sessions.items():
-            yield session, self._idle_s(session_id)
+            yield session, self.idle_s(session_id)
+
+    def is_open(self, session_id: str) -> bool:
+        """Whether there is such a session; that somebody asks does not count as its use."""
+        return session_id in self._sessions
 
     def num_watchers(self, session_id: str) -> int:
-        return len(self._watchers.get(session_id, ()))
+        return self._watchers.num_of(session_id)
 
     # --- from its beginning to its end
 
@@ -184,6 +189,7 @@ class SessionTable:
         elif taken.reason:
             self._tell_loss(settings, f"the history begins anew: {taken.reason}", 0)
         for superseded in earlier:
+            session.is_paused |= superseded.is_paused
             if request.resumed:
                 session.adopt(superseded, request.resume_step, request.resume_epoch)
         # Before anything that an earlier record names is given back.
@@ -195,7 +201,7 @@ class SessionTable:
         self._last_seen_s[session_id] = self._clock()
         self._metrics.sessions.set(len(self._sessions))
         self._metrics.history_bytes.set(self._store.used_bytes)
-        self._metrics.begin_run(settings.run_id)
+        self._metrics.begin_run(settings.run_id, is_paused=session.is_paused)
         log.info(
             "session %s of run %s: %d ranks, %d parameters, predictor %s, horizons %s",
             session_id,
@@ -212,6 +218,7 @@ class SessionTable:
     ) -> tuple[Session, NowcastTask] | None:
         """Lets a session go on with a history; with its own, or with what a resume keeps of an earlier session's."""
         settings, identity = session.settings, found.record.identity
+        session.is_paused = found.record.is_paused
         restoration = Restoration(found, folder.path, self._store, settings)
         is_same = identity.session_id == settings.session_id
         is_model = identity.schema_hash == settings.manifest.schema_hash
@@ -262,7 +269,7 @@ class SessionTable:
 
     def _tell_loss(self, settings: SessionSettings, reason: str, step: int) -> None:
         log.warning("run %s: %s", settings.run_id, reason)
-        self._losses[settings.session_id] = event_message(FailureEvent(step, reason)), set()
+        self._watchers.tell_each_first(settings.session_id, event_message(FailureEvent(step, reason)))
 
     def _make_room(self, settings: SessionSettings) -> None:
         """Ends sessions that nobody watches any more, the longest idle first, until this one fits."""
@@ -289,7 +296,7 @@ class SessionTable:
             waiting_bytes = self.kept.num_bytes(besides=settings.run_id)
         promised += waiting_bytes
         for session_id in sorted(others, key=self._last_seen_s.__getitem__):
-            is_orphan = not self._watchers.get(session_id) and self._idle_s(session_id) > ORPHAN_GRACE_S
+            is_orphan = not self.num_watchers(session_id) and self.idle_s(session_id) > ORPHAN_GRACE_S
             lacks_room = promised + settings.needed_bytes > budget_bytes or num_others >= self._max_sessions
             if lacks_room and is_orphan:
                 log.info("session %s, which nobody watches, makes room for %s", session_id, settings.session_id)
@@ -305,7 +312,8 @@ class SessionTable:
                 f"{num_others} sessions are open, as many as are allowed (sidecast serve --max-sessions)"
             )
 
-    def _idle_s(self, session_id: str) -> float:
+    def idle_s(self, session_id: str) -> float:
+        """Seconds since a session was used."""
         return self._clock() - self._last_seen_s[session_id]
 
     def expire(self) -> None:
@@ -313,8 +321,8 @@ class SessionTable:
         if self.kept.idle_s > self._session_timeout_s:
             self.kept.forget_all()
         for session_id in list(self._sessions):
-            is_idle = self._idle_s(session_id) > self._session_timeout_s
-            if is_idle and not self._watchers.get(session_id):
+            is_idle = self.idle_s(session_id) > self._session_timeout_s
+            if is_idle and not self.num_watchers(session_id):
                 log.info("session %s expired", session_id)
                 self._expire(session_id)
 
@@ -324,6 +332,7 @@ class SessionTable:
         # A run has one session at a time: a resume ends the one before.
         self._folders.pop(run_id).remove()
         self._metrics.forget_run(run_id)
+        self.activity.forget(run_id)
 
     def _end(self, session_id: str) -> None:
         self._sessions.pop(session_id).close()
@@ -333,59 +342,37 @@ class SessionTable:
         self._store.drop_spares()
         self._last_seen_s.pop(session_id, None)
         self.owners.end(session_id)
-        self._losses.pop(session_id, None)
-        for queue in self._watchers.pop(session_id, []):
-            queue.put_nowait(None)
+        self._watchers.end(session_id)
         self._metrics.sessions.set(len(self._sessions))
         self._metrics.history_bytes.set(self._store.used_bytes)
 
     # --- events
 
-    async def watch(self, session_id: str, rank: int) -> AsyncGenerator[pb.SessionEvent, None]:
-        """Yields the newest prediction, if there is one, and then everything that happens until the session ends.
+    def watch(self, session_id: str, rank: int) -> AsyncGenerator[pb.SessionEvent, None]:
+        """Yields what happens in an open session; see ``Watchers.watch``."""
+        return self._watchers.watch(self.get(session_id), rank)
 
-        A rank is told first, once, what its session has lost by a restart of the service.
-        """
-        session = self.get(session_id)
-        queue: Watcher = asyncio.Queue()
-        queues = self._watchers.setdefault(session_id, [])
-        queues.append(queue)
-        try:
-            loss, told = self._losses.get(session_id, (None, set[int]()))
-            if loss is not None and rank not in told:
-                told.add(rank)
-                yield loss
-            if session.prediction is not None:
-                yield event_message(session.prediction)
-            while (event := await queue.get()) is not None:
-                yield event
-        finally:
-            queues.remove(queue)
+    def pause(self, run_id: str, is_paused: bool, caller: Caller) -> bool:
+        """Asks a run to apply nothing, or to go on; says whether that is news. See ``Owners.to_pause``."""
+        session_id = self.owners.to_pause(run_id, caller)
+        if session_id is None:
+            raise UnknownSessionError(f"run {run_id[:100]!r} has no open session here")
+        if has_changed := self._sessions[session_id].pause(is_paused):
+            log.info("run %s is %s", run_id, "paused: it applies nothing" if is_paused else "resumed")
+            self._metrics.paused.labels(run_id).set(is_paused)
+            self._watchers.tell(session_id, pause_message(is_paused))
+        return has_changed
 
     def _on_event(self, session_id: str, event: Event) -> None:
         session = self._sessions.get(session_id)
         if session is None:
             return
         run = session.settings.run_id
-        match event:
-            case SnapshotEvent(reason=""):
-                self._metrics.snapshots.labels(run, "committed").inc()
-                self._metrics.snapshot_step.labels(run).set(event.step)
-            case SnapshotEvent():
-                self._metrics.snapshots.labels(run, "aborted").inc()
-                log.warning("snapshot of step %d aborted: %s", event.step, event.reason)
-            case Prediction():
-                self.fetches.replace(session_id, event.task.version)
-                self._metrics.predictions.labels(run, "published").inc()
-                self._metrics.nowcast_seconds.labels(run, session.settings.predictor).observe(event.nowcast_s)
-                self._metrics.relative_norm.labels(run).set(event.relative_norm)
-            case FailureEvent():
-                self._metrics.predictions.labels(run, "failed").inc()
-                log.warning("no nowcast at step %d: %s", event.base_step, event.reason)
-            case FoldEvent():
-                self._metrics.note_fold(run, event.name, event.step, event.reason)
-                return
+        self.activity.note(run, event)
+        self._metrics.note(run, session.settings.predictor, event)
+        if isinstance(event, FoldEvent):
+            return
+        if isinstance(event, Prediction):
+            self.fetches.replace(session_id, event.task.version)
         self._metrics.history_bytes.set(self._store.used_bytes)
-        message = event_message(event)
-        for queue in self._watchers.get(session_id, []):
-            queue.put_nowait(message)
+        self._watchers.tell(session_id, event_message(event))

@@ -1,8 +1,9 @@
-"""Generates the protobuf code from nowcast.proto, or checks that the committed code is current."""
+"""Generates the protobuf code from nowcast.proto and what it imports, or checks that the committed code is current."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -11,29 +12,29 @@ import grpc_tools
 from grpc_tools import protoc
 
 HERE = Path(__file__).resolve().parent
-GENERATED = ("nowcast_pb2.py", "nowcast_pb2.pyi", "nowcast_pb2_grpc.py")
+MESSAGES = ("nowcast", "nowcast_status")
+GENERATED = (*(f"{name}_pb2.{kind}" for name in MESSAGES for kind in ("py", "pyi")), "nowcast_pb2_grpc.py")
+# protoc knows no package prefix for Python; the installed package is sidecast.protos.
+BARE_IMPORT = re.compile(rf"^(import|from) (?=(?:{'|'.join(MESSAGES)})_pb2\b)", re.MULTILINE)
+PACKAGED = {"import": "from sidecast.protos import ", "from": "from sidecast.protos."}
 
 
 def generate(into: Path) -> None:
     """Writes the generated files into a folder."""
     include = Path(grpc_tools.__file__).parent / "_proto"
-    status = protoc.main(
-        [
-            "protoc",
-            f"--proto_path={HERE}",
-            f"--proto_path={include}",
-            f"--python_out={into}",
-            f"--pyi_out={into}",
-            f"--grpc_python_out={into}",
-            "nowcast.proto",
-        ]
+    outputs = (
+        (MESSAGES, (f"--python_out={into}", f"--pyi_out={into}")),
+        # The other has no services.
+        (MESSAGES[:1], (f"--grpc_python_out={into}",)),
     )
-    if status != 0:
-        raise SystemExit(f"protoc ended with status {status}")
-    stub = into / "nowcast_pb2_grpc.py"
-    # protoc knows no package prefix for Python; the installed package is sidecast.protos.
-    text = stub.read_text().replace("import nowcast_pb2 as", "from sidecast.protos import nowcast_pb2 as")
-    stub.write_text(text)
+    for names, options in outputs:
+        paths = [f"{name}.proto" for name in names]
+        status = protoc.main(["protoc", f"--proto_path={HERE}", f"--proto_path={include}", *options, *paths])
+        if status != 0:
+            raise SystemExit(f"protoc ended with status {status}")
+    for name in GENERATED:
+        path = into / name
+        path.write_text(BARE_IMPORT.sub(lambda found: PACKAGED[found[1]], path.read_text()))
 
 
 def main() -> int:

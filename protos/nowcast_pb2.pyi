@@ -1,9 +1,17 @@
+from sidecast.protos import nowcast_status_pb2 as _nowcast_status_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from sidecast.protos.nowcast_status_pb2 import StatusRequest as StatusRequest
+from sidecast.protos.nowcast_status_pb2 import ReadOutStatus as ReadOutStatus
+from sidecast.protos.nowcast_status_pb2 import SessionStatus as SessionStatus
+from sidecast.protos.nowcast_status_pb2 import NowcastStatus as NowcastStatus
+from sidecast.protos.nowcast_status_pb2 import QueueStatus as QueueStatus
+from sidecast.protos.nowcast_status_pb2 import EnginesStatus as EnginesStatus
+from sidecast.protos.nowcast_status_pb2 import StatusReply as StatusReply
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -91,7 +99,7 @@ class Push(_message.Message):
     def __init__(self, time_constant_steps: _Optional[float] = ..., gain: _Optional[float] = ..., start_step: _Optional[int] = ..., stop_step: _Optional[int] = ..., max_relative_norm: _Optional[float] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch", "wire_dtype", "protocol_version", "push", "read_outs")
+    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch", "wire_dtype", "protocol_version", "push", "read_outs", "can_pause")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +120,7 @@ class OpenRequest(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PUSH_FIELD_NUMBER: _ClassVar[int]
     READ_OUTS_FIELD_NUMBER: _ClassVar[int]
+    CAN_PAUSE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     run_id: str
     world_size: int
@@ -132,7 +141,8 @@ class OpenRequest(_message.Message):
     protocol_version: int
     push: Push
     read_outs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., protocol_version: _Optional[int] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., read_outs: _Optional[_Iterable[str]] = ...) -> None: ...
+    can_pause: bool
+    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., protocol_version: _Optional[int] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., read_outs: _Optional[_Iterable[str]] = ..., can_pause: _Optional[bool] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("chunk_bytes", "protocol_version")
@@ -165,14 +175,16 @@ class JoinRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., rank: _Optional[int] = ..., upload_shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., fetch_shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("chunk_bytes", "local_socket", "local_ticket")
+    __slots__ = ("chunk_bytes", "local_socket", "local_ticket", "is_paused")
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOCAL_SOCKET_FIELD_NUMBER: _ClassVar[int]
     LOCAL_TICKET_FIELD_NUMBER: _ClassVar[int]
+    IS_PAUSED_FIELD_NUMBER: _ClassVar[int]
     chunk_bytes: int
     local_socket: str
     local_ticket: bytes
-    def __init__(self, chunk_bytes: _Optional[int] = ..., local_socket: _Optional[str] = ..., local_ticket: _Optional[bytes] = ...) -> None: ...
+    is_paused: bool
+    def __init__(self, chunk_bytes: _Optional[int] = ..., local_socket: _Optional[str] = ..., local_ticket: _Optional[bytes] = ..., is_paused: _Optional[bool] = ...) -> None: ...
 
 class ChunkKey(_message.Message):
     __slots__ = ("session_id", "rank", "id", "epoch", "dtype", "base_step")
@@ -312,17 +324,25 @@ class PredictionFailed(_message.Message):
     reason: str
     def __init__(self, base_step: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class PauseChanged(_message.Message):
+    __slots__ = ("is_paused",)
+    IS_PAUSED_FIELD_NUMBER: _ClassVar[int]
+    is_paused: bool
+    def __init__(self, is_paused: _Optional[bool] = ...) -> None: ...
+
 class SessionEvent(_message.Message):
-    __slots__ = ("committed", "aborted", "published", "failed")
+    __slots__ = ("pause", "committed", "aborted", "published", "failed")
+    PAUSE_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     ABORTED_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    pause: PauseChanged
     committed: SnapshotCommitted
     aborted: SnapshotAborted
     published: PredictionPublished
     failed: PredictionFailed
-    def __init__(self, committed: _Optional[_Union[SnapshotCommitted, _Mapping]] = ..., aborted: _Optional[_Union[SnapshotAborted, _Mapping]] = ..., published: _Optional[_Union[PredictionPublished, _Mapping]] = ..., failed: _Optional[_Union[PredictionFailed, _Mapping]] = ...) -> None: ...
+    def __init__(self, pause: _Optional[_Union[PauseChanged, _Mapping]] = ..., committed: _Optional[_Union[SnapshotCommitted, _Mapping]] = ..., aborted: _Optional[_Union[SnapshotAborted, _Mapping]] = ..., published: _Optional[_Union[PredictionPublished, _Mapping]] = ..., failed: _Optional[_Union[PredictionFailed, _Mapping]] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("session_id", "rank", "version", "offset_bytes", "num_bytes", "dtype", "into_shared")
@@ -372,77 +392,19 @@ class ReportReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class StatusRequest(_message.Message):
-    __slots__ = ("without_sessions",)
-    WITHOUT_SESSIONS_FIELD_NUMBER: _ClassVar[int]
-    without_sessions: bool
-    def __init__(self, without_sessions: _Optional[bool] = ...) -> None: ...
-
-class ReadOutStatus(_message.Message):
-    __slots__ = ("name", "step", "begin_step", "num_snapshots")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    STEP_FIELD_NUMBER: _ClassVar[int]
-    BEGIN_STEP_FIELD_NUMBER: _ClassVar[int]
-    NUM_SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    step: int
-    begin_step: int
-    num_snapshots: int
-    def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., begin_step: _Optional[int] = ..., num_snapshots: _Optional[int] = ...) -> None: ...
-
-class SessionStatus(_message.Message):
-    __slots__ = ("session_id", "run_id", "predictor", "world_size", "num_joined", "num_parameters", "epoch", "history_steps", "num_committed", "num_aborted", "num_published", "num_failed", "num_applied", "num_rolled_back", "idle_seconds", "context_len", "read_outs")
-    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+class PauseRequest(_message.Message):
+    __slots__ = ("run_id", "is_paused")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
-    PREDICTOR_FIELD_NUMBER: _ClassVar[int]
-    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
-    NUM_JOINED_FIELD_NUMBER: _ClassVar[int]
-    NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    HISTORY_STEPS_FIELD_NUMBER: _ClassVar[int]
-    NUM_COMMITTED_FIELD_NUMBER: _ClassVar[int]
-    NUM_ABORTED_FIELD_NUMBER: _ClassVar[int]
-    NUM_PUBLISHED_FIELD_NUMBER: _ClassVar[int]
-    NUM_FAILED_FIELD_NUMBER: _ClassVar[int]
-    NUM_APPLIED_FIELD_NUMBER: _ClassVar[int]
-    NUM_ROLLED_BACK_FIELD_NUMBER: _ClassVar[int]
-    IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    CONTEXT_LEN_FIELD_NUMBER: _ClassVar[int]
-    READ_OUTS_FIELD_NUMBER: _ClassVar[int]
-    session_id: str
+    IS_PAUSED_FIELD_NUMBER: _ClassVar[int]
     run_id: str
-    predictor: str
-    world_size: int
-    num_joined: int
-    num_parameters: int
-    epoch: int
-    history_steps: _containers.RepeatedScalarFieldContainer[int]
-    num_committed: int
-    num_aborted: int
-    num_published: int
-    num_failed: int
-    num_applied: int
-    num_rolled_back: int
-    idle_seconds: float
-    context_len: int
-    read_outs: _containers.RepeatedCompositeFieldContainer[ReadOutStatus]
-    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., predictor: _Optional[str] = ..., world_size: _Optional[int] = ..., num_joined: _Optional[int] = ..., num_parameters: _Optional[int] = ..., epoch: _Optional[int] = ..., history_steps: _Optional[_Iterable[int]] = ..., num_committed: _Optional[int] = ..., num_aborted: _Optional[int] = ..., num_published: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_applied: _Optional[int] = ..., num_rolled_back: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., context_len: _Optional[int] = ..., read_outs: _Optional[_Iterable[_Union[ReadOutStatus, _Mapping]]] = ...) -> None: ...
+    is_paused: bool
+    def __init__(self, run_id: _Optional[str] = ..., is_paused: _Optional[bool] = ...) -> None: ...
 
-class StatusReply(_message.Message):
-    __slots__ = ("service_version", "uptime_seconds", "history_bytes", "history_budget_bytes", "sessions", "engines_fault")
-    SERVICE_VERSION_FIELD_NUMBER: _ClassVar[int]
-    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    HISTORY_BYTES_FIELD_NUMBER: _ClassVar[int]
-    HISTORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
-    SESSIONS_FIELD_NUMBER: _ClassVar[int]
-    ENGINES_FAULT_FIELD_NUMBER: _ClassVar[int]
-    service_version: str
-    uptime_seconds: float
-    history_bytes: int
-    history_budget_bytes: int
-    sessions: _containers.RepeatedCompositeFieldContainer[SessionStatus]
-    engines_fault: str
-    def __init__(self, service_version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., history_bytes: _Optional[int] = ..., history_budget_bytes: _Optional[int] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., engines_fault: _Optional[str] = ...) -> None: ...
+class PauseReply(_message.Message):
+    __slots__ = ("has_changed",)
+    HAS_CHANGED_FIELD_NUMBER: _ClassVar[int]
+    has_changed: bool
+    def __init__(self, has_changed: _Optional[bool] = ...) -> None: ...
 
 class ReadOutRequest(_message.Message):
     __slots__ = ("run_id", "name")
@@ -457,10 +419,10 @@ class ReadOutDescription(_message.Message):
     STATUS_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
-    status: ReadOutStatus
+    status: _nowcast_status_pb2.ReadOutStatus
     digest: int
     manifest: Manifest
-    def __init__(self, status: _Optional[_Union[ReadOutStatus, _Mapping]] = ..., digest: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ...) -> None: ...
+    def __init__(self, status: _Optional[_Union[_nowcast_status_pb2.ReadOutStatus, _Mapping]] = ..., digest: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ...) -> None: ...
 
 class ReadOutPart(_message.Message):
     __slots__ = ("description", "offset_bytes", "crc32", "data")

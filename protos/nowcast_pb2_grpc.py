@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from sidecast.protos import nowcast_pb2 as nowcast__pb2
+from sidecast.protos import nowcast_status_pb2 as nowcast__status__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -76,13 +77,18 @@ class NowcasterStub:
                 _registered_method=True)
         self.Status = channel.unary_unary(
                 '/sidecast.v1.Nowcaster/Status',
-                request_serializer=nowcast__pb2.StatusRequest.SerializeToString,
-                response_deserializer=nowcast__pb2.StatusReply.FromString,
+                request_serializer=nowcast__status__pb2.StatusRequest.SerializeToString,
+                response_deserializer=nowcast__status__pb2.StatusReply.FromString,
                 _registered_method=True)
         self.ReadOut = channel.unary_stream(
                 '/sidecast.v1.Nowcaster/ReadOut',
                 request_serializer=nowcast__pb2.ReadOutRequest.SerializeToString,
                 response_deserializer=nowcast__pb2.ReadOutPart.FromString,
+                _registered_method=True)
+        self.Pause = channel.unary_unary(
+                '/sidecast.v1.Nowcaster/Pause',
+                request_serializer=nowcast__pb2.PauseRequest.SerializeToString,
+                response_deserializer=nowcast__pb2.PauseReply.FromString,
                 _registered_method=True)
 
 
@@ -159,6 +165,13 @@ class NowcasterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pause(self, request, context):
+        """Asks a run to apply nothing from its next vote on, or to go on; for whoever may act for it, though no rank of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NowcasterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -204,13 +217,18 @@ def add_NowcasterServicer_to_server(servicer, server):
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
-                    request_deserializer=nowcast__pb2.StatusRequest.FromString,
-                    response_serializer=nowcast__pb2.StatusReply.SerializeToString,
+                    request_deserializer=nowcast__status__pb2.StatusRequest.FromString,
+                    response_serializer=nowcast__status__pb2.StatusReply.SerializeToString,
             ),
             'ReadOut': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadOut,
                     request_deserializer=nowcast__pb2.ReadOutRequest.FromString,
                     response_serializer=nowcast__pb2.ReadOutPart.SerializeToString,
+            ),
+            'Pause': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pause,
+                    request_deserializer=nowcast__pb2.PauseRequest.FromString,
+                    response_serializer=nowcast__pb2.PauseReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -454,8 +472,8 @@ class Nowcaster:
             request,
             target,
             '/sidecast.v1.Nowcaster/Status',
-            nowcast__pb2.StatusRequest.SerializeToString,
-            nowcast__pb2.StatusReply.FromString,
+            nowcast__status__pb2.StatusRequest.SerializeToString,
+            nowcast__status__pb2.StatusReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -483,6 +501,33 @@ class Nowcaster:
             '/sidecast.v1.Nowcaster/ReadOut',
             nowcast__pb2.ReadOutRequest.SerializeToString,
             nowcast__pb2.ReadOutPart.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pause(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidecast.v1.Nowcaster/Pause',
+            nowcast__pb2.PauseRequest.SerializeToString,
+            nowcast__pb2.PauseReply.FromString,
             options,
             channel_credentials,
             insecure,

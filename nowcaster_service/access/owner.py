@@ -37,6 +37,7 @@ class Owner:
     Attributes:
         run_id: Of the run.
         tenant: Whose run it is; empty where there are no tenants.
+        can_pause: Whether its trainer knows of pauses.
     """
 
     def __init__(self, request: pb.OpenRequest, caller: Caller) -> None:
@@ -44,6 +45,7 @@ class Owner:
         self._digest = _digest(caller.secret) if caller.secret else b""
         self.run_id = request.run_id
         self.tenant = caller.tenant
+        self.can_pause = request.can_pause
 
     def admits(self, caller: Caller) -> bool:
         """Whether a call may act for the run."""

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from sidecast.nowcaster_service.access.callers import Caller
 from sidecast.nowcaster_service.access.owner import Owner
+from sidecast.nowcaster_service.errors import ForbiddenError, WrongStateError
 from sidecast.protos import nowcast_pb2 as pb
 
 
 class Owners:
-    """Owners by session; on one event loop, but for ``visible_runs``."""
+    """Owners by session; on one event loop, but for ``visible_runs``.
 
-    def __init__(self) -> None:
+    Args:
+        by_token: Whether a tenant's token is enough to pause its runs; else their secrets are needed.
+    """
+
+    def __init__(self, *, by_token: bool = False) -> None:
+        self._by_token = by_token
         self._owners: dict[str, Owner] = {}
 
     def begin(self, request: pb.OpenRequest, caller: Caller) -> None:
@@ -55,6 +61,32 @@ class Owners:
                 return session_id
         return None
 
+    def to_pause(self, run_id: str, caller: Caller) -> str | None:
+        """The open session of a run, for a call that may pause it; None if there is none.
+
+        Raises:
+            ForbiddenError: It may not, which the message explains.
+            WrongStateError: The run's trainer would go on as if nothing had been said.
+        """
+        for session_id, owner in self._owners.items():
+            if owner.run_id == run_id:
+                if caller.secret or owner.tenant != caller.tenant:
+                    owner.require(caller)
+                elif not self._by_token and not owner.admits(caller):
+                    raise ForbiddenError(
+                        f"run {run_id} is protected; allowed: whoever shows its secret, as of its run file, or, where "
+                        "the service has --page-control, its tenant"
+                    )
+                if not owner.can_pause:
+                    raise WrongStateError(f"run {run_id} cannot be paused: its trainer has an older sidecast")
+                return session_id
+        return None
+
+    def may_pause(self, session_id: str, caller: Caller) -> bool:
+        """Whether a call may pause a session's run without its secret."""
+        owner = self._owners[session_id]
+        return self._by_token and owner.can_pause and owner.tenant == caller.tenant
+
     def is_shown_to(self, session_id: str, caller: Caller) -> bool:
         """Whether a call may learn a session's id: it is of no use to others once the run is protected."""
         return self._owners[session_id].admits(caller)
@@ -62,6 +94,10 @@ class Owners:
     def is_visible(self, session_id: str, caller: Caller) -> bool:
         """Whether a call may learn that there is such a session."""
         return caller.sees(self._owners[session_id].tenant)
+
+    def tenant_of(self, session_id: str) -> str:
+        """Whose run a session is of; empty where there are no tenants."""
+        return self._owners[session_id].tenant
 
     def visible_runs(self, caller: Caller) -> set[str]:
         """Names of the runs that a caller may learn of; may be called from any thread."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import ssl
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 from wsgiref.types import StartResponse
@@ -11,6 +10,7 @@ from wsgiref.types import StartResponse
 from prometheus_client import CollectorRegistry, Metric, make_wsgi_app, start_http_server
 
 from sidecast.nowcaster_service.access.callers import Caller, Callers
+from sidecast.nowcaster_service.access.encryption import server_context
 from sidecast.nowcaster_service.config import ServiceConfig, TlsFiles
 from sidecast.nowcaster_service.errors import AddressError
 from sidecast.nowcaster_service.metrics import RUN_LABEL
@@ -58,12 +58,7 @@ def serve_metrics(
 
 def _encrypted(listener: socket.socket, files: TlsFiles) -> socket.socket:
     """A listener whose handshakes are made by whoever answers: one that never ends holds up nobody else."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(files.certificate, files.private_key)
-    if files.client_authority is not None:
-        context.load_verify_locations(files.client_authority)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context.wrap_socket(listener, server_side=True, do_handshake_on_connect=False)
+    return server_context(files).wrap_socket(listener, server_side=True, do_handshake_on_connect=False)
 
 
 def _app_for_tenants(

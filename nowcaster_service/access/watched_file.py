@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -26,19 +26,28 @@ class WatchedFile(Generic[T]):
     Args:
         path: Of the file.
         read: Makes its value; raises ConfigError if the file cannot be read or says nothing that is allowed.
+        others: More files that the value is made of.
         clock: Monotonic seconds.
 
     Raises:
         ConfigError: It cannot be read to begin with.
     """
 
-    def __init__(self, path: Path, read: Callable[[Path], T], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        path: Path,
+        read: Callable[[Path], T],
+        others: Sequence[Path] = (),
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._path = path
+        self._paths = (path, *others)
         self._read = read
         self._clock = clock
         self._looked_s = clock()
         # Before it is read: what changes in between is then read once more.
-        self._seen = self._signature()
+        self._seen = self._signatures()
         self._value = read(path)
 
     @property
@@ -47,7 +56,7 @@ class WatchedFile(Generic[T]):
         now_s = self._clock()
         if now_s - self._looked_s >= LOOK_INTERVAL_S:
             self._looked_s = now_s
-            seen = self._signature()
+            seen = self._signatures()
             if seen != self._seen:
                 self._seen = seen
                 try:
@@ -57,9 +66,13 @@ class WatchedFile(Generic[T]):
                     log.warning("%s; what it said before holds", error)
         return self._value
 
-    def _signature(self) -> tuple[int, int, int, int] | None:
-        try:
-            found = os.stat(self._path)
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    def _signatures(self) -> list[tuple[int, int, int, int] | None]:
+        return [_signature(path) for path in self._paths]
+
+
+def _signature(path: Path) -> tuple[int, int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

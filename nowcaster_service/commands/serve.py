@@ -186,7 +186,11 @@ def service_config(args: argparse.Namespace, history_dir: Path) -> ServiceConfig
 
 def _check_ports(config: ServiceConfig) -> None:
     """Finds out in a moment what would otherwise come to light once Ray has started."""
-    for option, port in (("--port", config.port), ("--metrics-port", config.metrics_port)):
+    for option, port in (
+        ("--port", config.port),
+        ("--metrics-port", config.metrics_port),
+        ("--page-port", config.page_port),
+    ):
         if port is not None:
             try:
                 _listener(config.host, port).close()

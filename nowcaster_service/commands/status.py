@@ -66,14 +66,11 @@ def _show(args: argparse.Namespace) -> int:
 
 def as_json(reply: object) -> str:
     """The reply as one line of JSON, in the names of ``StatusReply``; protobuf writes 64-bit numbers as strings."""
-    from google.protobuf.json_format import MessageToDict
+    from sidecast.nowcaster_service.overview.fields import as_fields
+    from sidecast.protos import nowcast_pb2 as pb
 
-    fields = MessageToDict(
-        reply,  # type: ignore[arg-type]
-        preserving_proto_field_name=True,
-        always_print_fields_with_no_presence=True,
-    )
-    return json.dumps(fields) + "\n"
+    assert isinstance(reply, pb.StatusReply)
+    return json.dumps(as_fields(reply)) + "\n"
 
 
 def render(reply: object) -> str:
@@ -88,21 +85,37 @@ def render(reply: object) -> str:
     ]
     if reply.engines_fault:
         lines.append(f"no nowcasts: {reply.engines_fault}")
+    if any(queue.is_busy for queue in reply.queues):
+        lines.append("engines      " + ", ".join(_queue(item) for item in reply.queues if item.is_busy))
     for item in reply.sessions:
+        owner = f"  (tenant {item.tenant})" if item.tenant else ""
         history = ", ".join(str(step) for step in item.history_steps) or "empty"
         lines += [
-            f"run {item.run_id}" + (f"  (session {item.session_id})" if item.session_id else ""),
+            f"run {item.run_id}{owner}" + (f"  (session {item.session_id})" if item.session_id else ""),
             f"  model       {item.num_parameters:,} parameters, {item.num_joined} of {item.world_size} ranks joined",
             f"  predictor   {item.predictor}",
+            *(["  paused      nothing is applied until `sidecast resume`"] if item.is_paused else []),
             f"  history     {len(item.history_steps)} of {item.context_len} states (steps {history}), "
             f"epoch {item.epoch}",
-            f"  snapshots   {item.num_committed} committed, {item.num_aborted} aborted",
+            f"  snapshots   {item.num_committed} committed, {item.num_aborted} aborted{_newest(item)}",
             f"  nowcasts    {item.num_published} published, {item.num_failed} not made",
             *([f"  read-outs   {', '.join(map(_read_out, item.read_outs))}"] if item.read_outs else []),
-            f"  jumps       {item.num_applied} applied, {item.num_rolled_back} rolled back",
+            f"  {'pushes' if item.policy == 'push' else 'jumps':<10}  {item.num_applied} applied, "
+            f"{item.num_accepted} accepted, {item.num_rolled_back} rolled back, {item.num_rejected} rejected",
             f"  last seen   {item.idle_seconds:.1f} s ago",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _queue(item: Any) -> str:
+    return item.work + (f" of {item.run_id}" if item.run_id else "") + f" ({item.num_waiting} waiting)"
+
+
+def _newest(item: Any) -> str:
+    if not item.HasField("snapshot_step"):
+        return ""
+    age = f", {item.snapshot_age_seconds:.0f} s ago" if item.HasField("snapshot_age_seconds") else ""
+    return f"; the newest of step {item.snapshot_step}{age}"
 
 
 def _read_out(item: Any) -> str:

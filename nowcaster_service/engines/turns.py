@@ -13,10 +13,14 @@ class Turns:
 
     Args:
         clock: Monotonic seconds.
+
+    Attributes:
+        current: The run whose turn it is; empty for nobody's.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self.current = ""
         self._is_taken = False
         # In the order in which they came.
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
@@ -24,13 +28,23 @@ class Turns:
         # What whoever had the last turn had used before: a run that comes anew, or back, is no further behind.
         self._floor_s = 0.0
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether somebody has a turn, or is just called."""
+        return self._is_taken
+
+    @property
+    def num_waiting(self) -> int:
+        """How many wait for theirs."""
+        return len(self._waiting)
+
     @asynccontextmanager
     async def turn(self, run_id: str) -> AsyncGenerator[None, None]:
         """Waits for a run's turn, and ends it with the block."""
         self._used_s[run_id] = max(self._used_s.get(run_id, 0.0), self._floor_s)
         if self._is_taken:
             await self._wait(run_id)
-        self._is_taken = True
+        self._is_taken, self.current = True, run_id
         began_s = self._clock()
         try:
             yield
@@ -53,7 +67,7 @@ class Turns:
 
     def _pass_on(self) -> None:
         if not self._waiting:
-            self._is_taken = False
+            self._is_taken, self.current = False, ""
             return
         index = min(range(len(self._waiting)), key=lambda i: self._used_s[self._waiting[i][0]])
         run_id, called = self._waiting.pop(index)

@@ -37,6 +37,7 @@ class KeptState:
         num_tries: How many services have begun it.
         again_step: Of the snapshot from which a nowcast was being made that is to be made again from the beginning.
         averages: Read-outs by name.
+        is_paused: Whether the run is to apply nothing.
     """
 
     epoch: int
@@ -50,6 +51,7 @@ class KeptState:
     num_tries: int
     again_step: int | None = None
     averages: Mapping[str, Average] = field(default_factory=dict)
+    is_paused: bool = False
 
     def with_carry(self, carry: Carry) -> KeptState:
         """The same with an average own motion."""
@@ -82,6 +84,7 @@ def record_of(kept: KeptState, identity: Identity) -> Record | None:
         # A nowcast of an epoch that is over cannot be made again: its states are gone.
         pending=None if task is None or not is_whole else _pending_record(task, kept.num_tries),
         averages=tuple(_average_record(name, average) for name, average in kept.averages.items()),
+        is_paused=kept.is_paused,
     )
 
 

@@ -159,6 +159,7 @@ class Record:
         carry: The average own motion, while no engine works on it.
         pending: What is being made.
         averages: The run's read-outs.
+        is_paused: Whether the run is to apply nothing.
     """
 
     identity: Identity
@@ -171,6 +172,7 @@ class Record:
     carry: CarryRecord | None
     pending: PendingRecord | None
     averages: tuple[AverageRecord, ...] = ()
+    is_paused: bool = False
 
     def files(self) -> Iterator[str]:
         """Names of all vectors."""
@@ -207,12 +209,14 @@ def _plain(value: Any) -> Any:
 
 
 def _record(content: dict[str, Any]) -> Record:
+    # Of services that knew no pauses.
+    content = {"is_paused": False} | content
     names = {item.name for item in fields(Record)}
     if content.keys() != names:
         raise ValueError(f"its fields are {', '.join(sorted(content))}")
     identity = content["identity"]
     record = Record(
-        **{name: content[name] for name in ("epoch", "settled_version", "last_ended_step")},
+        **{name: content[name] for name in ("epoch", "settled_version", "last_ended_step", "is_paused")},
         identity=Identity(**identity | {"superseded": tuple(identity["superseded"])}),
         counts=SessionCounts(**content["counts"]),
         states=tuple(_state(item) for item in content["states"]),

@@ -10,14 +10,17 @@ from importlib.metadata import version
 
 from sidecast.errors import SidecastError, printable
 
-# By name: those that belong to the service are loaded only where they are asked for.
+# By name: those that belong to the service, or to training jobs, are loaded only where they are asked for.
 COMMANDS = {
     "serve": "sidecast.nowcaster_service.commands.serve",
     "status": "sidecast.nowcaster_service.commands.status",
     "export": "sidecast.nowcaster_service.commands.export",
+    "pause": "sidecast.nowcaster_service.commands.pause",
+    "resume": "sidecast.nowcaster_service.commands.resume",
     "predict": "sidecast.commands.predict",
     "graph": "sidecast.commands.graph",
     "evaluate": "sidecast.commands.evaluate",
+    "report": "sidecast.trainer.report.command",
     "doctor": "sidecast.commands.doctor",
 }
 

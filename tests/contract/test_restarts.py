@@ -263,7 +263,7 @@ def test_a_run_that_begins_anew_adopts_nothing(left: Path) -> None:
         begin(service, "fresh")
         assert list(status(service).history_steps) == []
         assert list(service.store.folder.rglob("*.f32")) == []
-        assert service.servicer.sessions._losses == {}
+        assert service.servicer.sessions._watchers._losses == {}
 
 
 def test_a_run_without_a_secret_leaves_nothing_that_could_be_used(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecast.nowcaster_service.session import Session
+from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.bf16 import from_bf16, round_to_bf16
 from sidecast.protos.codec import ChunkFrame
 from sidecast.protos.transport import RUN_SECRET_KEY
@@ -28,6 +29,7 @@ from sidecast.trainer.pipe.messages import (
     Connected,
     Disconnected,
     Dropped,
+    PauseChanged,
     Prediction,
     Report,
     Sent,
@@ -112,6 +114,16 @@ def test_what_a_courier_did_is_served_where_the_rank_has_a_port(
 def test_a_run_that_another_job_took_over_is_told_so(service: RunningService, courier: CourierHandle) -> None:
     service.stub.Open(open_request(session_id="s2", run_id="run"), metadata=SHOWN)
     assert "superseded by a later one" in until(courier, Disconnected).reason
+
+
+def test_a_pause_reaches_the_hook_before_any_prediction_does(service: RunningService, courier: CourierHandle) -> None:
+    service.stub.Pause(pb.PauseRequest(run_id="run", is_paused=True), metadata=SHOWN)
+    assert until(courier, PauseChanged).is_paused
+    courier.new_session(session("s2"))
+    assert until(courier, Connected).is_paused
+    service.stub.Pause(pb.PauseRequest(run_id="run", is_paused=False), metadata=SHOWN)
+    while until(courier, PauseChanged).is_paused:
+        pass
 
 
 def test_a_prediction_is_not_overwritten_before_it_is_released(courier: CourierHandle) -> None:

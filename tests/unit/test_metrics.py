@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 
 from sidecast.nowcaster_service.metrics import ServiceMetrics
+from sidecast.nowcaster_service.session_events import FoldEvent
 from sidecast.trainer.courier.metrics import CourierMetrics
 from sidecast.trainer.pipe.messages import Stats, Totals
 
@@ -42,7 +43,7 @@ def service_registry() -> CollectorRegistry:
     metrics.nowcast_seconds.labels("a-run", "linear").observe(0.2)
     metrics.relative_norm.labels("a-run").set(0.01)
     metrics.snapshot_step.labels("a-run").set(200)
-    metrics.note_fold("a-run", "ema5", 200, "")
+    metrics.note("a-run", "nino", FoldEvent("ema5", 200))
     metrics.refused.labels("UNAUTHENTICATED").inc()
     return metrics.registry
 

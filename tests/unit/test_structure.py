@@ -22,7 +22,7 @@ PACKAGES = {
 }
 OTHER_FOLDERS = ("tests", "benchmarks", "examples", "docs", "deploy")
 # Languages that the project is written in, prose included.
-WRITTEN = {".py", ".cpp", ".h", ".proto", ".html", ".sh", ".Dockerfile", ".yml", ".toml", ".md"}
+WRITTEN = {".py", ".cpp", ".h", ".proto", ".html", ".css", ".js", ".sh", ".Dockerfile", ".yml", ".toml", ".md"}
 MAX_MODULES = 25
 MAX_LINES = 400
 

@@ -140,8 +140,12 @@ class NowcastClient:
 
     def join(
         self, session_id: str, rank: int, upload_shards: Sequence[ShardSpec], fetch_shards: Sequence[ShardSpec]
-    ) -> None:
-        """Names this rank's ranges, and shares its buffers if the service is on this host."""
+    ) -> bool:
+        """Names this rank's ranges, and shares its buffers if the service is on this host.
+
+        Returns:
+            Whether the run is to apply nothing.
+        """
         request = pb.JoinRequest(
             session_id=session_id,
             rank=rank,
@@ -151,6 +155,7 @@ class NowcastClient:
         reply = self._call(self._stub.Join, request, self.call_s)
         self.chunk_bytes = reply.chunk_bytes
         self.is_sharing = hand_over(self._config.endpoint, reply.local_socket, reply.local_ticket, self._shared)
+        return reply.is_paused
 
     def upload(self, upload: Upload) -> None:
         """Sends what an upload still holds, over all bulk connections at once.

@@ -192,14 +192,14 @@ class Link:
         self._client.wait_reachable()
         if self._opening is not None:
             self._client.open(self._opening(session))
-        self._client.join(session.session_id, self._rank, *self._shards)
+        is_paused = self._client.join(session.session_id, self._rank, *self._shards)
         with self._changed:
             if self._session is not session:
                 return False
             self._events = self._client.watch(session.session_id, self._rank)
             self._state = LinkState.CONNECTED
             self._changed.notify_all()
-        self._tell(Connected(session_id=session.session_id))
+        self._tell(Connected(session_id=session.session_id, is_paused=is_paused))
         return True
 
     def _watch(self, session_id: str) -> None:

@@ -64,6 +64,7 @@ class CourierMetrics:
             "step": self._gauge("step", "Optimizer steps applied"),
             "loss": self._gauge("loss", "Mean training loss between the last two votes, over all ranks"),
             "suspended": self._gauge("suspended", "1 once jumps are suspended"),
+            "paused": self._gauge("paused", "1 while nothing is applied, as somebody has asked for"),
         }
 
     def follow_link(self, is_connected: Callable[[], bool]) -> None:

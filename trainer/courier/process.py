@@ -44,6 +44,7 @@ from sidecast.trainer.pipe.messages import (
     Hello,
     Log,
     MetricsServed,
+    PauseChanged,
     Release,
     Report,
     Session,
@@ -202,6 +203,8 @@ class Courier:
                     self._tell(Dropped(step=event.aborted.step, reason=event.aborted.reason))
             case "published":
                 self._fetcher.put(session_id, event.published)
+            case "pause":
+                self._tell(PauseChanged(is_paused=event.pause.is_paused))
             case "failed":
                 self._tell(Failed(step=event.failed.base_step, reason=event.failed.reason))
 

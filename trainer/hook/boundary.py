@@ -181,7 +181,8 @@ class NowcastHook:
         if self.config.mode == "sync" and self._schedule.is_base(step):
             staged_epoch = self.epoch
             self._read_vote()
-            if is_staged and self.epoch == staged_epoch and self._policy.is_due(step):
+            is_wanted = self._policy.is_due(step) and not self._reporter.is_paused
+            if is_staged and self.epoch == staged_epoch and is_wanted:
                 self._collect()
                 if self._inbox.await_prediction(deadline_s):
                     self._stager.after_late_prediction()
@@ -245,7 +246,7 @@ class NowcastHook:
         weight_scale = self._policy.weight_scale()
         if self._inbox.held is not None and weight_scale == 0.0:
             self._inbox.reject("the learning rate decays")
-        held = self._inbox.held if self._policy.allows else None
+        held = self._inbox.held if self._policy.allows and not self._inbox.is_paused else None
         can_jump = held is not None and not self._applier.why_stale()
         version, digest, epoch = (held.version, held.digest, held.epoch) if held and can_jump else (NO_VERSION, 0, 0)
         self._vote_step = self.step
@@ -260,6 +261,7 @@ class NowcastHook:
                 weight_scale if can_jump else 1.0,
                 has_room=self._windows.has_room,
                 lost_step=self._windows.newest_step,
+                is_paused=self._inbox.is_paused,
             )
         )
 
@@ -278,6 +280,7 @@ class NowcastHook:
         self._windows.agree(decision)
         self.totals.num_losses += decision.num_losses
         self._policy.on_loss(self._vote_step, decision.mean_loss)
+        self._reporter.agree_on_pause(decision.is_paused)
         held = self._inbox.held
         if held is not None and (decision.version, decision.digest, decision.epoch) == (
             held.version,

@@ -32,6 +32,7 @@ from sidecast.trainer.pipe.messages import (
     Hello,
     Log,
     MetricsServed,
+    PauseChanged,
     Prediction,
     Refused,
     Release,
@@ -229,7 +230,7 @@ class CourierHandle:
                         self.held = message
                         self._num_deaths_in_a_row = 0
                         yield message
-                    case Connected() | Disconnected() | Refused() | Committed() | Dropped() | Failed():
+                    case Connected() | PauseChanged() | Disconnected() | Refused() | Committed() | Dropped() | Failed():
                         yield message
                     case _:
                         assert_never(message)

@@ -17,6 +17,7 @@ from sidecast.trainer.pipe.messages import (
     Disconnected,
     Dropped,
     Failed,
+    PauseChanged,
     Prediction,
     Refused,
     Sent,
@@ -39,6 +40,8 @@ class Inbox:
     Attributes:
         delta: Flat fp32, this rank's owned elements; only valid while a prediction is held.
         is_linked: Whether the service is there, as far as is known.
+        is_paused: Whether it wants the run to apply nothing, as far as this rank has heard: for its ballot, and for
+            no decision of its own.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Inbox:
     ) -> None:
         self.delta = as_tensor(messenger.prediction)
         self.is_linked = is_linked
+        self.is_paused = False
         self._messenger = messenger
         self._trajectory = trajectory
         self._reporter = reporter
@@ -144,9 +148,11 @@ class Inbox:
             case Failed(step=step, reason=reason):
                 totals.num_failed += 1
                 reporter.emit("failed", reason=reason, base_step=step)
-            case Connected():
-                self.is_linked = True
+            case Connected(is_paused=is_paused):
+                self.is_linked, self.is_paused = True, is_paused
                 reporter.emit("connected")
+            case PauseChanged(is_paused=is_paused):
+                self.is_paused = is_paused
             case Disconnected(reason=reason) | Died(reason=reason):
                 self._unlink(reason)
                 log.warning("nowcasting pauses: %s", reason)

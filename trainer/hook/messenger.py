@@ -14,6 +14,7 @@ from sidecast.trainer.pipe.messages import (
     Disconnected,
     Dropped,
     Failed,
+    PauseChanged,
     Prediction,
     Refused,
     Report,
@@ -31,7 +32,7 @@ class Died:
 
 
 FromHook = Snapshot | Report | Stats
-ForHook = Connected | Disconnected | Refused | Died | Sent | Committed | Dropped | Prediction | Failed
+ForHook = Connected | PauseChanged | Disconnected | Refused | Died | Sent | Committed | Dropped | Prediction | Failed
 
 
 class Messenger(Protocol):

@@ -31,6 +31,8 @@ EventKind = Literal[
     "suspended",
     "connected",
     "disconnected",
+    "paused",
+    "resumed",
 ]
 PolicyName = Literal["jump", "push"]
 
@@ -85,12 +87,14 @@ class Reporter:
         totals: Counted by whoever brings something about.
         listeners: Called back with every event.
         num_skipped_in_a_row: Steps that moved nothing, since the last one that did.
+        is_paused: Whether the ranks have agreed in their last vote to apply nothing.
     """
 
     def __init__(self, messenger: Messenger, trajectory: Trajectory, policy: PolicyName) -> None:
         self.totals = HookTotals()
         self.listeners: list[Callable[[NowcastEvent], None]] = []
         self.num_skipped_in_a_row = 0
+        self.is_paused = False
         self._messenger = messenger
         self._trajectory = trajectory
         self._policy = policy
@@ -121,6 +125,12 @@ class Reporter:
         if self.num_skipped_in_a_row % MANY_SKIPPED == 0:
             self.post_stats(policy)
 
+    def agree_on_pause(self, is_paused: bool) -> None:
+        """Takes note of what a vote says of the run's pause, and says what is new."""
+        if is_paused != self.is_paused:
+            self.is_paused = is_paused
+            self.emit("paused" if is_paused else "resumed")
+
     def report(self, outcome: Outcome, version: int) -> None:
         """Tells the service what became of a prediction."""
         step, epoch = self._trajectory.step, self._trajectory.epoch
@@ -135,6 +145,7 @@ class Reporter:
             suspended=policy.is_suspended,
             train_s=time.perf_counter() - self._attached_s,
             num_courier_deaths=self._messenger.num_deaths,
+            paused=self.is_paused,
         )
         self._messenger.post(stats, may_be_lost=True)
 
@@ -147,14 +158,16 @@ class Reporter:
             "num_courier_deaths": self._messenger.num_deaths,
             "epoch": self._trajectory.epoch,
             "suspended": policy.is_suspended,
+            "paused": self.is_paused,
         }
 
 
 def log_event(event: NowcastEvent) -> None:
-    """Writes one line, for whoever follows the log of a run at INFO."""
-    if log.isEnabledFor(logging.INFO):
+    """Writes one line for whoever follows the log of a run at INFO; of a pause for everybody: somebody wanted it."""
+    level = logging.WARNING if event.kind in ("paused", "resumed") else logging.INFO
+    if log.isEnabledFor(level):
         details = ", ".join(f"{name} {_brief(value)}" for name, value in event.details.items())
-        log.info("step %d: %s %s%s", event.step, event.policy, event.kind, f" ({details})" if details else "")
+        log.log(level, "step %d: %s %s%s", event.step, event.policy, event.kind, f" ({details})" if details else "")
 
 
 def _brief(value: float | int | str) -> str:

@@ -24,7 +24,7 @@ NO_STEP = -1
 NO_VALUES = (0, 0)
 ANOTHER_RANK = "another rank could not prepare for it"
 OTHER_VALUES = "ranks hold other values of the same parameters; put DistributedDataParallel around the model"
-_FIELDS = 10
+_FIELDS = 11
 _POLL_S = 0.005
 
 
@@ -43,6 +43,7 @@ class Ballot:
         lost_step: Of the newest snapshot that it knows to be lost; NO_STEP for none.
         is_ready: In a confirmation, whether it can do what was decided.
         is_leaving: Whether this is its last ballot.
+        is_paused: Whether it has heard that nothing is to be applied.
     """
 
     version: int = NO_VERSION
@@ -55,19 +56,21 @@ class Ballot:
     lost_step: int = NO_STEP
     is_ready: bool = True
     is_leaving: bool = False
+    is_paused: bool = False
 
     def encode(self) -> list[int]:
         loss_bits, scale_bits = struct.unpack("<qq", struct.pack("<dd", self.loss_sum, self.weight_scale))
         agreement = [self.version, self.digest, self.epoch]
-        flags = [int(self.is_ready), int(self.is_leaving)]
+        flags = [int(self.is_ready), int(self.is_leaving), int(self.is_paused)]
         return [*agreement, loss_bits, self.num_losses, scale_bits, int(self.has_room), self.lost_step, *flags]
 
     @classmethod
     def decode(cls, row: Sequence[int]) -> Ballot:
         loss_sum, weight_scale = struct.unpack("<dd", struct.pack("<qq", row[3], row[5]))
-        version, digest, epoch, _, num_losses, _, has_room, lost_step, is_ready, is_leaving = row
-        flags = (bool(is_ready), bool(is_leaving))
-        return cls(version, digest, epoch, loss_sum, num_losses, weight_scale, bool(has_room), lost_step, *flags)
+        version, digest, epoch, _, num_losses, _, has_room, lost_step, *flags = row
+        return cls(
+            version, digest, epoch, loss_sum, num_losses, weight_scale, bool(has_room), lost_step, *map(bool, flags)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class Decision:
         weight_scale: The least that any rank would leave of the jump's weight.
         have_room: Whether every rank has a slot free for the next snapshot.
         lost_step: Of the newest snapshot that any rank knows to be lost; NO_STEP for none.
+        is_paused: Whether any rank has heard that nothing is to be applied, and not yet that it may be again.
     """
 
     version: int
@@ -93,6 +97,7 @@ class Decision:
     weight_scale: float
     have_room: bool
     lost_step: int
+    is_paused: bool
 
 
 def decide(ballots: Sequence[Ballot]) -> Decision:
@@ -112,6 +117,7 @@ def decide(ballots: Sequence[Ballot]) -> Decision:
         weight_scale=min(item.weight_scale for item in ballots),
         have_room=all(item.has_room for item in ballots),
         lost_step=max(item.lost_step for item in ballots),
+        is_paused=any(item.is_paused for item in ballots),
     )
 
 

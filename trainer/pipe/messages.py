@@ -84,6 +84,7 @@ class Opening:
         config_json: The model's configuration.
         push: For a run with pushes; None for jumps.
         read_outs: Averages of the run's states that the service keeps.
+        can_pause: That votes heed what the service says of pauses.
     """
 
     world_size: int
@@ -101,6 +102,7 @@ class Opening:
     config_json: str
     push: PushSettings | None = None
     read_outs: tuple[str, ...] = ()
+    can_pause: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +250,7 @@ class Stats:
         step: Optimizer steps applied.
         loss: Mean training loss between the last two votes, over all ranks; None if nobody saw any.
         suspended: Whether jumps are suspended.
+        paused: Whether the ranks have agreed to apply nothing until the service says otherwise.
         train_s: Seconds since the hook was attached.
         num_courier_deaths: Couriers that had to be replaced.
     """
@@ -258,6 +261,7 @@ class Stats:
     suspended: bool
     train_s: float
     num_courier_deaths: int
+    paused: bool = False
 
 
 # --- what the courier tells
@@ -265,9 +269,17 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class Connected:
-    """The session is joined."""
+    """The session is joined, and the service wants the run to apply nothing, or to go on."""
 
     session_id: str
+    is_paused: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PauseChanged:
+    """The service wants the run to apply nothing, or to go on."""
+
+    is_paused: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,7 +379,17 @@ class Confirmed:
 
 ToCourier = Hello | BeginSession | Snapshot | Report | Release | Log | Stats
 ToHook = (
-    Connected | Disconnected | Refused | Sent | Committed | Dropped | Prediction | Failed | MetricsServed | Confirmed
+    Connected
+    | PauseChanged
+    | Disconnected
+    | Refused
+    | Sent
+    | Committed
+    | Dropped
+    | Prediction
+    | Failed
+    | MetricsServed
+    | Confirmed
 )
 
 TO_COURIER: Mapping[str, type[ToCourier]] = {kind.__name__: kind for kind in get_args(ToCourier)}

