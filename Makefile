@@ -9,7 +9,7 @@ DEMO ?=
 
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: demo test format lint types imports proto proto-check docs docs-check unit bench clean help
+.PHONY: demo test format lint types imports proto proto-check docs docs-check unit hosts bench clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ test: lint types imports proto-check docs-check unit ## lint, types, generated c
 # In their order, so that those of a second or two are the last, and no worker waits for another's minute.
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+hosts: $(VENV)/.installed ## train on two hosts over pdsh, through a cut and a bad network; needs root
+	$(BIN)/python -m tests.hosts
 
 format: $(VENV)/.installed ## ruff: mend what it can, and lay out the code
 	$(BIN)/ruff check --fix .

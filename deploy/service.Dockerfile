@@ -35,6 +35,8 @@ COPY --from=dependencies /opt/sidecast /opt/sidecast
 COPY --from=package /dist /dist
 RUN /opt/sidecast/bin/pip install --no-cache-dir --no-deps /dist/*.whl && /opt/sidecast/bin/pip check
 COPY deploy/make_certs.sh /usr/local/bin/make_certs.sh
+# KubeRay starts Ray from a login shell, whose path is the system's.
+RUN ln -s /opt/sidecast/bin/ray /usr/local/bin/ray
 
 ENV PATH=/opt/sidecast/bin:$PATH PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
 USER sidecast
