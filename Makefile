@@ -56,7 +56,7 @@ docs-check: $(VENV)/.installed
 
 # Its notice about a successor is for whoever chooses the tool (ADR 32).
 site: $(VENV)/.installed ## the pages as a site in build/site, all links checked
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
 
 release: ## sdist, wheel and bill of materials in dist/, checked: see docs/releasing.md
 	TORCH_INDEX="$(TORCH_INDEX)" deploy/make_release.sh $(PYTHON)
