@@ -18,7 +18,7 @@ import yaml
 from tests.support.prometheus import evaluated_rules, query_rows, start_prometheus, started_processes
 from tests.support.recorded_run import RecordedRun
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 DEPLOY = REPOSITORY / "deploy"
 GRAFANA = DEPLOY / "grafana"
 RULES = ("recording_rules.yml", "alerts.yml")
