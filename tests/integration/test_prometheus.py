@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.prometheus import (
+from tests.support.monitoring.prometheus import (
     Start,
     evaluated_rules,
     free_port,

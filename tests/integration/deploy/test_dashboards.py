@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.prometheus import evaluated_rules, query_rows, start_prometheus, started_processes
-from tests.support.recorded_run import RecordedRun
+from tests.support.monitoring.prometheus import evaluated_rules, query_rows, start_prometheus, started_processes
+from tests.support.monitoring.recorded_run import RecordedRun
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DEPLOY = REPOSITORY / "deploy"
