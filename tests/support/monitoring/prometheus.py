@@ -151,13 +151,12 @@ def query(url: str, expression: str, label: str = "") -> dict[str, float]:
 
 
 def evaluated_rules(url: str) -> list[dict[str, Any]]:
-    """All rules of all groups, once each has been evaluated."""
-    groups = wait_for(
-        "the first evaluation",
-        lambda: [
-            group
-            for group in get(url, "/api/v1/rules")["groups"]
-            if all(rule["health"] != "unknown" for rule in group["rules"])
-        ],
-    )
+    """All rules of all groups, once each has been evaluated and what it records can be asked for."""
+    groups = wait_for("the first evaluation of every group", lambda: _groups_if_evaluated(url))
     return [rule for group in groups for rule in group["rules"]]
+
+
+def _groups_if_evaluated(url: str) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = get(url, "/api/v1/rules")["groups"]
+    # It is set when all rules of the group have been evaluated and stored; before, it is the year 1.
+    return groups if all(not group["lastEvaluation"].startswith("0001-") for group in groups) else []
