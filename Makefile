@@ -9,7 +9,7 @@ DEMO ?=
 
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: demo test format lint types imports proto proto-check docs docs-check site release unit bench clean help
+.PHONY: demo test format lint types imports proto proto-check docs docs-check site unit bench clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -57,9 +57,6 @@ docs-check: $(VENV)/.installed
 # Its notice about a successor is for whoever chooses the tool (ADR 32).
 site: $(VENV)/.installed ## the pages as a site in build/site, all links checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
-
-release: ## sdist, wheel and bill of materials in dist/, checked: see docs/releasing.md
-	TORCH_INDEX="$(TORCH_INDEX)" deploy/make_release.sh $(PYTHON)
 
 bench: $(VENV)/.installed ## the benchmarks' short presets, a minute each, on the CPU
 	$(BIN)/python -m benchmarks.bench_graph --preset ci
