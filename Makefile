@@ -9,7 +9,7 @@ DEMO ?=
 
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: demo test format lint types imports proto proto-check docs docs-check unit hosts bench clean help
+.PHONY: demo test format lint types imports proto proto-check docs docs-check site unit hosts bench clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -17,7 +17,7 @@ help: ## what can be made
 demo: $(VENV)/.installed ## train a small Llama with nowcasting and write runs/demo/report.html
 	$(BIN)/python -m sidecast.trainer.demo $(DEMO)
 
-test: lint types imports proto-check docs-check unit ## lint, types, generated code and all tests
+test: lint types imports proto-check docs-check site unit ## lint, types, generated code, the site and all tests
 
 # Three files of tests at a time, on two cores too: most of what tests do is to start processes, and to wait for them.
 # In their order, so that those of a second or two are the last, and no worker waits for another's minute.
@@ -56,6 +56,10 @@ docs-check: $(VENV)/.installed
 	$(BIN)/python docs/generate_settings.py --check
 	$(BIN)/python docs/generate_metrics.py --check
 	$(BIN)/python docs/generate_decisions.py --check
+
+# Its notice about a successor is for whoever chooses the tool (ADR 32).
+site: $(VENV)/.installed ## the pages as a site in build/site, all links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
 
 bench: $(VENV)/.installed ## the benchmarks' short presets, a minute each, on the CPU
 	$(BIN)/python -m benchmarks.bench_graph --preset ci

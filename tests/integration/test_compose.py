@@ -152,7 +152,11 @@ def test_it_starts_in_order(compose: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["check", "config", "prometheus.yml"], ["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]],
+    [
+        ["check", "config", "prometheus.yml"],
+        ["check", "rules", "recording_rules.yml", "alerts.yml"],
+        ["test", "rules", "alerts_test.yml"],
+    ],
     ids=" ".join,
 )
 def test_promtool_accepts_what_is_shipped(find_tool: Callable[[str], str], arguments: list[str]) -> None:

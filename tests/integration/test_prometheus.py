@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
-import threading
-import time
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.limits import HANG_S
+from tests.support.monitoring.prometheus import (
+    Start,
+    evaluated_rules,
+    free_port,
+    query,
+    start_prometheus,
+    started_processes,
+    wait_for,
+)
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+RULES = ("recording_rules.yml", "alerts.yml")
 WORKER = Path(__file__).with_name("workers") / "train_nowcasted.py"
-POLL_INTERVAL_S = 0.2
-# Reached only when something is wrong: Ray alone can take a minute to start on a busy machine.
 
 WORLD_SIZE = 2
 # In sync mode without probation every step is decided: snapshots at 2, 4, ... 14, nowcasts applied at 4, 8 and 12.
@@ -48,74 +46,14 @@ SECTION = {
 }
 
 
-@dataclass(frozen=True)
-class Process:
-    """A started process whose output goes to a file."""
-
-    popen: subprocess.Popen[bytes]
-    log: Path
-
-    def find(self, pattern: str) -> str | None:
-        """The first group of a pattern in the output so far; fails if the process has ended without it."""
-        has_ended = self.popen.poll() is not None
-        match = re.search(pattern, self.log.read_text())
-        if match is None and has_ended:
-            pytest.fail(f"{self.log.name} ended with {self.popen.returncode}:\n{self.log.read_text()[-3000:]}")
-        return None if match is None else match[1]
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    with started_processes(tmp_path_factory.mktemp("logs")) as start:
+        yield start
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
-    """Starts processes, and ends them in reverse order."""
-    folder = tmp_path_factory.mktemp("logs")
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start_one(name: str, command: Sequence[str | Path], **environment: str) -> Process:
-        log = folder / name
-        with log.open("wb") as output:
-            popen = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            )
-        started.append(popen)
-        return Process(popen, log)
-
-    yield start_one
-    for popen in reversed(started):
-        assert popen.stdin is not None
-        popen.stdin.close()
-        popen.terminate()
-    for popen in reversed(started):
-        try:
-            popen.wait(timeout=HANG_S)
-        except subprocess.TimeoutExpired:
-            popen.kill()
-            popen.wait()
-
-
-def wait_for(what: str, condition: Callable[[], Any]) -> Any:
-    """Polls until the condition holds; other processes give no event to wait on."""
-    pause = threading.Event()
-    deadline_s = time.monotonic() + HANG_S
-    while not (value := condition()):
-        if time.monotonic() > deadline_s:
-            pytest.fail(f"{what}: not within {HANG_S:g} s")
-        pause.wait(POLL_INTERVAL_S)
-    return value
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def prometheus(
-    start: Callable[..., Process], find_tool: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
-) -> str:
+def prometheus(start: Start, find_tool: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """URL of a Prometheus that scrapes a service and two ranks, which have trained and are still there."""
     binary = find_tool("prometheus")
     folder = tmp_path_factory.mktemp("prometheus")
@@ -149,19 +87,9 @@ def prometheus(
         assert f'"{shipped}"' in configuration
         configuration = configuration.replace(f'"{shipped}"', f'"127.0.0.1:{port}"')
     (folder / "prometheus.yml").write_text(configuration)
-    shutil.copy(DEPLOY / "alerts.yml", folder)
-    process = start(
-        "prometheus",
-        [
-            binary,
-            f"--config.file={folder / 'prometheus.yml'}",
-            f"--storage.tsdb.path={folder / 'data'}",
-            "--web.listen-address=127.0.0.1:0",
-        ],
-    )
-    address = wait_for("Prometheus", lambda: process.find(r'msg="Listening on" address=(\S+)'))
-    url = f"http://{address}"
-    wait_for("Prometheus", lambda: "Server is ready" in process.log.read_text() or process.find("(?!)"))
+    for name in RULES:
+        shutil.copy(DEPLOY / name, folder)
+    url = start_prometheus(start, binary, folder / "prometheus.yml", folder / "data")
     # Each the last thing that its process does with the last snapshot.
     last = {
         "sidecast_trainer_step": LAST_SNAPSHOT_STEP,
@@ -179,19 +107,6 @@ def prometheus(
         lambda: query(url, "sidecast_service_snapshot_step") == {"": LAST_SNAPSHOT_STEP},
     )
     return url
-
-
-def get(url: str, path: str) -> Any:
-    with urllib.request.urlopen(url + path, timeout=10) as reply:
-        return json.load(reply)["data"]
-
-
-def query(url: str, expression: str, label: str = "") -> dict[str, float]:
-    """The value of each series of an instant query, by one label; an empty name stands for the only series."""
-    rows = get(url, f"/api/v1/query?{urllib.parse.urlencode({'query': expression})}")["result"]
-    values = {row["metric"].get(label, ""): float(row["value"][1]) for row in rows}
-    assert len(values) == len(rows), f"{expression} has several series per {label!r}: {rows}"
-    return values
 
 
 def test_every_target_is_up(prometheus: str) -> None:
@@ -272,17 +187,10 @@ def test_a_query_can_bring_both_sides_together(prometheus: str) -> None:
 
 
 def test_the_shipped_rules_are_loaded_and_silent(prometheus: str) -> None:
-    groups = wait_for(
-        "the first evaluation",
-        lambda: [
-            group
-            for group in get(prometheus, "/api/v1/rules")["groups"]
-            if all(rule["health"] != "unknown" for rule in group["rules"])
-        ],
-    )
-    rules = [rule for group in groups for rule in group["rules"]]
-    assert len(rules) == (DEPLOY / "alerts.yml").read_text().count("- alert:")
+    rules = evaluated_rules(prometheus)
+    shipped = "".join((DEPLOY / name).read_text() for name in RULES)
+    assert len(rules) == len(re.findall("- (?:alert|record):", shipped))
     assert [(rule["name"], rule["lastError"]) for rule in rules if rule["health"] != "ok"] == []
     # In sync mode the ranks do wait for the service; that alert is pending, as it says it would be.
-    active = {rule["name"] for rule in rules if rule["alerts"]}
+    active = {rule["name"] for rule in rules if rule.get("alerts")}
     assert active <= {"SidecastTrainingBlocked"}

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from sidecast.errors import ConfigError, SidecastError
 from sidecast.trainer.demo.children import Child, ChildFailedError, Children
 from sidecast.trainer.demo.leftovers import find_lock, free_shared_buffers
-from sidecast.trainer.job.config import load_config, parse_override
+from sidecast.trainer.job.config import JobConfig, load_config, parse_override
 from sidecast.trainer.job.progress import ProgressBar
 from sidecast.trainer.job.run_log import METRICS_NAME, Record, read_records
 from sidecast.trainer.report.__main__ import write_report
@@ -66,6 +67,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
     environment = _environment(arguments.num_ranks)
     _note_lock(environment)
     _empty(out)
+    runs = _runs(config)
+    _say(_plan(config, runs, num_steps, out))
     started_s = time.monotonic()
     with Children() as children:
         service = None
@@ -74,42 +77,73 @@ def run_demo(arguments: argparse.Namespace) -> None:
             _say("starting the nowcaster service")
             service, endpoint = _start_service(children, out, arguments, environment)
         _say(f"nowcaster service at {endpoint}")
-        _train(
-            children,
-            "training with nowcasts",
-            _training_command(arguments, out / NOWCAST_RUN, num_steps, [f"nowcaster.endpoint={endpoint}"]),
-            out / NOWCAST_RUN,
-            num_steps,
-            environment,
-            service,
-        )
-        if service is not None:
-            children.end(service)
-        _train(
-            children,
-            "training without nowcasts",
-            _training_command(arguments, out / BASELINE_RUN, num_steps, ["nowcaster.enabled=false"]),
-            out / BASELINE_RUN,
-            num_steps,
-            environment,
-        )
-        beside = []
-        if config.training.schedule.kind != "constant":
-            constant = ["nowcaster.enabled=false", 'training.schedule.kind="constant"']
-            # A decay of its own length is only for a schedule that has one.
-            constant.append("training.schedule.decay_steps=null")
-            beside.append(out / CONSTANT_RATE_RUN)
+        for number, run in enumerate(runs, 1):
+            settings = [*run.settings, *([f"nowcaster.endpoint={endpoint}"] if run.is_nowcasted else [])]
             _train(
                 children,
-                "training at a constant rate",
-                _training_command(arguments, beside[0], num_steps, constant),
-                beside[0],
+                f"{number} of {len(runs)}: {run.title}",
+                _training_command(arguments, out / run.folder, num_steps, settings),
+                out / run.folder,
                 num_steps,
                 environment,
+                service if run.is_nowcasted else None,
             )
+            if run.is_nowcasted and service is not None:
+                children.end(service)
+    beside = [out / run.folder for run in runs[2:]]
     summary = write_report(out / NOWCAST_RUN, out / BASELINE_RUN, out, beside)
     sys.stdout.write(f"\n{summary}\n\nreport: {out / 'report.html'}\nplot:   {out / 'loss.png'}\n")
     _say(f"done in {time.monotonic() - started_s:.0f} s")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One training run of the demo.
+
+    Attributes:
+        title: What it does, in a few words.
+        folder: Its name in the output folder.
+        is_nowcasted: Whether it uses the service.
+        settings: What it sets besides the configuration.
+    """
+
+    title: str
+    folder: str
+    is_nowcasted: bool = False
+    settings: tuple[str, ...] = ()
+
+
+def _runs(config: JobConfig) -> list[_Run]:
+    """The nowcasted run, the same without and, where its learning rate decays, one at a constant rate."""
+    policy = config.deepspeed.get("nowcaster", {}).get("policy", "jump")
+    kind = "pushes" if policy == "push" else "jumps"
+    without = "nowcaster.enabled=false"
+    runs = [
+        _Run(f"training with {kind}", NOWCAST_RUN, is_nowcasted=True),
+        _Run("training without", BASELINE_RUN, settings=(without,)),
+    ]
+    if config.training.schedule.kind != "constant":
+        # A decay of its own length is only for a schedule that has one.
+        constant = (without, 'training.schedule.kind="constant"', "training.schedule.decay_steps=null")
+        runs.append(_Run("training without, at a constant rate", CONSTANT_RATE_RUN, settings=constant))
+    return runs
+
+
+def _plan(config: JobConfig, runs: Sequence[_Run], num_steps: int, out: Path) -> str:
+    """What will happen, and what to look at meanwhile and afterwards."""
+    lines = [f"This trains a small model {len(runs)} times, {num_steps:,} steps each, one after another:"]
+    lines += [f"  {number}. {run.title}" for number, run in enumerate(runs, 1)]
+    lines += [
+        "All see the same data in the same order, from the same weights.",
+        "Look at the validation losses of 1 and 2 at the same step: lower in 1 is what nowcasts gain.",
+    ]
+    if len(runs) > 2:
+        lines.append("3 shows what the decay of the learning rate is worth by itself.")
+    lines += [
+        f"Logs are in {out}; the report with all curves will be {out / 'report.html'}.",
+        "A first start compiles an operator of DeepSpeed, which can take some minutes. Ctrl-C ends everything.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _empty(out: Path) -> None:

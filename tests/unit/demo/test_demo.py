@@ -75,6 +75,43 @@ def test_where_the_rate_is_constant_anyway_two_runs_are_enough(
     assert beside == []
 
 
+@pytest.mark.parametrize(
+    ("options", "titles"),
+    [
+        ([], ["training with pushes", "training without", "training without, at a constant rate"]),
+        (["--config", "demo-jumps"], ["training with jumps", "training without"]),
+    ],
+    ids=["pushes", "jumps"],
+)
+def test_it_says_first_what_it_will_run_and_counts_what_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    titles: list[str],
+) -> None:
+    names: list[str] = []
+    counted: list[int] = []
+
+    def train(children: object, name: str, command: object, run_dir: object, num_steps: int, *rest: object) -> None:
+        names.append(name)
+        counted.append(num_steps)
+
+    monkeypatch.setattr(demo, "_train", train)
+    monkeypatch.setattr(demo, "_free_port", lambda: 1)
+    monkeypatch.setattr(demo, "write_report", lambda *runs: "")
+    out = tmp_path / "demo"
+    demo.run_demo(demo._parser().parse_args(["--out", str(out), "--endpoint", "h:1", "--steps", "70", *options]))
+    said = capsys.readouterr().err
+    assert f"trains a small model {len(titles)} times, 70 steps each" in said
+    assert [line for line in said.splitlines() if line.startswith("  ")] == [
+        f"  {number}. {title}" for number, title in enumerate(titles, 1)
+    ]
+    assert str(out / "report.html") in said
+    assert names == [f"{number} of {len(titles)}: {title}" for number, title in enumerate(titles, 1)]
+    assert counted == [70] * len(titles)
+
+
 def test_a_setting_that_no_run_would_take_is_refused_before_anything_is_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

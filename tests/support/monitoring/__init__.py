@@ -1,0 +1,1 @@
+"""What tests of metrics, alerts and dashboards share."""
