@@ -115,6 +115,21 @@ def test_tensors_that_moved_cost_a_snapshot_and_no_slot() -> None:
     assert not has_free(courier.slots)
 
 
+def test_tensors_that_stay_away_are_told_of_once_and_again_after_they_were_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A model whose vocabulary was resized in mid-run, say (transformers pull request 3519)."""
+    courier, partition = FakeCourier(), FakePartition()
+    stager = stager_of(courier)
+    for is_stale in (True, False, True, True, True, False, True, True):
+        partition.is_stale = is_stale
+        stage(stager, partition)
+        for slot in courier.slots:
+            slot.free()
+    said = "nothing is nowcasted as long as snapshots cannot be taken: it moved"
+    assert [record.getMessage() for record in caplog.records] == [said, said]
+
+
 def test_an_unreachable_courier_is_told_of() -> None:
     courier = FakeCourier()
     courier.is_reachable = False
