@@ -112,6 +112,10 @@ class Stager:
             if self._num_stale == MANY_STALE:
                 log.warning("nothing is nowcasted as long as snapshots cannot be taken: %s", error)
             return str(error)
+        except BaseException:
+            # A notebook's stop button, say, whose next cell trains on.
+            slot.free()
+            raise
         finally:
             self.seconds += time.perf_counter() - started_s
         self._num_stale = 0
