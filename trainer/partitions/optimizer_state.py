@@ -242,10 +242,12 @@ class OptimizerState:
         for index, master in enumerate(masters):
             master.local.detach().copy_(tensors[f"{index}"])
             self._restore_entries(master, _without_prefix(tensors, f"{index}."), _without_prefix(values, f"{index}."))
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        states = [optimizer.state for optimizer in self._optimizers]
+        places_of: dict[str, Sequence[MutableMapping[Any, Any]]] = {
+            _GROUP: [group for optimizer in self._optimizers for group in optimizer.param_groups],
+            _SHARED: [optimizer.state for optimizer in self._optimizers],
+        }
         for name, saved in (*tensors.items(), *values.items()):
-            for prefix, places in ((_GROUP, groups), (_SHARED, states)):
+            for prefix, places in places_of.items():
                 if name.startswith(prefix):
                     number, key = name.removeprefix(prefix).split(".", 1)
                     _put_back(places, int(number), key, saved)
