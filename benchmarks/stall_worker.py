@@ -12,7 +12,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,19 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint import async_save
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sidecast
 from sidecast.trainer.hook.boundary import NowcastHook
+from sidecast.trainer.integrations.deepspeed import hook_of
 
 CONTEXT_LEN = 5
 
 
-def section_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with one snapshot every three windows, for jumps or for pushes."""
+def build_engine(settings: dict[str, Any]) -> Any:
+    """The model under the ZeRO stage, with one snapshot every three windows, for jumps or for pushes."""
+    torch.manual_seed(0)
+    model = build_model(settings)
     interval_steps = 3 * settings["window_steps"]
     policy: dict[str, Any] = {
         "context_len": CONTEXT_LEN,
@@ -46,77 +45,17 @@ def section_of(settings: dict[str, Any]) -> dict[str, Any]:
     }
     if settings["policy"] == "push":
         policy = {"policy": "push", "push": {"interval_steps": interval_steps, "start_step": 0}}
-    return {"endpoint": settings["endpoint"], "require": True, **policy}
-
-
-@dataclass
-class Run:
-    """A model that is trained under the hook.
-
-    Attributes:
-        hook: On it.
-        model: Called with tokens; its loss is that of language models.
-        update: Makes a step from a loss.
-        masters: The fp32 masters that the rank holds.
-        vocab_size: Of the model.
-    """
-
-    hook: NowcastHook
-    model: Any
-    update: Callable[[Tensor], object]
-    masters: Callable[[], list[Tensor]]
-    vocab_size: int
-
-
-def run_of(settings: dict[str, Any]) -> Run:
-    """The model under the ZeRO stage, or sharded by FSDP2 in a plain loop."""
-    torch.manual_seed(0)
-    model = build_model(settings)
-    run = loop_of(model, settings) if settings["stage"] is None else engine_of(model, settings)
-    assert isinstance(run.hook, NowcastHook)
-    return run
-
-
-def loop_of(model: LlamaForCausalLM, settings: dict[str, Any]) -> Run:
-    """Each layer is sharded for itself, as people do it."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    sidecast.attach(model, optimizer, section_of(settings))
-
-    def update(loss: Tensor) -> None:
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def masters() -> list[Tensor]:
-        held = [item for group in optimizer.param_groups for item in group["params"]]
-        return [item.to_local() if isinstance(item, DTensor) else item for item in held]
-
-    return Run(sidecast.hook_of(model), model, update, masters, model.config.vocab_size)
-
-
-def engine_of(model: LlamaForCausalLM, settings: dict[str, Any]) -> Run:
-    """With an optimizer of torch's own, whatever the stage."""
     config = {
         "train_micro_batch_size_per_gpu": settings["batch_size"],
         "zero_optimization": {"stage": settings["stage"]},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "nowcaster": section_of(settings),
+        "nowcaster": {"endpoint": settings["endpoint"], "require": True, **policy},
     }
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4), config=config
     )
-    sidecast.attach(engine)
-
-    def update(loss: Tensor) -> None:
-        engine.backward(loss)
-        engine.step()
-
-    return Run(sidecast.hook_of(engine), engine, update, lambda: masters_of(engine), model.config.vocab_size)
+    return sidecast.attach(engine)
 
 
 def build_model(settings: dict[str, Any]) -> LlamaForCausalLM:
@@ -200,16 +139,18 @@ def main(settings: dict[str, Any]) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=int(os.environ["WORLD_SIZE"])
     )
-    if settings["stage"] is not None:
-        deepspeed.init_distributed(dist_backend="gloo")
-    run = run_of(settings)
-    hook = run.hook
+    deepspeed.init_distributed(dist_backend="gloo")
+    engine = build_engine(settings)
+    hook = hook_of(engine)
+    assert isinstance(hook, NowcastHook)
     generator = torch.Generator().manual_seed(rank)
     shape = (settings["batch_size"], settings["sequence_length"])
+    vocab_size = engine.module.config.vocab_size
 
     def step() -> None:
-        tokens = torch.randint(0, run.vocab_size, shape, generator=generator)
-        run.update(run.model(input_ids=tokens, labels=tokens).loss)
+        tokens = torch.randint(0, vocab_size, shape, generator=generator)
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        engine.step()
 
     window_steps = settings["window_steps"]
     results: dict[str, list[float]] = {
@@ -238,7 +179,7 @@ def main(settings: dict[str, Any]) -> None:
             if len(windows) > 1:
                 step_s += times
         if peers is None:
-            peers = Peers(run.masters(), folder, rank)
+            peers = Peers(masters_of(engine), folder, rank)
             continue
         # A nowcast is made beside a base's window, on this same machine; it is not what a snapshot costs a trainer.
         if (cycle + 1) % CONTEXT_LEN != 0:
@@ -257,7 +198,7 @@ def main(settings: dict[str, Any]) -> None:
             results["cached"].append(peers.cached_async_save())
         dist.barrier()
     summary = hook.summary()
-    shard_bytes = sum(master.nbytes for master in run.masters())
+    shard_bytes = sum(master.nbytes for master in masters_of(engine))
     hook.close()
     shutil.rmtree(folder / "save", ignore_errors=True)
     report = {
