@@ -12,7 +12,7 @@ from tests.support.local_engines import LocalEngines
 from tests.support.scripts import run_script
 from tests.support.services.harness import RunningService
 
-RUNS = Path(__file__).resolve().parents[1] / "workers" / "other_world_sizes.py"
+RUNS = Path(__file__).with_name("other_world_sizes.py")
 # Of the worker, which imports DeepSpeed.
 PERIOD_STEPS, SAVE_STEP = 20, 26
 
