@@ -57,6 +57,9 @@ class FakePartition:
     def scale_momentum(self, factor: float) -> None:
         self.moments.append(factor)
 
+    def require_scalable(self) -> None:
+        pass
+
     def require_resettable(self) -> None:
         pass
 

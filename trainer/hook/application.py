@@ -109,6 +109,8 @@ class JumpApplier:
             self.partition.require_current()
             if self._config.moments == "reset":
                 self.partition.require_resettable()
+            elif self._config.moments == "scale":
+                self.partition.require_scalable()
             if self._base is not None and self._base_step != base_step:
                 reason = f"the base of step {base_step}, which it would replace, is not held"
             elif self.rollback_copy is not None:

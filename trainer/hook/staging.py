@@ -20,6 +20,9 @@ from sidecast.trainer.pipe.messages import Applied, Snapshot
 
 log = logging.getLogger(__name__)
 
+# Of windows in a row. A script that offloads its optimizer now and then costs one at a time.
+MANY_STALE = 2
+
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
     """A stream beside the training's; None where there is nothing to overlap."""
@@ -49,6 +52,7 @@ class Stager:
         self._copied: torch.cuda.Event | None = None
         self._copying: Snapshot | None = None
         self._stands_still = False
+        self._num_stale = 0
 
     def take_slot(self, deadline_s: float | None) -> Slot | None:
         """A slot to fill; waits for one only while the service is there.
@@ -104,9 +108,17 @@ class Stager:
         except StalePartitionError as error:
             # Somebody moved the optimizer's tensors; training is none the worse for a missing snapshot.
             slot.free()
+            self._num_stale += 1
+            if self._num_stale == MANY_STALE:
+                log.warning("nothing is nowcasted as long as snapshots cannot be taken: %s", error)
             return str(error)
+        except BaseException:
+            # A notebook's stop button, say, whose next cell trains on.
+            slot.free()
+            raise
         finally:
             self.seconds += time.perf_counter() - started_s
+        self._num_stale = 0
         self._copying = Snapshot(
             slot=slot.index, step=step, epoch=epoch, learning_rate_sum=learning_rate_sum, applied=applied
         )

@@ -26,6 +26,7 @@ from sidecast.trainer.integrations.in_process import InProcessNowcaster
 from sidecast.trainer.integrations.in_process_pushes import InProcessPusher
 from sidecast.trainer.integrations.replicas import replica_of
 from sidecast.trainer.partitions import Partition
+from sidecast.trainer.partitions.step_hooks import uncompiled
 
 STATE_KEY = "sidecast"
 
@@ -128,6 +129,7 @@ class NowcastOptimizer(torch.optim.Optimizer):
         memory."""
         self.hook.add_listener(log_event)
         self._attachment = Attachment(run, self.hook, partition, ranks)
+        self._before, self._after = uncompiled(self._before_step), uncompiled(self._after_step)
 
     def observe(self, loss: Tensor | float) -> None:
         """Gives the mean loss of one micro-batch, before ``step``; not needed with a closure that returns it."""
@@ -135,13 +137,19 @@ class NowcastOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes the inner optimizer's step, and what is due after it."""
-        self._messenger.before_step(self._num_steps, self.hook.learning_rate_sum, self._partition)
+        self._before()
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        self._after(loss)
+        return loss
+
+    def _before_step(self) -> None:
+        self._messenger.before_step(self._num_steps, self.hook.learning_rate_sum, self._partition)
+
+    def _after_step(self, loss: Tensor | float | None) -> None:
         if loss is not None:
             self.observe(loss)
         self._num_steps += 1
         self._attachment.after_step()
-        return loss
 
     # --- the optimizer inside
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sidecast.trainer.partitions.step_hooks import is_within_a_step
+from sidecast.trainer.partitions.step_hooks import is_within_a_step, uncompiled
 
 _DCP_STATE_MODULE = "torch.distributed.checkpoint.state_dict"
 
@@ -31,8 +31,8 @@ class OptimizerSteps:
         self._applied = applied
         self._skipped = skipped
         self._is_making_state = False
-        self._before = optimizer.register_step_pre_hook(self._before_step)
-        self._after = optimizer.register_step_post_hook(self._after_step)
+        self._before = optimizer.register_step_pre_hook(uncompiled(self._before_step))
+        self._after = optimizer.register_step_post_hook(uncompiled(self._after_step))
         # Torch lets hooks of modules be put first, and has no public way for those of optimizers.
         hooks: Any = optimizer._optimizer_step_post_hooks
         hooks.move_to_end(self._after.id, last=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sidecast.errors import ConfigError
@@ -24,6 +24,9 @@ from sidecast.trainer.partitions.module_losses import ModuleLossWatch
 from sidecast.trainer.partitions.plain import shard_again
 
 log = logging.getLogger(__name__)
+
+# More than anybody accumulates gradients over.
+MANY_LOSSES = 2000
 
 # On the optimizer, which leaves it out of copies and pickles of itself, as a model would not.
 _LOOP_ATTRIBUTE = "_sidecast_loop"
@@ -49,12 +52,13 @@ class PlainLoop:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]) -> None:
         self._num_steps = 0
+        self._num_losses_since_step = 0
         self._module = model.module if isinstance(model, DistributedDataParallel) else model
         self._optimizer = weakref.ref(optimizer)
         local_rank = dist.get_node_local_rank(fallback_rank=0) if dist.is_available() else 0
         run = replica_of(self._module, optimizer, lambda: self._num_steps, local_rank)
         self.attachment: Attachment = start(settings, run)
-        self._losses: ModuleLossWatch | None = ModuleLossWatch(model, self.attachment.observe)
+        self._losses: ModuleLossWatch | None = ModuleLossWatch(model, self._observe)
         self._steps = OptimizerSteps(optimizer, self._after_step, self.attachment.hook.after_skipped_step)
         setattr(optimizer, _LOOP_ATTRIBUTE, self)
         for face in _faces(model):
@@ -98,7 +102,18 @@ class PlainLoop:
         self._steps.remove()
         self._losses = None
 
+    def _observe(self, loss: Tensor) -> None:
+        self._num_losses_since_step += 1
+        if self._num_losses_since_step == MANY_LOSSES:
+            log.warning(
+                "nothing is nowcasted: the optimizer that sidecast.attach was given has made no step in %d backward "
+                "passes; if another one trains the model now, close the hook and attach to that one",
+                MANY_LOSSES,
+            )
+        self.attachment.observe(loss)
+
     def _after_step(self) -> None:
+        self._num_losses_since_step = 0
         if self.attachment.hook.is_closed:
             # The rest of ``let_go`` cannot be done while torch goes through these hooks.
             self._losses = None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidecast.trainer.partitions.step_hooks import is_within_a_step
+from sidecast.trainer.partitions.step_hooks import is_within_a_step, uncompiled
 
 # Never an optimizer's own: a schedule is further on after a rollback, too.
 _OF_SCHEDULES = ("params", "lr", "initial_lr")
@@ -33,8 +33,8 @@ class OwnGroupEntries:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.keys: set[str] = set()
         self._before: list[dict[str, Any]] = []
-        optimizer.register_step_pre_hook(self._begin)
-        optimizer.register_step_post_hook(self._end)
+        optimizer.register_step_pre_hook(uncompiled(self._begin))
+        optimizer.register_step_post_hook(uncompiled(self._end))
 
     def _begin(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not is_within_a_step(optimizer):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from sidecast.errors import ConfigError
 from sidecast.trainer.partitions.group_entries import own_group_entries
 from sidecast.trainer.partitions.rollback import RollbackCopy, RollbackError, packed_bytes
+from sidecast.trainer.partitions.step_hooks import uncompiled
 
 # What Adam keeps; assumed before the first step, when there is no state to measure yet.
 _ASSUMED_MOMENTS = 2
@@ -24,9 +27,16 @@ _STEP_KEY = "step"
 _ZERO_AT_FIRST = frozenset(
     (_STEP_KEY, "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta")
 ) | {"momentum_buffer"}
-# Of their steps' averages, and of averages of weights: by what their names have in common.
-_KEEP_SECOND_WEIGHTS = ("ScheduleFree", "ASGD", "Lookahead")
+# Averages of their steps and of weights, or sums of gradients that the weights are made of anew: their next steps take
+# a jump back. By what their names have in common.
+_KEEP_SECOND_WEIGHTS = (
+    *("ScheduleFree", "ASGD", "Lookahead", "Ranger", "AccSGD", "A2Grad", "SRMM"),
+    *("MADGRAD", "FTRL", "DAdaptAdaGrad", "DAdaptSGD"),
+)
 _GROUP = "group."
+_SHARED = "shared."
+# Between an entry's key and the part of it, where the entry is a tensor made of others.
+_PART = "@"
 _GRAD_SCALER = "grad_scaler"
 # The moving parts of DeepSpeed's loss scalers; their settings (window, factor, floor) never change.
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -65,7 +75,8 @@ class OptimizerState:
             state.
 
     Raises:
-        ConfigError: An optimizer keeps a second copy of the weights, which a jump would not move.
+        ConfigError: An optimizer keeps a second copy of the weights, which a jump would not move, or leaves its steps
+            to an optimizer of its own.
     """
 
     def __init__(
@@ -78,6 +89,7 @@ class OptimizerState:
     ) -> None:
         for optimizer in optimizers:
             _require_single_weights(optimizer)
+            _require_own_state(optimizer)
         self._group_entries = [own_group_entries(optimizer) for optimizer in optimizers]
         self._are_parameters = are_parameters
         self._optimizers = optimizers
@@ -92,11 +104,11 @@ class OptimizerState:
             sizes_bytes.append(master.local.nbytes)
             entries = self._entries(master)
             sizes_bytes += (
-                [self._local_of(value).nbytes for value in entries.values() if isinstance(value, Tensor)]
+                [part.nbytes for part in self._tensors(entries).values()]
                 if entries
                 else [master.local.nbytes] * _ASSUMED_MOMENTS + [_ASSUMED_STEP_BYTES]
             )
-        own = [value for _, _, value in self._own_entries()]
+        own = [value for _, value in (*self._own_entries(), *self._shared_entries())]
         sizes_bytes += [value.nbytes for value in own if isinstance(value, Tensor)]
         return packed_bytes(sizes_bytes)
 
@@ -117,8 +129,10 @@ class OptimizerState:
             while waiting:
                 waiting.pop()()
 
+        hook = uncompiled(call_once)
+
         for optimizer in self._optimizers:
-            self._waiting.append((waiting, optimizer.register_step_pre_hook(call_once)))
+            self._waiting.append((waiting, optimizer.register_step_pre_hook(hook)))
 
     def scale_momentum(self, masters: Sequence[Master], factor: float) -> None:
         """Multiplies the first moments of these masters."""
@@ -127,20 +141,36 @@ class OptimizerState:
                 if key in _MOMENTUM_KEYS and isinstance(value, Tensor):
                     value.mul_(factor)
 
+    def require_scalable(self, masters: Sequence[Master]) -> None:
+        """Refuses what ``scale_momentum`` cannot multiply.
+
+        Raises:
+            RollbackError: A first moment is quantized; naming the entry.
+        """
+        for master in masters:
+            for key, value in self._entries(master).items():
+                if key in _MOMENTUM_KEYS and isinstance(value, Tensor) and _parts_of(self._local_of(value)):
+                    raise RollbackError(f"moments: scale cannot scale {key!r}, which is a {type(value).__name__}")
+
     def require_resettable(self, masters: Sequence[Master]) -> None:
         """Refuses what ``reset_moments`` could not bring back to where it was before the first step.
 
         Raises:
             RollbackError: What the state begins with is not known; naming an entry.
         """
-        for _, name, _ in self._own_entries():
+        for name, _ in self._own_entries():
+            name = name.split(".", 2)[2]
             raise RollbackError(f"moments: reset cannot reset {name!r}, which the optimizer keeps in its groups")
+        for name, _ in self._shared_entries():
+            name = name.split(".", 2)[2]
+            raise RollbackError(f"moments: reset cannot reset {name!r}, which the optimizer keeps for all parameters")
         for master in masters:
             optimizer = self._optimizer_of(master)
             if self._is_made_anew(optimizer):
                 continue
-            for key in self._entries(master):
-                if _first_value(optimizer, master, key) is None:
+            for key, value in self._entries(master).items():
+                is_quantized = isinstance(value, Tensor) and bool(_parts_of(self._local_of(value)))
+                if is_quantized or _first_value(optimizer, master, key) is None:
                     raise RollbackError(
                         f"moments: reset does not know what {key!r} of the optimizer's state begins with"
                     )
@@ -171,13 +201,11 @@ class OptimizerState:
         values: dict[str, Any] = {}
         for index, master in enumerate(masters):
             tensors[f"{index}"] = master.local
-            for key, value in self._entries(master).items():
-                if isinstance(value, Tensor):
-                    tensors[f"{index}.{key}"] = self._local_of(value)
-                else:
-                    values[f"{index}.{key}"] = value
-        for group, name, value in self._own_entries():
-            (tensors if isinstance(value, Tensor) else values)[f"{_GROUP}{group}.{name}"] = value
+            entries = self._entries(master)
+            tensors |= {f"{index}.{key}": part for key, part in self._tensors(entries).items()}
+            values |= {f"{index}.{key}": value for key, value in entries.items() if not isinstance(value, Tensor)}
+        for name, value in (*self._own_entries(), *self._shared_entries()):
+            (tensors if isinstance(value, Tensor) else values)[name] = value
         if isinstance(self._loss_scaler, torch.amp.GradScaler):
             values[_GRAD_SCALER] = self._loss_scaler.state_dict()
         for field in _LOSS_SCALE_FIELDS:
@@ -193,6 +221,13 @@ class OptimizerState:
         """
         self._require_captured_here(masters, copy)
         copy.require_readable()
+        for name, saved in copy.tensors().items():
+            if _PART not in name:
+                continue
+            index, key = name.split(".", 1)
+            now = self._tensors(self._entries(masters[int(index)])).get(key)
+            if now is None or (now.shape, now.dtype) != (saved.shape, saved.dtype):
+                raise RollbackError(f"{key.partition(_PART)[0]!r} of the optimizer's state is not what was captured")
 
     def _require_captured_here(self, masters: Sequence[Master], copy: RollbackCopy) -> None:
         tensors = copy.tensors()
@@ -207,10 +242,15 @@ class OptimizerState:
         for index, master in enumerate(masters):
             master.local.detach().copy_(tensors[f"{index}"])
             self._restore_entries(master, _without_prefix(tensors, f"{index}."), _without_prefix(values, f"{index}."))
+        places_of: dict[str, Sequence[MutableMapping[Any, Any]]] = {
+            _GROUP: [group for optimizer in self._optimizers for group in optimizer.param_groups],
+            _SHARED: [optimizer.state for optimizer in self._optimizers],
+        }
         for name, saved in (*tensors.items(), *values.items()):
-            if name.startswith(_GROUP):
-                number, key = name.removeprefix(_GROUP).split(".", 1)
-                self._restore_own(int(number), key, saved)
+            for prefix, places in places_of.items():
+                if name.startswith(prefix):
+                    number, key = name.removeprefix(prefix).split(".", 1)
+                    _put_back(places, int(number), key, saved)
         if isinstance(self._loss_scaler, torch.amp.GradScaler) and values.get(_GRAD_SCALER):
             self._loss_scaler.load_state_dict(values[_GRAD_SCALER])
         for field in _LOSS_SCALE_FIELDS:
@@ -223,37 +263,45 @@ class OptimizerState:
             state.pop(master.key, None)
             return
         entries = state.setdefault(master.key, {})
-        for key in [key for key in entries if key not in tensors and key not in values]:
+        kept = {key.partition(_PART)[0] for key in tensors} | values.keys()
+        for key in [key for key in entries if key not in kept]:
             del entries[key]
+        held = self._tensors(entries)
         for key, saved in tensors.items():
-            now = entries.get(key)
-            if not isinstance(now, Tensor) or self._local_of(now).shape != saved.shape or now.dtype != saved.dtype:
+            now = held.get(key)
+            if now is None or now.shape != saved.shape or now.dtype != saved.dtype:
                 # Torch's step counters stay on the CPU; what has the master's shape lives beside the master.
                 is_like_master = saved.shape == master.local.shape
-                now = torch.empty_like(master.key if is_like_master else saved, dtype=saved.dtype)
-                entries[key] = now
-            self._local_of(now).copy_(saved)
+                made = torch.empty_like(master.key if is_like_master else saved, dtype=saved.dtype)
+                entries[key], now = made, self._local_of(made)
+            now.copy_(saved)
         entries.update(values)
 
-    def _own_entries(self) -> Iterator[tuple[int, str, Any]]:
-        """What the optimizers' own steps change in their groups: the group's number among all, its key, the value."""
+    def _own_entries(self) -> Iterator[tuple[str, Any]]:
+        """What the optimizers' own steps change in their groups, under the group's number among all and its key."""
         number = 0
         for optimizer, own in zip(self._optimizers, self._group_entries, strict=True):
             for group in optimizer.param_groups:
                 for key in sorted(own.keys & group.keys()):
-                    yield number, key, group[key]
+                    yield f"{_GROUP}{number}.{key}", group[key]
                 number += 1
 
-    def _restore_own(self, number: int, key: str, saved: Any) -> None:
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        if number >= len(groups):
-            return
-        group = groups[number]
-        now = group.get(key)
-        if isinstance(saved, Tensor) and isinstance(now, Tensor) and now.shape == saved.shape:
-            now.copy_(saved)
-        else:
-            group[key] = saved.clone() if isinstance(saved, Tensor) else saved
+    def _shared_entries(self) -> Iterator[tuple[str, Any]]:
+        """What the optimizers keep in their state for no parameter alone, under the optimizer's number and its key."""
+        for number, optimizer in enumerate(self._optimizers):
+            for key, value in optimizer.state.items():
+                if isinstance(key, str) and isinstance(value, Tensor | int | float):
+                    yield f"{_SHARED}{number}.{key}", value
+
+    def _tensors(self, entries: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The memory that this rank holds of those entries that are tensors, also of those made of others."""
+        found: dict[str, Tensor] = {}
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                local = self._local_of(value)
+                parts = _parts_of(local)
+                found |= {f"{key}{_PART}{name}": part for name, part in parts.items()} if parts else {key: local}
+        return found
 
     def _entries(self, master: Master) -> dict[str, Any]:
         return self._state_of(master).get(master.key, {})
@@ -292,12 +340,42 @@ def _first_value(optimizer: torch.optim.Optimizer, master: Master, key: str) -> 
     return 0.0 if key in _ZERO_AT_FIRST else None
 
 
+def _parts_of(tensor: Tensor) -> dict[str, Tensor]:
+    """What a tensor is made of that has no memory of its own, such as codes and scales; empty for all others."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return {}
+    names, _ = tensor.__tensor_flatten__()
+    return {name: getattr(tensor, name) for name in names}
+
+
+def _put_back(places: Sequence[MutableMapping[Any, Any]], number: int, key: str, saved: Any) -> None:
+    if number >= len(places):
+        return
+    place = places[number]
+    now = place.get(key)
+    if isinstance(saved, Tensor) and isinstance(now, Tensor) and now.shape == saved.shape:
+        now.copy_(saved)
+    else:
+        place[key] = saved.clone() if isinstance(saved, Tensor) else saved
+
+
+def _require_own_state(optimizer: torch.optim.Optimizer) -> None:
+    held = vars(optimizer).values()
+    within = chain(held, *(each for each in held if isinstance(each, list | tuple)))
+    for inner in within:
+        if isinstance(inner, torch.optim.Optimizer) and inner.state is not optimizer.state:
+            raise ConfigError(
+                f"the optimizer is a {type(optimizer).__name__}, which leaves its steps to a {type(inner).__name__} of "
+                "its own, whose state a rollback would not reach; give that one to sidecast"
+            )
+
+
 def _require_single_weights(optimizer: torch.optim.Optimizer) -> None:
     for kind in type(optimizer).__mro__:
         if any(name in kind.__name__ for name in _KEEP_SECOND_WEIGHTS):
             raise ConfigError(
-                f"the optimizer is a {kind.__name__}, which keeps a second copy of the weights that a jump would not "
-                "move; nowcasting supports optimizers that keep one"
+                f"the optimizer is a {kind.__name__}, which keeps a second copy of the weights, or what they are made "
+                "of, and a jump would not move that; nowcasting supports optimizers that keep one"
             )
 
 

@@ -180,6 +180,16 @@ class Partition:
         masters = self._current_masters()
         self._layout.state.scale_momentum(masters, factor)
 
+    def require_scalable(self) -> None:
+        """Refuses what ``scale_momentum`` cannot multiply; local.
+
+        Raises:
+            StalePartitionError: As for ``require_current``.
+            RollbackError: A first moment is quantized.
+        """
+        masters = self._current_masters()
+        self._layout.state.require_scalable(masters)
+
     def require_resettable(self) -> None:
         """Refuses what ``reset_moments`` would have to guess; local.
 

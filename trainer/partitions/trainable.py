@@ -57,6 +57,7 @@ class TrainedNames:
         if self._names is None:
             self._names = frozenset(spec.fqn for spec in trainable.specs)
             _note_running_statistics(module)
+            _note_what_others_train(module, optimized)
         return trainable
 
     def note_others(self, trainable: TrainableParameters, optimized: Iterable[nn.Parameter]) -> None:
@@ -123,6 +124,23 @@ def _note_running_statistics(module: nn.Module) -> None:
             "the next batches; torch.optim.swa_utils.update_bn computes them anew",
             len(kept),
             kept[0],
+        )
+
+
+def _note_what_others_train(module: nn.Module, optimized: Iterable[nn.Parameter]) -> None:
+    """Says which parameters a jump would leave where they are while it moves the others."""
+    own_ids = {id(parameter) for parameter in optimized}
+    left = [
+        unwrapped_name(fqn)
+        for fqn, parameter in module.named_parameters()
+        if parameter.requires_grad and parameter.numel() and id(parameter) not in own_ids
+    ]
+    if left:
+        log.warning(
+            "%d parameters that ask for gradients are not in the optimizer (%s, ...): where another optimizer trains "
+            "them, a jump moves one part of the model and not the other",
+            len(left),
+            left[0],
         )
 
 

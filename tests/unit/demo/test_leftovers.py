@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sidecast.trainer.demo import __main__ as demo
+from sidecast.trainer.demo.children import ChildFailedError
 from sidecast.trainer.demo.leftovers import find_lock, free_shared_buffers
 
 
@@ -34,3 +38,22 @@ def test_a_lock_that_every_start_would_wait_for_is_told(
     demo._note_lock(environment)
     assert f"if nobody does, remove {lock}" in capsys.readouterr().err
     assert lock.exists()
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_run_of_the_demo_frees_what_its_launch_has_shared_however_it_ends(
+    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[str] = []
+    monkeypatch.setattr(demo, "free_shared_buffers", freed.append)
+    monkeypatch.setattr(demo, "_free_port", lambda: 51234)
+    arguments = demo._parser().parse_args([])
+    command = demo._training_command(arguments, tmp_path / "run", 5, [])
+    child: Any = SimpleNamespace(
+        process=SimpleNamespace(poll=lambda: status, wait=lambda: status),
+        failure=lambda: ChildFailedError("it failed"),
+    )
+    children: Any = SimpleNamespace(start=lambda *_: child, end=lambda ended: None)
+    with contextlib.suppress(ChildFailedError):
+        demo._train(children, "run", command, tmp_path / "run", 5, {})
+    assert freed == ["51234"]

@@ -33,12 +33,14 @@ class FakeCourier:
 
 class FakePartition:
     def __init__(self) -> None:
-        self.is_stale = False
+        self.is_stale = self.is_interrupted = False
         self.streams: list[Any] = []
 
     def read(self, out: torch.Tensor, stream: Any) -> None:
         if self.is_stale:
             raise StalePartitionError("it moved")
+        if self.is_interrupted:
+            raise KeyboardInterrupt
         self.streams.append(stream)
         out.fill_(7.0)
 
@@ -113,6 +115,29 @@ def test_tensors_that_moved_cost_a_snapshot_and_no_slot() -> None:
     taken = [take_free(courier.slots), take_free(courier.slots)]
     assert None not in taken
     assert not has_free(courier.slots)
+
+
+def test_an_interrupt_costs_no_slot_of_the_cells_that_train_on() -> None:
+    courier, partition = FakeCourier(), FakePartition()
+    partition.is_interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        stage(stager_of(courier), partition)
+    assert None not in (take_free(courier.slots), take_free(courier.slots))
+
+
+def test_tensors_that_stay_away_are_told_of_once_and_again_after_they_were_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A model whose vocabulary was resized in mid-run, say (transformers pull request 3519)."""
+    courier, partition = FakeCourier(), FakePartition()
+    stager = stager_of(courier)
+    for is_stale in (True, False, True, True, True, False, True, True):
+        partition.is_stale = is_stale
+        stage(stager, partition)
+        for slot in courier.slots:
+            slot.free()
+    said = "nothing is nowcasted as long as snapshots cannot be taken: it moved"
+    assert [record.getMessage() for record in caplog.records] == [said, said]
 
 
 def test_an_unreachable_courier_is_told_of() -> None:

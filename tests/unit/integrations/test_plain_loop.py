@@ -145,6 +145,27 @@ def test_a_step_that_a_fused_optimizer_leaves_out_is_told_as_such(model: nn.Modu
     assert (attached(model).steps, attached(model).num_skipped) == ([1, 2], 1)
 
 
+def test_an_optimizer_that_another_one_has_replaced_is_told_of_once(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As fastai's learner makes one anew whenever layers are unfrozen (fastai issue 2133)."""
+    monkeypatch.setattr(plain_loop, "MANY_LOSSES", 4)
+    sidecast.attach(model, optimizer)
+    for _ in range(2):
+        # Gradients that are accumulated are steps to come.
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)
+        train(model, optimizer, 1)
+    assert caplog.records == []
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), 7)
+    (record,) = caplog.records
+    assert "the optimizer that sidecast.attach was given has made no step in 4 backward passes" in record.getMessage()
+    assert attached(model).steps == [1, 2]
+    assert len(attached(model).losses) == 13
+
+
 def test_wrappers_are_looked_through(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     wrapper = DistributedDataParallel.__new__(DistributedDataParallel)
     nn.Module.__init__(wrapper)

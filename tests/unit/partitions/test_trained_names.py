@@ -52,6 +52,21 @@ def test_running_statistics_that_no_jump_moves_are_named_once(caplog: pytest.Log
     assert "2 layers keep running statistics (1.running_mean, ...)" in record.getMessage()
 
 
+def test_what_another_optimizer_may_train_is_named_once(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    """Muon takes matrices alone, and another optimizer the rest (pytorch pull request 160213)."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    names = TrainedNames()
+    for _ in range(2):
+        names.select(model, matrices)
+    (record,) = caplog.records
+    assert "2 parameters that ask for gradients are not in the optimizer (0.bias, ...)" in record.getMessage()
+    caplog.clear()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dim() == 2)
+    TrainedNames().select(model, matrices)
+    assert caplog.records == []
+
+
 def test_a_jump_leaves_alone_what_is_frozen_now_and_a_rollback_does_not(model: nn.Module) -> None:
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.1)
