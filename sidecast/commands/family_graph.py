@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,9 @@ from sidecast.graphs.registry import graph_builders
 from sidecast.manifest import ModelManifest
 
 
-def graph_config(config: Mapping[str, Any], *, ways_out: str, is_checked: bool = False) -> Mapping[str, Any]:
+def graph_config(
+    config: Mapping[str, Any], adapted_modules: Collection[str] = (), *, ways_out: str, is_checked: bool = False
+) -> Mapping[str, Any]:
     """The configuration that graph builders draw a model from.
 
     A family without a builder is followed axis by axis: its model runs without memory, on the meta device, at its own
@@ -24,6 +26,7 @@ def graph_config(config: Mapping[str, Any], *, ways_out: str, is_checked: bool =
 
     Args:
         config: The model's own.
+        adapted_modules: Names of modules that have low-rank adapters.
         ways_out: What else the user can do, for messages.
         is_checked: Whether ``check_config`` has found nothing wrong with it already.
 
@@ -40,7 +43,7 @@ def graph_config(config: Mapping[str, Any], *, ways_out: str, is_checked: bool =
         return config
     if not is_checked:
         try:
-            check_config(config)
+            check_config(config, adapted_modules)
         except ConfigError as error:
             raise ConfigError(
                 f"no graph builder for model_type {model_type!r}, and following its axes is not proved at tiny widths: "

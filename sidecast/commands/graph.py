@@ -20,6 +20,7 @@ from sidecast.commands.family_graph import graph_config
 from sidecast.commands.graph_check import check_module, line_of_config, load_module
 from sidecast.errors import ConfigError
 from sidecast.graphs import Topology, build_topology
+from sidecast.graphs.adapters import adapted_modules
 from sidecast.graphs.pictures.html import picture_html
 from sidecast.graphs.pictures.png import picture_png
 from sidecast.graphs.pictures.weight_colours import ReadTensor
@@ -96,13 +97,17 @@ def run(args: argparse.Namespace) -> int:
         if args.out is None and value is not None:
             raise ConfigError(f"{option} is for a drawing; give --out FILE too, or leave it out")
     config, checkpoint = _open_model(args.model)
+    adapted = () if checkpoint is None else adapted_modules(manifest_of(checkpoint, config))
     if args.check:
-        sys.stdout.write(f"{line_of_config(config)}\n")
+        sys.stdout.write(f"{line_of_config(config, adapted)}\n")
     if args.out is None:
         return 0
     if args.snapshot is not None:
         checkpoint = open_checkpoint(args.snapshot, config)
-    drawn_from = graph_config(config, ways_out="give the model as --module, in place of MODEL", is_checked=args.check)
+        adapted = adapted_modules(manifest_of(checkpoint, config))
+    drawn_from = graph_config(
+        config, adapted, ways_out="give the model as --module, in place of MODEL", is_checked=args.check
+    )
     manifest = _manifest_of_config(config, drawn_from) if checkpoint is None else manifest_of(checkpoint, drawn_from)
     topology = build_topology(manifest, args.layout, unknown_parameters=args.unknown_parameters or "error")
     _draw(topology, checkpoint, args.out)

@@ -25,6 +25,7 @@ from sidecast.commands.family_graph import described_by_module, graph_config
 from sidecast.commands.graph_check import load_module
 from sidecast.errors import ConfigError, one_line, printable
 from sidecast.graphs import manifest_of_module
+from sidecast.graphs.adapters import adapted_modules
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import ModelPredictor, Predictor, check_context_len, check_horizon
 from sidecast.predictors.file_workspace import predict_with_files
@@ -171,7 +172,7 @@ def _with_graph(manifest: ModelManifest, predictor: Predictor, module: str | Non
             raise ConfigError(f"--module describes a graph, and predictor {predictor.name!r} has none; leave it out")
         return manifest
     if module is None:
-        return replace(manifest, config=graph_config(manifest.config, ways_out=_WAYS_OUT))
+        return replace(manifest, config=graph_config(manifest.config, adapted_modules(manifest), ways_out=_WAYS_OUT))
     return described_by_module(manifest, manifest_of_module(*load_module(module)))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from sidecast.graphs.assembler import TopologyAssembler
 from sidecast.graphs.builders.gpt2_shape import Gpt2Shape
 from sidecast.graphs.builders.llama_official import head_edges
+from sidecast.graphs.builders.output_heads import draw_output_head
 from sidecast.graphs.model_config import ModelConfig
 from sidecast.graphs.topology import BlockKind, EdgeType, NodeRange
 
@@ -31,9 +32,8 @@ def draw_gpt2_official(assembler: TopologyAssembler, config: ModelConfig) -> Non
         attended = _attention(assembler, name, stream, key_bias, shape)
         stream, before = _mlp(assembler, name, attended, layer, shape)
     _norm(assembler, f"{shape.prefix}ln_f", before, stream)
-    if shape.has_head and not shape.is_tied:
-        logits = assembler.nodes(shape.vocab_size, "logits", is_boundary=True)
-        assembler.linear("lm_head.weight", stream, logits)
+    if shape.has_head:
+        draw_output_head(assembler, stream, shape.vocab_size, is_tied=shape.is_tied)
 
 
 def _nodes_before_stream(assembler: TopologyAssembler, shape: Gpt2Shape, layer: int) -> list[NodeRange]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sidecast.graphs.assembler import TopologyAssembler
 from sidecast.graphs.builders.gpt2_shape import Gpt2Shape
+from sidecast.graphs.builders.output_heads import draw_output_head
 from sidecast.graphs.builders.symmetric_parts import (
     AttentionWeights,
     Projection,
@@ -41,9 +42,8 @@ def draw_gpt2_symmetric(assembler: TopologyAssembler, config: ModelConfig) -> No
         out_of = Projection.transposed(f"{name}.mlp.c_proj", shape.inner_width, shape.hidden)
         mlp(assembler, f"{name}.mlp", into, out_of, shape.inner_width, attended, stream)
     layer_norm(assembler, f"{shape.prefix}ln_f", stream)
-    if shape.has_head and not shape.is_tied:
-        logits = assembler.nodes(shape.vocab_size, "logits", is_boundary=True)
-        assembler.linear("lm_head.weight", stream, logits)
+    if shape.has_head:
+        draw_output_head(assembler, stream, shape.vocab_size, is_tied=shape.is_tied)
 
 
 def _attention_weights(shape: Gpt2Shape, name: str) -> AttentionWeights:
