@@ -13,7 +13,7 @@ from sidecast.commands.graph_check import check_config
 from sidecast.errors import ConfigError
 from sidecast.graphs.axes.description import describe_axes
 from sidecast.graphs.registry import graph_builders
-from sidecast.manifest import ModelManifest
+from sidecast.manifest import NAMES_KEY, ModelManifest
 
 
 def graph_config(
@@ -38,9 +38,11 @@ def graph_config(
             wrong at tiny widths, or cannot be checked there.
         NoRoomError: Memory has no room for the check.
     """
+    own_names = {key: value for key, value in config.items() if key == NAMES_KEY}
+    config = {key: value for key, value in config.items() if key != NAMES_KEY}
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type in graph_builders():
-        return config
+        return {**config, **own_names}
     if not is_checked:
         try:
             check_config(config, adapted_modules)
@@ -58,7 +60,7 @@ def graph_config(
         # Without a mask, models look at values to see where sequences begin.
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     try:
-        return describe_axes(model, inputs)
+        return {**describe_axes(model, inputs), **own_names}
     except ConfigError as error:
         raise ConfigError(
             f"no graph builder for model_type {model_type!r}, and its axes cannot be followed without weights: {error}"

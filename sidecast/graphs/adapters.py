@@ -16,7 +16,7 @@ from typing import Any
 from sidecast.errors import ConfigError
 from sidecast.graphs.assembler import MatrixSlice, TopologyAssembler
 from sidecast.graphs.topology import Block, EdgeType, NodeRange, Topology
-from sidecast.manifest import ModelManifest, ParameterSpec, unwrapped_name
+from sidecast.manifest import NAMES_KEY, ModelManifest, ParameterSpec, unwrapped_name
 
 _WRAPPER = "base_model.model."
 _DATA_PARALLEL = "module."
@@ -60,8 +60,10 @@ class AdaptedModel:
 
 def _unwrapped(manifest: ModelManifest) -> dict[str, str]:
     """``{name in the manifest: name without what wrappers add}``, of parameters and aliases."""
+    given = manifest.config.get(NAMES_KEY)
+    family_names = given if isinstance(given, Mapping) else {}
     names = {name: name for name in (*(spec.fqn for spec in manifest.parameters), *manifest.aliases)}
-    names = {name: unwrapped_name(name) for name in names}
+    names = {name: unwrapped_name(str(family_names.get(name, name))) for name in names}
     # A module may well be called "module"; a wrapper has all of them.
     while names and all(plain.startswith(_DATA_PARALLEL) for plain in names.values()):
         names = {name: plain.removeprefix(_DATA_PARALLEL) for name, plain in names.items()}

@@ -39,7 +39,8 @@ DECODER = {
     ],
 )
 def test_adapters_and_heads_are_right(model_type: str, architecture: str, family: str) -> None:
-    sizes = {"n_embd": 12, "n_layer": 2, "n_head": 3} if model_type in ("gpt2", "bloom") else DECODER
+    names = {"gpt2": ("n_embd", "n_layer", "n_head"), "bloom": ("hidden_size", "n_layer", "n_head")}
+    sizes = dict(zip(names[model_type], (12, 2, 3), strict=True)) if model_type in names else DECODER
     config = {"model_type": model_type, "architectures": [architecture], "pad_token_id": None, **sizes}
     model, _ = tiny_model(config)
     topology, check = check_config(config, linear_layers(model))
