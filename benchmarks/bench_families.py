@@ -1,10 +1,12 @@
 """Of how many causal language models of transformers the symmetric graph builds, and is right on the network.
 
-Each family at tiny widths with random weights, as ``sidecast graph --check`` runs it. A graph that holds most of what
-has an effect on the output is of no use and does not count.
+Each family at tiny widths with random weights, as ``sidecast graph --check`` runs it; image classifiers of torchvision
+and timm as for ``--module``, at tiny widths where they have some. A graph that holds most of what has an effect on the
+output is of no use and does not count.
 
     python -m benchmarks.bench_families --preset ci | full
-    python -m benchmarks.bench_families --types gemma2 mamba
+    python -m benchmarks.bench_families --types gemma2 mamba --adapters
+    python -m benchmarks.bench_families --library torchvision | timm
 """
 
 from __future__ import annotations
@@ -24,8 +26,13 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from sidecast.commands.graph_check import check_config
+from benchmarks.vision_models import vision_families, vision_model
+from sidecast.commands.graph_check import check_config, tiny_model
+from sidecast.commands.tiny_adapters import linear_layers
 from sidecast.errors import SidecastError
+from sidecast.graphs import Topology, build_topology
+from sidecast.graphs.automorphism_check import AutomorphismCheck
+from sidecast.graphs.module_trace import checked_manifest_of_module
 
 MOST_USED = (
     "llama", "qwen2", "qwen3", "mistral", "gpt2", "mixtral", "gemma", "gemma2", "gemma3_text", "phi", "phi3",
@@ -71,12 +78,18 @@ class Outcome:
     refusal: str = ""
 
 
-def outcome_of(model_type: str) -> Outcome:
-    """Builds and checks one family; whatever it raises is its refusal."""
+def outcome_of(model_type: str, library: str = "transformers", *, has_adapters: bool = False) -> Outcome:
+    """Builds and checks one family; whatever it raises is its refusal.
+
+    Args:
+        model_type: Its name in its library.
+        library: ``transformers``, ``torchvision`` or ``timm``.
+        has_adapters: Of transformers: with low-rank adapters beside all linear layers.
+    """
     start = time.perf_counter()
     try:
         with _time_limit(MAX_SECONDS):
-            topology, check = check_config(_default_config(model_type))
+            topology, check = _checked(model_type, library, has_adapters=has_adapters)
     except (Exception, _OutOfTimeError) as error:
         name = "" if isinstance(error, SidecastError | _OutOfTimeError) else f"{type(error).__name__}: "
         seconds = time.perf_counter() - start
@@ -91,6 +104,14 @@ def outcome_of(model_type: str) -> Outcome:
         seconds=time.perf_counter() - start,
         refusal="" if moved >= LEAST_MOVED else f"its graph moves only {moved:.0%}",
     )
+
+
+def _checked(name: str, library: str, *, has_adapters: bool) -> tuple[Topology, AutomorphismCheck]:
+    if library != "transformers":
+        manifest, check = checked_manifest_of_module(*vision_model(library, name))
+        return build_topology(manifest, "symmetric"), check
+    config = _default_config(name)
+    return check_config(config, linear_layers(tiny_model(config)[0]) if has_adapters else ())
 
 
 def _default_config(model_type: str) -> dict[str, Any]:
@@ -116,20 +137,20 @@ def _time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def report(model_types: Sequence[str]) -> list[Outcome]:
-    """Writes a line for each family, and the shares that are right."""
+def report(model_types: Sequence[str], library: str = "transformers", *, has_adapters: bool = False) -> list[Outcome]:
+    """Writes a line for each family, and the shares that are right; arguments are those of ``outcome_of``."""
     write = sys.stdout.write
     write(f"transformers {transformers.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     outcomes = []
     for model_type in model_types:
-        outcome = outcome_of(model_type)
+        outcome = outcome_of(model_type, library, has_adapters=has_adapters)
         outcomes.append(outcome)
         result = f"refused: {outcome.refusal}" if outcome.refusal else f"{outcome.graph}, moves {outcome.moved:.0%}"
         write(f"{model_type:28} {outcome.seconds:6.2f} s  {result}\n")
         sys.stdout.flush()
     _write_share("all of these", outcomes)
     most_used = [outcome for outcome in outcomes if outcome.model_type in MOST_USED]
-    if most_used:
+    if most_used and library == "transformers":
         _write_share(f"of the {len(MOST_USED)} most used", most_used)
     return outcomes
 
@@ -143,10 +164,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="ci")
     parser.add_argument("--types", nargs="+", metavar="TYPE", help="these families, in place of a preset's")
+    parser.add_argument("--library", choices=("transformers", "torchvision", "timm"), default="transformers")
+    parser.add_argument("--adapters", action="store_true", help="with adapters beside all linear layers")
     arguments = parser.parse_args()
+    is_vision = arguments.library != "transformers"
+    names = vision_families(arguments.library) if is_vision else PRESETS[arguments.preset]
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    report(arguments.types or PRESETS[arguments.preset])
+    report(arguments.types or names, arguments.library, has_adapters=arguments.adapters)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ _INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_forward_m
 GRAPH_ATTRIBUTE = "sidecast_graph"
 """Where a module keeps the description of its graph, in the place of a configuration."""
 
+NAMES_KEY = "sidecast_names"
+"""Where a configuration keeps what its family calls parameters that have other names, ``{name: the family's}``."""
+
 
 def unwrapped_name(fqn: str) -> str:
     """A parameter's name without what wrappers inside of the model add to it."""

@@ -60,7 +60,11 @@ def example_inputs_of(model: Any) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     name, config = model.main_input_name, model.config
     if name == "input_ids":
-        return {name: torch.randint(0, config.get_text_config().vocab_size, (2, _NUM_TOKENS), generator=generator)}
+        text = config.get_text_config()
+        # Classifiers look for the last token that is no padding, and take one sequence where nothing is padding.
+        is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+        num_sequences = 1 if is_classifier and text.pad_token_id is None else 2
+        return {name: torch.randint(0, text.vocab_size, (num_sequences, _NUM_TOKENS), generator=generator)}
     if name == "pixel_values":
         shape = (2, config.num_channels, config.image_size, config.image_size)
         return {name: torch.randn(shape, generator=generator)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,12 @@ from sidecast.commands.graph_check import check_config
 from sidecast.errors import ConfigError
 from sidecast.graphs.axes.description import describe_axes
 from sidecast.graphs.registry import graph_builders
-from sidecast.manifest import ModelManifest
+from sidecast.manifest import NAMES_KEY, ModelManifest
 
 
-def graph_config(config: Mapping[str, Any], *, ways_out: str, is_checked: bool = False) -> Mapping[str, Any]:
+def graph_config(
+    config: Mapping[str, Any], adapted_modules: Collection[str] = (), *, ways_out: str, is_checked: bool = False
+) -> Mapping[str, Any]:
     """The configuration that graph builders draw a model from.
 
     A family without a builder is followed axis by axis: its model runs without memory, on the meta device, at its own
@@ -24,6 +26,7 @@ def graph_config(config: Mapping[str, Any], *, ways_out: str, is_checked: bool =
 
     Args:
         config: The model's own.
+        adapted_modules: Names of modules that have low-rank adapters.
         ways_out: What else the user can do, for messages.
         is_checked: Whether ``check_config`` has found nothing wrong with it already.
 
@@ -35,12 +38,14 @@ def graph_config(config: Mapping[str, Any], *, ways_out: str, is_checked: bool =
             wrong at tiny widths, or cannot be checked there.
         NoRoomError: Memory has no room for the check.
     """
+    own_names = {key: value for key, value in config.items() if key == NAMES_KEY}
+    config = {key: value for key, value in config.items() if key != NAMES_KEY}
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type in graph_builders():
-        return config
+        return {**config, **own_names}
     if not is_checked:
         try:
-            check_config(config)
+            check_config(config, adapted_modules)
         except ConfigError as error:
             raise ConfigError(
                 f"no graph builder for model_type {model_type!r}, and following its axes is not proved at tiny widths: "
@@ -55,7 +60,7 @@ def graph_config(config: Mapping[str, Any], *, ways_out: str, is_checked: bool =
         # Without a mask, models look at values to see where sequences begin.
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     try:
-        return describe_axes(model, inputs)
+        return {**describe_axes(model, inputs), **own_names}
     except ConfigError as error:
         raise ConfigError(
             f"no graph builder for model_type {model_type!r}, and its axes cannot be followed without weights: {error}"

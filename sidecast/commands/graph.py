@@ -18,8 +18,10 @@ from sidecast.checkpoints.staging import manifest_of
 from sidecast.checkpoints.transformers_models import model_of_config
 from sidecast.commands.family_graph import graph_config
 from sidecast.commands.graph_check import check_module, line_of_config, load_module
+from sidecast.commands.names_file import with_names
 from sidecast.errors import ConfigError
 from sidecast.graphs import Topology, build_topology
+from sidecast.graphs.adapters import adapted_modules
 from sidecast.graphs.pictures.html import picture_html
 from sidecast.graphs.pictures.png import picture_png
 from sidecast.graphs.pictures.weight_colours import ReadTensor
@@ -65,6 +67,12 @@ def add_parser(subparsers: Any) -> None:
         help="what becomes of a parameter that this family's graph does not know: refuse the model, or give the "
         "parameter nodes of its own (default: error)",
     )
+    parser.add_argument(
+        "--names",
+        type=Path,
+        metavar="FILE",
+        help="lines PATTERN -> REPLACEMENT, as in re.sub: from the names of the weights to those of MODEL's family",
+    )
     parser.set_defaults(run=run)
 
 
@@ -87,26 +95,51 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(
                 "--unknown-parameters is about parameters that a family's graph does not know; --module has none"
             )
+        if args.names is not None:
+            raise ConfigError("--names is about a family's names, and --module has its own; leave it out")
         topology, line = check_module(*load_module(args.module))
         sys.stdout.write(f"{line}\n")
         if args.out is not None:
             _draw(topology, None, args.out)
         return 0
-    for option, value in (("--snapshot", args.snapshot), ("--unknown-parameters", args.unknown_parameters)):
+    for option, value in (
+        ("--snapshot", args.snapshot),
+        ("--unknown-parameters", args.unknown_parameters),
+        ("--names", args.names),
+    ):
         if args.out is None and value is not None:
             raise ConfigError(f"{option} is for a drawing; give --out FILE too, or leave it out")
     config, checkpoint = _open_model(args.model)
     if args.check:
-        sys.stdout.write(f"{line_of_config(config)}\n")
+        sys.stdout.write(f"{line_of_config(config, _adapted(checkpoint))}\n")
     if args.out is None:
         return 0
     if args.snapshot is not None:
         checkpoint = open_checkpoint(args.snapshot, config)
-    drawn_from = graph_config(config, ways_out="give the model as --module, in place of MODEL", is_checked=args.check)
-    manifest = _manifest_of_config(config, drawn_from) if checkpoint is None else manifest_of(checkpoint, drawn_from)
+    drawn_from = graph_config(
+        config, _adapted(checkpoint), ways_out="give the model as --module, in place of MODEL", is_checked=args.check
+    )
+    if checkpoint is not None:
+        manifest = manifest_of(checkpoint, drawn_from)
+        manifest = manifest if args.names is None else with_names(manifest, args.names)
+    elif args.names is None:
+        manifest = _manifest_of_config(config, drawn_from)
+    else:
+        raise ConfigError(f"--names is about the names of weights, and {args.model} has none; leave it out")
     topology = build_topology(manifest, args.layout, unknown_parameters=args.unknown_parameters or "error")
     _draw(topology, checkpoint, args.out)
     return 0
+
+
+def _adapted(checkpoint: Checkpoint | None) -> tuple[str, ...]:
+    """Names of the modules that a checkpoint's adapters adapt."""
+    if checkpoint is None:
+        return ()
+    return adapted_modules(
+        ModelManifest.from_shapes(
+            (name, tensor.shape) for name, tensor in checkpoint.tensors.items() if tensor.trainable
+        )
+    )
 
 
 def _draw(topology: Topology, checkpoint: Checkpoint | None, out: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sidecast.checkpoints.transformers_models import example_inputs_of, model_of_config
+from sidecast.commands.tiny_adapters import add_adapters
 from sidecast.commands.tiny_configs import scaled, shrunken
 from sidecast.errors import ConfigError, one_line
 from sidecast.graphs.automorphism_check import AutomorphismCheck, check_automorphisms
@@ -28,13 +29,16 @@ _NEEDS_MODULE = ("sequential", "module_graph", "axis_graph")
 _MAX_ELEMENTS = 5_000_000
 
 
-def check_config(config: Mapping[str, Any]) -> tuple[Topology, AutomorphismCheck]:
+def check_config(
+    config: Mapping[str, Any], adapted_modules: Collection[str] = ()
+) -> tuple[Topology, AutomorphismCheck]:
     """Checks the graph of a family of transformers at tiny widths, with random weights.
 
     A family without a builder is followed axis by axis.
 
     Args:
         config: The model's configuration, of any size.
+        adapted_modules: Names of modules that have low-rank adapters; those of other layers stand for them.
 
     Returns:
         The tiny model's graph, and what was done.
@@ -45,15 +49,28 @@ def check_config(config: Mapping[str, Any]) -> tuple[Topology, AutomorphismCheck
     model_type = config.get("model_type")
     if model_type in _NEEDS_MODULE:
         raise ConfigError(f"a configuration of model_type {model_type!r} names no class to run; give --module instead")
-    model, inputs = _tiny_model(config)
+    model, inputs = tiny_model(config)
+    followed = None if model_type in graph_builders() else describe_axes(model, inputs)
+    if adapted_modules:
+        add_adapters(model, adapted_modules)
     shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    described = model.config.to_dict() if model_type in graph_builders() else describe_axes(model, inputs)
+    described = model.config.to_dict() if followed is None else followed
     topology = build_topology(ModelManifest.from_shapes(shapes, described), _LAYOUT)
     return topology, check_automorphisms(topology, model, inputs)
 
 
-def _tiny_model(config: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """A small model of a family and its inputs, in the first of the ways to make it small that can be run."""
+def tiny_model(config: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """A small model of a family and its inputs, in the first of the ways to make it small that can be run.
+
+    Args:
+        config: The model's configuration, of any size.
+
+    Returns:
+        The model with random weights, on the CPU, and named inputs.
+
+    Raises:
+        ConfigError: transformers cannot make it, it stays large, or it cannot be run.
+    """
     problems: list[ConfigError] = []
     tried: list[dict[str, Any]] = []
     # Groups of experts and of states are kept where the family can be run with them.
@@ -92,9 +109,10 @@ def _running_model(config: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
     return model, inputs
 
 
-def line_of_config(config: Mapping[str, Any]) -> str:
+def line_of_config(config: Mapping[str, Any], adapted_modules: Collection[str] = ()) -> str:
     """Checks the graph of a family as ``check_config`` does, and says so in one line."""
-    return _line(*check_config(config), "at tiny widths")
+    where = "with adapters, at tiny widths" if adapted_modules else "at tiny widths"
+    return _line(*check_config(config, adapted_modules), where)
 
 
 def load_module(name: str) -> tuple[nn.Module, ExampleInputs]:

@@ -23,8 +23,10 @@ from sidecast.checkpoints.staging import StagedHistory, manifest_of, stage_histo
 from sidecast.checkpoints.steps import Step
 from sidecast.commands.family_graph import described_by_module, graph_config
 from sidecast.commands.graph_check import load_module
+from sidecast.commands.names_file import with_names
 from sidecast.errors import ConfigError, one_line, printable
 from sidecast.graphs import manifest_of_module
+from sidecast.graphs.adapters import adapted_modules
 from sidecast.manifest import ModelManifest
 from sidecast.predictors.base import ModelPredictor, Predictor, check_context_len, check_horizon
 from sidecast.predictors.file_workspace import predict_with_files
@@ -106,6 +108,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="a Python function that gives (module, example_inputs) of the model, for predictors that need its graph",
     )
     parser.add_argument(
+        "--names",
+        type=Path,
+        metavar="FILE",
+        help="lines PATTERN -> REPLACEMENT, as in re.sub: from the checkpoints' names to those of the configuration's "
+        "family, for predictors that need its graph",
+    )
+    parser.add_argument(
         "--scratch", type=Path, metavar="DIR", help="folder for temporary files as large as the checkpoints' weights"
     )
     parser.add_argument("--force", action="store_true", help="overwrite files in the output folder")
@@ -145,7 +154,7 @@ def _predict(args: argparse.Namespace) -> list[str]:
     # Before anything large is copied; the predictor itself would say so only afterwards.
     check_context_len(predictor, len(checkpoints), f"{len(checkpoints)} checkpoints given")
     newest = checkpoints[-1]
-    manifest = _with_graph(manifest_of(newest, config), predictor, args.module)
+    manifest = _with_graph(manifest_of(newest, config), predictor, args.module, args.names)
     folder = _scratch_folder(args)
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix=".sidecast-predict-", dir=folder) as scratch:
         staged = stage_history(checkpoints, manifest, Path(scratch))
@@ -164,14 +173,19 @@ def _predict(args: argparse.Namespace) -> list[str]:
         ]
 
 
-def _with_graph(manifest: ModelManifest, predictor: Predictor, module: str | None) -> ModelManifest:
+def _with_graph(manifest: ModelManifest, predictor: Predictor, module: str | None, names: Path | None) -> ModelManifest:
     """The manifest with what a predictor on graphs draws the model from."""
     if not isinstance(predictor, ModelPredictor):
-        if module is not None:
-            raise ConfigError(f"--module describes a graph, and predictor {predictor.name!r} has none; leave it out")
+        if module is not None or names is not None:
+            option = "--names" if module is None else "--module"
+            raise ConfigError(f"{option} describes a graph, and predictor {predictor.name!r} has none; leave it out")
         return manifest
+    if module is not None and names is not None:
+        raise ConfigError("--names is about a family's names, and --module has its own; give one of the two")
+    if names is not None:
+        manifest = with_names(manifest, names)
     if module is None:
-        return replace(manifest, config=graph_config(manifest.config, ways_out=_WAYS_OUT))
+        return replace(manifest, config=graph_config(manifest.config, adapted_modules(manifest), ways_out=_WAYS_OUT))
     return described_by_module(manifest, manifest_of_module(*load_module(module)))
 
 

@@ -99,6 +99,8 @@ def shrunken(config: Mapping[str, Any], *, num_groups: int = _NUM_GROUPS) -> dic
             tiny[key] = min(value, most) if isinstance(value, int) else most
         elif key in _TINY:
             tiny[key] = _TINY[key]
+        elif key == "hidden_size_per_layer_input":
+            tiny[key] = min(_HEAD_DIM, value)
         elif key in _GROUP_COUNTS:
             tiny[key] = num_groups if _is_grouped(value) else 1
         elif key == "topk_group":
@@ -107,7 +109,7 @@ def shrunken(config: Mapping[str, Any], *, num_groups: int = _NUM_GROUPS) -> dic
         elif key in _MOST:
             most = 2 * num_groups if has_groups and key not in _CHOSEN else _MOST[key]
             tiny[key] = min(_count(config, key), most)
-        elif isinstance(value, int) and "vocab" in key and key.endswith("_size"):
+        elif isinstance(value, int) and "vocab" in key and "size" in key:
             tiny[key] = _NUM_ROWS
         elif isinstance(value, int | list) and key.endswith(("token_id", "token_index")):
             tiny[key] = 0
@@ -161,7 +163,8 @@ def _of_layers(value: Any, layers: list[int], num_layers: int) -> Any:
 
 
 def _is_config(key: str, value: object) -> bool:
-    return isinstance(value, Mapping) and key.endswith("_config") and not key.startswith("quantization")
+    is_named = key.endswith("_config") and not key.startswith("quantization")
+    return isinstance(value, Mapping) and (is_named or "model_type" in value)
 
 
 def _num_layers(config: Mapping[str, Any]) -> int:

@@ -60,14 +60,22 @@ class Placement:
     """Between which nodes a matrix was drawn, or would have been if it were not frozen.
 
     Attributes:
-        inputs: Nodes of its inputs.
-        outputs: Nodes of its outputs.
+        inputs: Nodes of its inputs, or of some of them.
+        outputs: Nodes of its outputs, or of some of them.
         is_reversed: Whether its edges run from its outputs to its inputs.
+        first_input: Which of all inputs of the parameter the first of these is.
+        input_step: How many inputs further the next one is.
+        first_output: Which of all outputs of the parameter the first of these is.
+        output_step: How many outputs further the next one is.
     """
 
     inputs: NodeRange
     outputs: NodeRange
     is_reversed: bool
+    first_input: int
+    input_step: int
+    first_output: int
+    output_step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +185,40 @@ class TopologyAssembler:
         is_reversed: bool = False,
     ) -> None:
         """Appends a matrix: edges from its inputs to its outputs, or the other way round."""
-        placement = Placement(inputs=inputs, outputs=outputs, is_reversed=is_reversed)
-        self.placements.setdefault(matrix.fqn, []).append(placement)
+        self.place(matrix, inputs, outputs, is_reversed=is_reversed)
         if self.use(matrix.fqn, matrix.shape):
             self._append(matrix.block(name, inputs, outputs, edge_type, is_reversed=is_reversed))
+
+    def place(self, matrix: MatrixSlice, inputs: NodeRange, outputs: NodeRange, *, is_reversed: bool = False) -> None:
+        """Notes between which nodes a matrix is, whether or not it is drawn: its adapter goes there too."""
+        is_one_of_many = not (matrix.input_stride or matrix.output_stride) and min(matrix.shape) > 1
+        if len(matrix.shape) != 2 or is_one_of_many:
+            # Which axis has the inputs, a single element does not tell.
+            return
+        row, column = divmod(matrix.offset, matrix.shape[1])
+        inputs_are_rows = matrix.input_stride >= matrix.shape[1] > 1 or (
+            matrix.input_stride == 0 < matrix.output_stride < matrix.shape[1]
+        )
+        row_stride, column_stride = (
+            (matrix.input_stride, matrix.output_stride)
+            if inputs_are_rows
+            else (matrix.output_stride, matrix.input_stride)
+        )
+        along_rows, along_columns = (row, row_stride // matrix.shape[1]), (column, column_stride)
+        (first_input, input_step), (first_output, output_step) = (
+            (along_rows, along_columns) if inputs_are_rows else (along_columns, along_rows)
+        )
+        self.placements.setdefault(matrix.fqn, []).append(
+            Placement(
+                inputs=inputs,
+                outputs=outputs,
+                is_reversed=is_reversed,
+                first_input=first_input,
+                input_step=input_step,
+                first_output=first_output,
+                output_step=output_step,
+            )
+        )
 
     def kernel(
         self,

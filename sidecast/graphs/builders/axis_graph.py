@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from sidecast.errors import ConfigError
-from sidecast.graphs.assembler import MAX_KERNEL_ELEMENTS, TopologyAssembler
+from sidecast.graphs.assembler import MAX_KERNEL_ELEMENTS, MatrixSlice, TopologyAssembler
 from sidecast.graphs.builder import GraphBuilder
 from sidecast.graphs.builders.neuron_sets import NeuronSet, NeuronSets, row_major
 from sidecast.graphs.model_config import ModelConfig
@@ -62,7 +62,7 @@ class _AxisGraph:
         self._assembler.use(name, shape)
         self._check_covered(name, parts, prod(shape))
         for number, part in enumerate(parts):
-            self._draw_part(name if len(parts) == 1 else f"{name}.part{number}", name, kind, part)
+            self._draw_part(name if len(parts) == 1 else f"{name}.part{number}", name, kind, part, shape)
 
     def _check_covered(self, name: str, parts: list[dict[str, Any]], num_elements: int) -> None:
         num_covered = 0
@@ -87,7 +87,7 @@ class _AxisGraph:
         if num_covered != num_elements:
             raise ConfigError(f"the description of parameter {name!r} covers {num_covered} of {num_elements} elements")
 
-    def _draw_part(self, name: str, fqn: str, kind: str, part: dict[str, Any]) -> None:
+    def _draw_part(self, name: str, fqn: str, kind: str, part: dict[str, Any], shape: tuple[int, ...]) -> None:
         factors = [(int(number), int(stride)) for number, stride in part["factors"]]
         sizes = [self._sets.size(number) for number, _ in factors]
         sides = {}
@@ -96,8 +96,6 @@ class _AxisGraph:
             opens = side == "target" and kind in _OPENS_RANGES
             key = tuple(factors[place][0] for place in places)
             sides[side] = (places, self._sets.nodes(key, f"{name}.{side}", opens=opens))
-        if not self._assembler.has(fqn):
-            return
         (source_places, source), (target_places, target) = sides["source"], sides["target"]
         shared = set(source_places) & set(target_places)
         inner_source = _evenly_spaced(source_places, factors, sizes, shared)
@@ -123,6 +121,7 @@ class _AxisGraph:
                 _part_of(target, target_places, inner_target, sizes, fixed),
                 _EDGE_TYPES[kind],
                 prod(sizes[place] for place in kernel),
+                shape,
             )
 
     def _draw_block(
@@ -133,8 +132,20 @@ class _AxisGraph:
         target: NodeRange,
         edge_type: EdgeType,
         num_elements: int,
+        shape: tuple[int, ...],
     ) -> None:
-        """One dense block, or as many parallel ones as a kernel's elements need."""
+        """One dense block, or as many parallel ones as a kernel's elements need; none where it is frozen."""
+        if edge_type is EdgeType.FULLY_CONNECTED:
+            matrix = MatrixSlice(
+                fqn=view.fqn,
+                shape=shape,
+                offset=view.offset,
+                input_stride=view.source_stride,
+                output_stride=view.target_stride,
+            )
+            self._assembler.place(matrix, source, target)
+        if not self._assembler.has(view.fqn):
+            return
         for first in range(0, num_elements, MAX_KERNEL_ELEMENTS):
             count = min(MAX_KERNEL_ELEMENTS, num_elements - first)
             part = ParameterView(

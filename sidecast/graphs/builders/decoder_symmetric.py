@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from sidecast.graphs.assembler import TopologyAssembler
 from sidecast.graphs.builders.llama_official import decoder_prefix
+from sidecast.graphs.builders.output_heads import draw_output_head
 from sidecast.graphs.builders.symmetric_parts import (
     AttentionWeights,
     Projection,
@@ -79,6 +80,5 @@ def draw_decoder_symmetric(
         stream = next_stream(assembler, f"{name}.mlp", attended, is_output=is_output)
         draw_mlp(assembler, config, name, attended, stream)
     attach(assembler, f"{prefix}norm.weight", stream, EdgeType.NORM)
-    if prefix and not config.flag("tie_word_embeddings", False):
-        logits = assembler.nodes(len(tokens), "logits", is_boundary=True)
-        assembler.linear("lm_head.weight", stream, logits)
+    if prefix:
+        draw_output_head(assembler, stream, len(tokens), is_tied=config.flag("tie_word_embeddings", False))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from sidecast.graphs.assembler import TopologyAssembler
 from sidecast.graphs.builders.gpt2_shape import Gpt2Shape
 from sidecast.graphs.builders.llama_official import head_edges
+from sidecast.graphs.builders.output_heads import draw_output_head
 from sidecast.graphs.model_config import ModelConfig
 from sidecast.graphs.topology import BlockKind, EdgeType, NodeRange
 
@@ -31,9 +32,8 @@ def draw_gpt2_official(assembler: TopologyAssembler, config: ModelConfig) -> Non
         attended = _attention(assembler, name, stream, key_bias, shape)
         stream, before = _mlp(assembler, name, attended, layer, shape)
     _norm(assembler, f"{shape.prefix}ln_f", before, stream)
-    if shape.has_head and not shape.is_tied:
-        logits = assembler.nodes(shape.vocab_size, "logits", is_boundary=True)
-        assembler.linear("lm_head.weight", stream, logits)
+    if shape.has_head:
+        draw_output_head(assembler, stream, shape.vocab_size, is_tied=shape.is_tied)
 
 
 def _nodes_before_stream(assembler: TopologyAssembler, shape: Gpt2Shape, layer: int) -> list[NodeRange]:
@@ -75,7 +75,8 @@ def _attention(
     head_edges(assembler, f"{fused}.v", heads, values, shape.num_heads, shape.head_dim)
     assembler.vector_part(f"{fused}.v.bias", value_vector, value_bias, values, EdgeType.BIAS)
     assembler.structural(f"{fused}.v.res", EdgeType.RESIDUAL, stream, attended, BlockKind.DIAGONAL)
-    assembler.lookup(f"{name}.c_proj.weight", values, attended, EdgeType.FULLY_CONNECTED)
+    projection = shape.projection(f"{name}.c_proj", len(values), len(attended))
+    assembler.matrix(projection.fqn, projection, values, attended, EdgeType.FULLY_CONNECTED)
     assembler.vector(f"{name}.c_proj.bias", output_bias, attended, EdgeType.BIAS)
     _norm(assembler, f"{layer_name}.ln_2", norm, attended)
     return attended
@@ -91,9 +92,11 @@ def _mlp(
     before = _nodes_before_stream(assembler, shape, layer + 1)
     output = assembler.nodes(shape.hidden, f"{name}.output")
 
-    assembler.lookup(f"{name}.c_fc.weight", attended, hidden, EdgeType.FULLY_CONNECTED)
+    projection = shape.projection(f"{name}.c_fc", len(attended), len(hidden))
+    assembler.matrix(projection.fqn, projection, attended, hidden, EdgeType.FULLY_CONNECTED)
     assembler.vector(f"{name}.c_fc.bias", hidden_bias, hidden, EdgeType.BIAS)
     assembler.structural(f"{name}.c_fc.res", EdgeType.RESIDUAL, attended, output, BlockKind.DIAGONAL)
-    assembler.lookup(f"{name}.c_proj.weight", hidden, output, EdgeType.FULLY_CONNECTED)
+    projection = shape.projection(f"{name}.c_proj", len(hidden), len(output))
+    assembler.matrix(projection.fqn, projection, hidden, output, EdgeType.FULLY_CONNECTED)
     assembler.vector(f"{name}.c_proj.bias", output_bias, output, EdgeType.BIAS)
     return output, before

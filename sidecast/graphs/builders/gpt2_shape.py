@@ -22,6 +22,7 @@ class Gpt2Shape:
         vocab_size: Rows of the token table.
         num_positions: Rows of the position table.
         is_tied: Whether the output layer is the token table.
+        is_linear: Whether matrices are of shape (outputs, inputs), as of ``torch.nn.Linear`` (nanoGPT).
     """
 
     prefix: str
@@ -32,6 +33,7 @@ class Gpt2Shape:
     vocab_size: int
     num_positions: int
     is_tied: bool
+    is_linear: bool
 
     @classmethod
     def from_config(cls, assembler: TopologyAssembler, config: ModelConfig) -> Gpt2Shape:
@@ -55,6 +57,10 @@ class Gpt2Shape:
             vocab_size=config.count("vocab_size"),
             num_positions=config.count("n_positions"),
             is_tied=config.flag("tie_word_embeddings", True),
+            is_linear=any(
+                spec.fqn.endswith(".attn.c_attn.weight") and spec.shape == (3 * hidden, hidden)
+                for spec in assembler.manifest.parameters
+            ),
         )
 
     @property
@@ -66,19 +72,24 @@ class Gpt2Shape:
         return bool(self.prefix)
 
     def fused_projections(self, fused: str) -> tuple[MatrixSlice, MatrixSlice, MatrixSlice]:
-        """Queries, keys and values in ``c_attn.weight``, of shape (inputs, 3 x outputs)."""
+        """Queries, keys and values in ``c_attn.weight``, of shape (inputs, 3 x outputs) or its transpose."""
         width = self.hidden
         query, key, value = (
             MatrixSlice(
                 fqn=f"{fused}.weight",
-                shape=(width, 3 * width),
-                offset=part * width,
-                input_stride=3 * width,
-                output_stride=1,
+                shape=(3 * width, width) if self.is_linear else (width, 3 * width),
+                offset=part * width * (width if self.is_linear else 1),
+                input_stride=1 if self.is_linear else 3 * width,
+                output_stride=width if self.is_linear else 1,
             )
             for part in range(3)
         )
         return query, key, value
+
+    def projection(self, name: str, num_inputs: int, num_outputs: int) -> MatrixSlice:
+        """A weight of its own, whichever way it is stored."""
+        stored = MatrixSlice.linear if self.is_linear else MatrixSlice.transposed
+        return stored(f"{name}.weight", num_inputs, num_outputs)
 
     def fused_biases(self, fused: str) -> tuple[VectorSlice, VectorSlice, VectorSlice]:
         """Queries, keys and values in ``c_attn.bias``."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from sidecast.graphs.assembler import TopologyAssembler
+from sidecast.graphs.assembler import TopologyAssembler, VectorSlice
 from sidecast.graphs.builders.gpt2_shape import Gpt2Shape
+from sidecast.graphs.builders.output_heads import draw_output_head
 from sidecast.graphs.builders.symmetric_parts import (
     AttentionWeights,
     Projection,
@@ -37,13 +38,12 @@ def draw_gpt2_symmetric(assembler: TopologyAssembler, config: ModelConfig) -> No
         # A bare decoder returns its stream.
         is_output = not shape.has_head and layer == shape.num_layers - 1
         stream = next_stream(assembler, f"{name}.mlp", attended, is_output=is_output)
-        into = Projection.transposed(f"{name}.mlp.c_fc", shape.hidden, shape.inner_width)
-        out_of = Projection.transposed(f"{name}.mlp.c_proj", shape.inner_width, shape.hidden)
+        into = _projection(shape, f"{name}.mlp.c_fc", shape.hidden, shape.inner_width)
+        out_of = _projection(shape, f"{name}.mlp.c_proj", shape.inner_width, shape.hidden)
         mlp(assembler, f"{name}.mlp", into, out_of, shape.inner_width, attended, stream)
     layer_norm(assembler, f"{shape.prefix}ln_f", stream)
-    if shape.has_head and not shape.is_tied:
-        logits = assembler.nodes(shape.vocab_size, "logits", is_boundary=True)
-        assembler.linear("lm_head.weight", stream, logits)
+    if shape.has_head:
+        draw_output_head(assembler, stream, shape.vocab_size, is_tied=shape.is_tied)
 
 
 def _attention_weights(shape: Gpt2Shape, name: str) -> AttentionWeights:
@@ -52,5 +52,10 @@ def _attention_weights(shape: Gpt2Shape, name: str) -> AttentionWeights:
         Projection(matrix=matrix, bias=bias)
         for matrix, bias in zip(shape.fused_projections(fused), shape.fused_biases(fused), strict=True)
     )
-    output = Projection.transposed(f"{name}.c_proj", shape.hidden, shape.hidden)
+    output = _projection(shape, f"{name}.c_proj", shape.hidden, shape.hidden)
     return AttentionWeights(query=query, key=key, value=value, output=output)
+
+
+def _projection(shape: Gpt2Shape, name: str, num_inputs: int, num_outputs: int) -> Projection:
+    bias = VectorSlice(fqn=f"{name}.bias", shape=(num_outputs,))
+    return Projection(matrix=shape.projection(name, num_inputs, num_outputs), bias=bias)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from sidecast.errors import ConfigError
 from sidecast.graphs.assembler import MatrixSlice, TopologyAssembler
+from sidecast.graphs.builders.output_heads import draw_output_head
 from sidecast.graphs.model_config import AttentionShape, ModelConfig
 from sidecast.graphs.topology import BlockKind, EdgeType, NodeRange, ParameterView
 
@@ -36,9 +37,8 @@ def draw_llama_official(assembler: TopologyAssembler, config: ModelConfig, *, ha
         if layer == num_layers - 1:
             norms.append(f"{prefix}norm.weight")
         stream = _mlp(assembler, f"{name}.mlp", attended, config.count("intermediate_size"), norms)
-    if prefix and not config.flag("tie_word_embeddings", False):
-        logits = assembler.nodes(len(tokens), "logits", is_boundary=True)
-        assembler.linear("lm_head.weight", stream, logits)
+    if prefix:
+        draw_output_head(assembler, stream, len(tokens), is_tied=config.flag("tie_word_embeddings", False))
 
 
 def decoder_prefix(assembler: TopologyAssembler) -> str:

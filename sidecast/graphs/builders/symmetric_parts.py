@@ -32,14 +32,6 @@ class Projection:
         bias = VectorSlice(fqn=f"{name}.bias", shape=(num_outputs,)) if has_bias else None
         return cls(matrix=MatrixSlice.linear(f"{name}.weight", num_inputs, num_outputs), bias=bias)
 
-    @classmethod
-    def transposed(cls, name: str, num_inputs: int, num_outputs: int) -> Projection:
-        """A module with a weight of shape (inputs, outputs) and a bias, as GPT-2's ``Conv1D``."""
-        return cls(
-            matrix=MatrixSlice.transposed(f"{name}.weight", num_inputs, num_outputs),
-            bias=VectorSlice(fqn=f"{name}.bias", shape=(num_outputs,)),
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionWeights:
