@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 RUN_LABEL = "run_id"
 NOWCAST_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300)
 SNAPSHOT_STATES = ("committed", "aborted")
 FOLD_RESULTS = ("averaged", "left_out")
+PROBE_RESULTS = ("evaluated", "failed")
 PREDICTION_RESULTS = ("published", "failed")
 JUMP_OUTCOMES = ("applied", "accepted", "rolled_back", "rejected")
 
@@ -82,6 +85,21 @@ class ServiceMetrics:
             ["run_id", "read_out"],
             registry=registry,
         )
+        self.probes = Counter(
+            "sidecast_service_probes",
+            "Steps by whether their read-outs were evaluated on the probe: evaluated, failed",
+            ["run_id", "result"],
+            registry=registry,
+        )
+        self.probe_loss = Gauge(
+            "sidecast_service_probe_loss",
+            "Newest loss on the probe, of a read-out or of the run's own weights (raw)",
+            ["run_id", "read_out"],
+            registry=registry,
+        )
+        self.probe_step = Gauge(
+            "sidecast_service_probe_step", "Step of the newest losses on the probe", [RUN_LABEL], registry=registry
+        )
         self.refused = Counter(
             "sidecast_service_refused", "Refused calls by gRPC status", ["status"], registry=registry
         )
@@ -97,6 +115,9 @@ class ServiceMetrics:
             self.snapshot_step,
             self.folds,
             self.read_out_step,
+            self.probes,
+            self.probe_loss,
+            self.probe_step,
         )
 
     def begin_run(self, run_id: str) -> None:
@@ -106,6 +127,7 @@ class ServiceMetrics:
         for counter, values in (
             (self.snapshots, SNAPSHOT_STATES),
             (self.folds, FOLD_RESULTS),
+            (self.probes, PROBE_RESULTS),
             (self.predictions, PREDICTION_RESULTS),
             (self.jumps, JUMP_OUTCOMES),
         ):
@@ -117,6 +139,15 @@ class ServiceMetrics:
         self.folds.labels(run_id, "left_out" if reason else "averaged").inc()
         if not reason:
             self.read_out_step.labels(run_id, read_out).set(step)
+
+    def note_probe(self, run_id: str, step: int, losses: Mapping[str, float]) -> None:
+        """Shows what the probe has said of a step, and nothing older: a loss that is missing is not finite."""
+        self.probes.labels(run_id, "evaluated" if losses else "failed").inc()
+        if losses:
+            self.probe_loss.remove_by_labels({RUN_LABEL: run_id})
+            self.probe_step.labels(run_id).set(step)
+        for name, loss in losses.items():
+            self.probe_loss.labels(run_id, name).set(loss)
 
     def forget_run(self, run_id: str) -> None:
         """Drops the series of a run that is over, so that a long-lived service does not collect them."""

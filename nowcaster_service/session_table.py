@@ -25,6 +25,7 @@ from sidecast.nowcaster_service.session_events import (
     FoldEvent,
     NowcastTask,
     Prediction,
+    ProbeEvent,
     SnapshotEvent,
     event_message,
 )
@@ -226,6 +227,7 @@ class SessionTable:
             if is_model and not is_same:
                 # They depend on the model alone.
                 session.read_outs.adopt_or_drop(restoration.averages(), request.resume_step)
+                session.read_outs.probe.restore(restoration.probe_points(), request.resume_step)
             restoration.discard()
             if is_same:
                 self._tell_loss(settings, "the history begins anew: the session was opened as something else", 0)
@@ -384,6 +386,9 @@ class SessionTable:
                 log.warning("no nowcast at step %d: %s", event.base_step, event.reason)
             case FoldEvent():
                 self._metrics.note_fold(run, event.name, event.step, event.reason)
+                return
+            case ProbeEvent():
+                self._metrics.note_probe(run, event.step, event.losses)
                 return
         self._metrics.history_bytes.set(self._store.used_bytes)
         message = event_message(event)

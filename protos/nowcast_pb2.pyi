@@ -379,19 +379,46 @@ class StatusRequest(_message.Message):
     def __init__(self, without_sessions: _Optional[bool] = ...) -> None: ...
 
 class ReadOutStatus(_message.Message):
-    __slots__ = ("name", "step", "begin_step", "num_snapshots")
+    __slots__ = ("name", "step", "begin_step", "num_snapshots", "probe_loss")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     BEGIN_STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    PROBE_LOSS_FIELD_NUMBER: _ClassVar[int]
     name: str
     step: int
     begin_step: int
     num_snapshots: int
-    def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., begin_step: _Optional[int] = ..., num_snapshots: _Optional[int] = ...) -> None: ...
+    probe_loss: float
+    def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., begin_step: _Optional[int] = ..., num_snapshots: _Optional[int] = ..., probe_loss: _Optional[float] = ...) -> None: ...
+
+class ProbePoint(_message.Message):
+    __slots__ = ("step", "losses")
+    class LossesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    losses: _containers.ScalarMap[str, float]
+    def __init__(self, step: _Optional[int] = ..., losses: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class ProbeStatus(_message.Message):
+    __slots__ = ("points", "best", "fault")
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    BEST_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
+    points: _containers.RepeatedCompositeFieldContainer[ProbePoint]
+    best: str
+    fault: str
+    def __init__(self, points: _Optional[_Iterable[_Union[ProbePoint, _Mapping]]] = ..., best: _Optional[str] = ..., fault: _Optional[str] = ...) -> None: ...
 
 class SessionStatus(_message.Message):
-    __slots__ = ("session_id", "run_id", "predictor", "world_size", "num_joined", "num_parameters", "epoch", "history_steps", "num_committed", "num_aborted", "num_published", "num_failed", "num_applied", "num_rolled_back", "idle_seconds", "context_len", "read_outs")
+    __slots__ = ("session_id", "run_id", "predictor", "world_size", "num_joined", "num_parameters", "epoch", "history_steps", "num_committed", "num_aborted", "num_published", "num_failed", "num_applied", "num_rolled_back", "idle_seconds", "context_len", "read_outs", "probe")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     PREDICTOR_FIELD_NUMBER: _ClassVar[int]
@@ -409,6 +436,7 @@ class SessionStatus(_message.Message):
     IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LEN_FIELD_NUMBER: _ClassVar[int]
     READ_OUTS_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     run_id: str
     predictor: str
@@ -426,7 +454,8 @@ class SessionStatus(_message.Message):
     idle_seconds: float
     context_len: int
     read_outs: _containers.RepeatedCompositeFieldContainer[ReadOutStatus]
-    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., predictor: _Optional[str] = ..., world_size: _Optional[int] = ..., num_joined: _Optional[int] = ..., num_parameters: _Optional[int] = ..., epoch: _Optional[int] = ..., history_steps: _Optional[_Iterable[int]] = ..., num_committed: _Optional[int] = ..., num_aborted: _Optional[int] = ..., num_published: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_applied: _Optional[int] = ..., num_rolled_back: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., context_len: _Optional[int] = ..., read_outs: _Optional[_Iterable[_Union[ReadOutStatus, _Mapping]]] = ...) -> None: ...
+    probe: ProbeStatus
+    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., predictor: _Optional[str] = ..., world_size: _Optional[int] = ..., num_joined: _Optional[int] = ..., num_parameters: _Optional[int] = ..., epoch: _Optional[int] = ..., history_steps: _Optional[_Iterable[int]] = ..., num_committed: _Optional[int] = ..., num_aborted: _Optional[int] = ..., num_published: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_applied: _Optional[int] = ..., num_rolled_back: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., context_len: _Optional[int] = ..., read_outs: _Optional[_Iterable[_Union[ReadOutStatus, _Mapping]]] = ..., probe: _Optional[_Union[ProbeStatus, _Mapping]] = ...) -> None: ...
 
 class StatusReply(_message.Message):
     __slots__ = ("service_version", "uptime_seconds", "history_bytes", "history_budget_bytes", "sessions", "engines_fault")

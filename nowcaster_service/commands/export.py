@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     lines = [
         f"read-out   {status.name} of run {address.run_id}, step {status.step}: {status.num_snapshots} states since "
         f"step {status.begin_step}",
+        *([f"loss       {status.probe_loss:.7g} on the service's probe"] if status.HasField("probe_loss") else []),
         f"written    {path}",
         *([f"           without {missing}, which no loader does without: copy yours"] if missing else []),
     ]

@@ -99,10 +99,21 @@ def render(reply: object) -> str:
             f"  snapshots   {item.num_committed} committed, {item.num_aborted} aborted",
             f"  nowcasts    {item.num_published} published, {item.num_failed} not made",
             *([f"  read-outs   {', '.join(map(_read_out, item.read_outs))}"] if item.read_outs else []),
+            *(f"  probe       {text}" for text in _probe(item)),
             f"  jumps       {item.num_applied} applied, {item.num_rolled_back} rolled back",
             f"  last seen   {item.idle_seconds:.1f} s ago",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _probe(item: Any) -> list[str]:
+    """What there is to say of a run's probe, a line each."""
+    lines = []
+    if item.probe.points:
+        newest = item.probe.points[-1]
+        ranked = sorted(newest.losses.items(), key=lambda pair: pair[1])
+        lines.append(", ".join(f"{name} {loss:.5f}" for name, loss in ranked) + f" at step {newest.step}")
+    return [*lines, *([item.probe.fault] if item.probe.fault else [])]
 
 
 def _read_out(item: Any) -> str:

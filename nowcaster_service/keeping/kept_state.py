@@ -16,6 +16,7 @@ from sidecast.nowcaster_service.keeping.record import (
     Record,
     StateRecord,
 )
+from sidecast.nowcaster_service.probing.losses import ProbePoint
 from sidecast.nowcaster_service.read_outs.averages import Average
 from sidecast.nowcaster_service.session_events import NowcastTask, Prediction, PushTask, SessionCounts
 from sidecast.nowcaster_service.snapshots import Snapshot
@@ -37,6 +38,8 @@ class KeptState:
         num_tries: How many services have begun it.
         again_step: Of the snapshot from which a nowcast was being made that is to be made again from the beginning.
         averages: Read-outs by name.
+        probe: Name of the probe that they are evaluated on; empty for none.
+        probe_points: What it has said.
     """
 
     epoch: int
@@ -50,6 +53,8 @@ class KeptState:
     num_tries: int
     again_step: int | None = None
     averages: Mapping[str, Average] = field(default_factory=dict)
+    probe: str = ""
+    probe_points: tuple[ProbePoint, ...] = ()
 
     def with_carry(self, carry: Carry) -> KeptState:
         """The same with an average own motion."""
@@ -82,6 +87,8 @@ def record_of(kept: KeptState, identity: Identity) -> Record | None:
         # A nowcast of an epoch that is over cannot be made again: its states are gone.
         pending=None if task is None or not is_whole else _pending_record(task, kept.num_tries),
         averages=tuple(_average_record(name, average) for name, average in kept.averages.items()),
+        probe=kept.probe,
+        probe_points=kept.probe_points,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sidecast.nowcaster_service.keeping.sealed import DIGEST_BYTES, RecordError
+from sidecast.nowcaster_service.probing.losses import ProbePoint
 from sidecast.nowcaster_service.session_events import SessionCounts
 from sidecast.nowcaster_service.snapshots import Motion
 
@@ -159,6 +160,8 @@ class Record:
         carry: The average own motion, while no engine works on it.
         pending: What is being made.
         averages: The run's read-outs.
+        probe: Name of the probe that these are evaluated on; empty for none.
+        probe_points: What it has said.
     """
 
     identity: Identity
@@ -171,6 +174,8 @@ class Record:
     carry: CarryRecord | None
     pending: PendingRecord | None
     averages: tuple[AverageRecord, ...] = ()
+    probe: str = ""
+    probe_points: tuple[ProbePoint, ...] = ()
 
     def files(self) -> Iterator[str]:
         """Names of all vectors."""
@@ -220,6 +225,8 @@ def _record(content: dict[str, Any]) -> Record:
         carry=None if content["carry"] is None else CarryRecord(**content["carry"]),
         pending=None if content["pending"] is None else _pending(content["pending"]),
         averages=tuple(AverageRecord(**item) for item in content["averages"]),
+        probe=content["probe"],
+        probe_points=tuple(ProbePoint(**item) for item in content["probe_points"]),
     )
     files = list(record.files())
     if len(set(files)) != len(files) or not all(name.endswith(".f32") and "/" not in name for name in files):

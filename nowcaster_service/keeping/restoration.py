@@ -9,6 +9,7 @@ from sidecast.nowcaster_service.keeping.examination import AveragedPush, Found
 from sidecast.nowcaster_service.keeping.kept_state import KeptState
 from sidecast.nowcaster_service.keeping.record import PendingRecord, PushRecord, StateRecord
 from sidecast.nowcaster_service.keeping.sealed import DIGEST_BYTES
+from sidecast.nowcaster_service.probing.losses import ProbePoint
 from sidecast.nowcaster_service.read_outs.averages import Average
 from sidecast.nowcaster_service.session_events import NowcastTask, Prediction, PushTask
 from sidecast.nowcaster_service.session_settings import SessionSettings
@@ -50,6 +51,7 @@ class Restoration:
             task=None,
             num_tries=0,
             averages=self.averages(),
+            probe_points=self.probe_points(),
         )
         if is_alike:
             if record.carry is not None:
@@ -128,6 +130,11 @@ class Restoration:
             for item in self._found.record.averages
             if item.name in wanted
         }
+
+    def probe_points(self) -> tuple[ProbePoint, ...]:
+        """What the session's own probe has said of the run; another probe's losses are not compared with its."""
+        record = self._found.record
+        return record.probe_points if record.probe == self._settings.probe else ()
 
     def _prediction(self) -> Prediction | None:
         item = self._found.record.prediction

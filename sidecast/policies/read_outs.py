@@ -68,6 +68,10 @@ class ReadOut:
         return float((max(0, step - self.start_step) / (newest_step - self.start_step)) ** self.power)
 
 
+RAW = ReadOut("raw", math.inf)
+"""Not a read-out that a run can name: all of the weight lies on the newest state."""
+
+
 def read_out_of(name: str) -> ReadOut:
     """The read-out of a name.
 

@@ -43,6 +43,7 @@ def service_registry() -> CollectorRegistry:
     metrics.relative_norm.labels("a-run").set(0.01)
     metrics.snapshot_step.labels("a-run").set(200)
     metrics.note_fold("a-run", "ema5", 200, "")
+    metrics.note_probe("a-run", 200, {"ema5": 1.25})
     metrics.refused.labels("UNAUTHENTICATED").inc()
     return metrics.registry
 
