@@ -112,8 +112,8 @@ class Dispatcher:
         try:
             # All of a step in one turn: the next run's is another model.
             async with self._probes.turn(session.settings.run_id):
-                for name, vector in task.vectors.items():
-                    answer = await self._evaluated(session.settings, vector.path)
+                for name, average in task.averages.items():
+                    answer = await self._evaluated(session.settings, average.vector.path)
                     if answer.is_hopeless:
                         fault, is_hopeless = answer.refusal, True
                         break

@@ -277,9 +277,15 @@ class Servicer:
 
 def _with_probe(settings: SessionSettings, probe: ProbeSource | None) -> SessionSettings:
     """The same settings of a run whose read-outs are evaluated, if it has any and the probe suits its model."""
+    if probe is None and settings.keep_best:
+        raise MalformedError(
+            f"keep_best is {settings.keep_best}; allowed: 0, since the service has no probe (sidecast serve --probe)"
+        )
     if probe is None or not settings.read_outs:
         return settings
     fault = probe.fault(settings.manifest.config)
+    if fault and settings.keep_best:
+        raise MalformedError(f"keep_best is {settings.keep_best}; allowed: 0, since {fault}")
     if fault:
         log.warning("run %s is not evaluated: %s", settings.run_id, fault)
     return replace(settings, probe="" if fault else probe.name, probe_fault=fault)

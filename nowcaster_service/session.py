@@ -172,10 +172,12 @@ class Session(Receiving):
 
     def finish_probe(self, task: ProbeTask, losses: Mapping[str, float], fault: str, *, is_hopeless: bool) -> None:
         """Takes what the probe has said; see ``ProbeLosses.finish``."""
-        self.read_outs.probe.finish(task, losses, fault, is_hopeless=is_hopeless)
+        dropped = self.read_outs.probe.finish(task, losses, fault, is_hopeless=is_hopeless)
         if self.history_steps:
             self.read_outs.take_raw(self._snapshots[self.history_steps[-1]])
         self.record()
+        for vector in dropped:
+            vector.unpin()
 
     def settle(self, version: int) -> None:
         """Takes note that the run has decided about a prediction: no resume brings it, or an earlier one, back."""
@@ -218,6 +220,7 @@ class Session(Receiving):
                 averages=dict(self.read_outs.averages),
                 probe=self.settings.probe,
                 probe_points=tuple(self.read_outs.probe.points),
+                best=tuple(self.read_outs.probe.best.items),
             )
             self.recorder.write(record_of(kept, self.recorder.identity))
         for vector in self._dropped:
@@ -250,7 +253,7 @@ class Session(Receiving):
         self._snapshots = {snapshot.step: snapshot for snapshot in kept.snapshots}
         self._num_tries = kept.num_tries
         self.read_outs.averages.update(kept.averages)
-        self.read_outs.probe.restore(kept.probe_points)
+        self.read_outs.probe.restore(kept.probe_points, kept.best)
         if self._motion is not None:
             # The oldest: a second one is the end of an interval whose push is made again.
             self._motion.base = min(kept.snapshots, key=lambda item: item.step, default=None)
@@ -286,7 +289,7 @@ class Session(Receiving):
         if earlier.settings.manifest.schema_hash == self.settings.manifest.schema_hash:
             self.read_outs.adopt(earlier.read_outs.averages, step)
             if self.settings.probe == earlier.settings.probe:
-                self.read_outs.probe.restore(earlier.read_outs.probe.points, step)
+                self.read_outs.probe.adopt(earlier.read_outs.probe, step)
         self._adopt_history(earlier, step, epoch)
         self._take_newest()
 

@@ -227,7 +227,7 @@ class SessionTable:
             if is_model and not is_same:
                 # They depend on the model alone.
                 session.read_outs.adopt_or_drop(restoration.averages(), request.resume_step)
-                session.read_outs.probe.restore(restoration.probe_points(), request.resume_step)
+                session.read_outs.probe.restore(restoration.probe_points(), restoration.best(), request.resume_step)
             restoration.discard()
             if is_same:
                 self._tell_loss(settings, "the history begins anew: the session was opened as something else", 0)

@@ -100,6 +100,7 @@ def render(reply: object) -> str:
             f"  nowcasts    {item.num_published} published, {item.num_failed} not made",
             *([f"  read-outs   {', '.join(map(_read_out, item.read_outs))}"] if item.read_outs else []),
             *(f"  probe       {text}" for text in _probe(item)),
+            *([f"  best kept   {', '.join(map(_kept, item.probe.kept))}"] if item.probe.kept else []),
             f"  jumps       {item.num_applied} applied, {item.num_rolled_back} rolled back",
             f"  last seen   {item.idle_seconds:.1f} s ago",
         ]
@@ -114,6 +115,10 @@ def _probe(item: Any) -> list[str]:
         ranked = sorted(newest.losses.items(), key=lambda pair: pair[1])
         lines.append(", ".join(f"{name} {loss:.5f}" for name, loss in ranked) + f" at step {newest.step}")
     return [*lines, *([item.probe.fault] if item.probe.fault else [])]
+
+
+def _kept(item: Any) -> str:
+    return f"{item.name} of step {item.step} ({item.probe_loss:.5f})"
 
 
 def _read_out(item: Any) -> str:

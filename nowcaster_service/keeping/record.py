@@ -110,6 +110,14 @@ class AverageRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestRecord:
+    """A read-out that is kept for its loss; its file may also be the read-out's of now."""
+
+    average: AverageRecord
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushRecord:
     """A push that is being made of an average and the interval between two states.
 
@@ -162,6 +170,7 @@ class Record:
         averages: The run's read-outs.
         probe: Name of the probe that these are evaluated on; empty for none.
         probe_points: What it has said.
+        best: Read-outs that are kept for their losses, best first.
     """
 
     identity: Identity
@@ -176,9 +185,12 @@ class Record:
     averages: tuple[AverageRecord, ...] = ()
     probe: str = ""
     probe_points: tuple[ProbePoint, ...] = ()
+    best: tuple[BestRecord, ...] = ()
 
     def files(self) -> Iterator[str]:
-        """Names of all vectors."""
+        """Names of all vectors, each once."""
+        averages = {average.file for average in self.averages}
+        yield from (item.average.file for item in self.best if item.average.file not in averages)
         yield from (state.file for state in self.states)
         yield from (item.file for item in (self.prediction, self.carry) if item is not None)
         yield from (average.file for average in self.averages)
@@ -227,6 +239,7 @@ def _record(content: dict[str, Any]) -> Record:
         averages=tuple(AverageRecord(**item) for item in content["averages"]),
         probe=content["probe"],
         probe_points=tuple(ProbePoint(**item) for item in content["probe_points"]),
+        best=tuple(BestRecord(average=AverageRecord(**item["average"]), loss=item["loss"]) for item in content["best"]),
     )
     files = list(record.files())
     if len(set(files)) != len(files) or not all(name.endswith(".f32") and "/" not in name for name in files):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from sidecast.nowcaster_service.errors import MalformedError, SaturatedError, WrongStateError
 from sidecast.nowcaster_service.probing.losses import ProbeLosses
+from sidecast.nowcaster_service.read_outs.average import Average
 from sidecast.nowcaster_service.read_outs.folding import FoldAnswer
 from sidecast.nowcaster_service.session_events import Event, FoldEvent
 from sidecast.nowcaster_service.session_settings import SessionSettings
@@ -24,25 +25,6 @@ from sidecast.nowcaster_service.vector_store import VectorFile, Vectors
 from sidecast.policies.read_outs import RAW, ReadOut
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Average:
-    """What a read-out has come to.
-
-    Attributes:
-        vector: Its values.
-        digest: Of them; see ``vector_digest``.
-        begin_step: Its states stand for the steps after this one,
-        step: up to this one, that of the newest.
-        num_snapshots: So many states are in it.
-    """
-
-    vector: VectorFile
-    digest: int
-    begin_step: int
-    step: int
-    num_snapshots: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +148,7 @@ class RunningAverages:
     def _begin_probe(self, step: int) -> None:
         if self.raw is not None and self.raw.step == step and self.probe.wants(step):
             averages = {name: average for name, average in self.averages.items() if average.step == step}
-            self.probe.begin(step, {name: item.vector for name, item in (averages | {RAW.name: self.raw}).items()})
+            self.probe.begin(step, averages | {RAW.name: self.raw})
 
     def _begin_step(self, step: int) -> int:
         return max(0, step - self._settings.snapshot_interval_steps)
@@ -220,8 +202,11 @@ class RunningAverages:
             WrongStateError: It has seen no state yet.
         """
         average = self.raw if name == RAW.name else self.averages.get(name)
+        if (best := self.probe.best.find(name)) is not None:
+            average = best.average
         if average is None:
             names = [read_out.name for read_out in self._settings.read_outs] + [RAW.name] * bool(self._settings.probe)
+            names += self.probe.best.names
             if name not in names:
                 kept = ", ".join(names) or "none (nowcaster.read_outs)"
                 raise MalformedError(f"the read-out is {name[:100]!r}; this run keeps: {kept}")
@@ -264,6 +249,7 @@ class RunningAverages:
         if self.raw is not None:
             self.raw.vector.delete()
             self.raw = None
+        self.probe.close()
         self._release()
 
     def give_up(self) -> None:

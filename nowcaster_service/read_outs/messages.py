@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+from sidecast.nowcaster_service.probing.best import Best
 from sidecast.nowcaster_service.probing.losses import ProbeLosses
-from sidecast.nowcaster_service.read_outs.averages import Average
+from sidecast.nowcaster_service.read_outs.average import Average
 from sidecast.nowcaster_service.session import Session
 from sidecast.protos import nowcast_pb2 as pb
 
@@ -25,14 +26,16 @@ def probe_status(session: Session) -> pb.ProbeStatus | None:
         points=[pb.ProbePoint(step=point.step, losses=point.losses) for point in probe.points],
         best=probe.points[-1].best if probe.points else "",
         fault=probe.fault,
+        kept=[_kept_status(item) for item in probe.best.items],
     )
 
 
 def description(name: str, average: Average, session: Session) -> pb.ReadOutDescription:
     """What a read-out is, before its bytes."""
-    manifest = session.settings.manifest
+    manifest, probe = session.settings.manifest, session.read_outs.probe
+    kept = probe.best.find(name)
     return pb.ReadOutDescription(
-        status=_status(name, average, session.read_outs.probe),
+        status=_status(name, average, probe) if kept is None else _kept_status(kept),
         digest=average.digest,
         manifest=pb.Manifest(
             parameters=[pb.Parameter(fqn=spec.fqn, shape=spec.shape) for spec in manifest.parameters],
@@ -40,6 +43,17 @@ def description(name: str, average: Average, session: Session) -> pb.ReadOutDesc
             aliases=manifest.aliases,
         ),
     )
+
+
+def _kept_status(item: Best) -> pb.ReadOutStatus:
+    status = pb.ReadOutStatus(
+        name=item.name,
+        step=item.average.step,
+        begin_step=item.average.begin_step,
+        num_snapshots=item.average.num_snapshots,
+    )
+    status.probe_loss = item.loss
+    return status
 
 
 def _status(name: str, average: Average | None, probe: ProbeLosses) -> pb.ReadOutStatus:

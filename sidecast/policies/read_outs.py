@@ -28,6 +28,8 @@ from sidecast.errors import ConfigError, shown
 
 MAX_READ_OUTS = 8
 """Of one run: each is a vector."""
+MAX_KEEP_BEST = 8
+"""Of a run: each of the best that are kept is a vector, too."""
 MAX_EMA_PERCENT = 50.0
 MIN_EMA_PERCENT = 0.1
 ALLOWED = "'emaP' (P percent, 0.1 to 50), 'mean@STEP' or 'wsm@STEP', such as 'ema5' or 'wsm@2000'"

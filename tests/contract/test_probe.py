@@ -318,7 +318,7 @@ def test_a_session_that_ends_while_it_is_evaluated_leaves_nothing(serve: Any, en
 def test_of_a_long_run_points_are_kept_evenly_and_the_newest_always() -> None:
     settings = push_settings(MANIFEST, PushConfig(interval_steps=1))
     losses = ProbeLosses(settings, lambda event: None)
-    task: Any = type("Task", (), {"vectors": {}, "step": 0})()
+    task: Any = type("Task", (), {"averages": {}, "step": 0})()
     for step in range(1, 5 * MAX_POINTS):
         task.step = step
         losses.finish(task, {"raw": 1.0})

@@ -84,6 +84,7 @@ class Opening:
         config_json: The model's configuration.
         push: For a run with pushes; None for jumps.
         read_outs: Averages of the run's states that the service keeps.
+        keep_best: So many of these it keeps besides, for their losses.
     """
 
     world_size: int
@@ -101,6 +102,7 @@ class Opening:
     config_json: str
     push: PushSettings | None = None
     read_outs: tuple[str, ...] = ()
+    keep_best: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from sidecast.commands.__main__ import main
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
-from sidecast.nowcaster_service.probing.causal_lm import ROW_TOKENS, CausalLmLoss
+from sidecast.nowcaster_service.probing.causal_lm import ROW_TOKENS, CausalLmLoss, causal_lm_of
 from sidecast.nowcaster_service.probing.evaluation import ProbeAnswer, ProbeRequest, Probing
 from sidecast.nowcaster_service.probing.source import read_source
 from tests.contract.test_probe import probed
@@ -49,7 +49,7 @@ def test_an_exported_checkpoint_has_the_published_loss(
     engines, probe = FakeEngines(), saved(tmp_path)
     engines.probing = Probing(read_source(probe, None), "cpu")
     with RunningService(tmp_path / "service", engines=engines, probe=probe) as service:
-        train(service, manifest)
+        train(service, manifest, keep_best=2)
         found = probed(service)
         assert (found.fault, [point.step for point in found.points][-1]) == ("", 30)
         published = dict(found.points[-1].losses)
@@ -60,6 +60,12 @@ def test_an_exported_checkpoint_has_the_published_loss(
             assert main(["export", run_file(service), "--read-out", name, "--out", str(out)]) == 0
             assert f"loss       {loss:.7g} on the service's probe" in capsys.readouterr().out
             assert loss_of(AutoModelForCausalLM.from_pretrained(out)) == pytest.approx(loss, abs=1e-5)
+        lowest = min(loss for point in found.points for loss in point.losses.values())
+        assert main(["export", run_file(service), "--best", "--out", str(tmp_path / "best")]) == 0
+        assert f"loss       {lowest:.7g} on the service's probe" in capsys.readouterr().out
+        assert loss_of(AutoModelForCausalLM.from_pretrained(tmp_path / "best")) == pytest.approx(lowest, abs=1e-5)
+        assert main(["export", run_file(service), "--best", "3", "--out", str(tmp_path / "third")]) == 2
+        assert "'best3'; this run keeps: ema5, mean@500, raw, best1, best2" in capsys.readouterr().err
         assert [item.HasField("probe_loss") for item in status(service).read_outs] == [True, False]
 
 
@@ -133,6 +139,8 @@ def test_a_client_chooses_no_code_and_no_numbers(tmp_path: Path) -> None:
     )
     assert evaluated(tmp_path, told).loss == plain.loss
     assert plain.refusal == ""
+    config = causal_lm_of(told).config
+    assert not any(hasattr(config, name) for name in ("auto_map", "quantization_config"))
 
 
 def test_weights_that_are_not_finite_have_no_loss(tmp_path: Path) -> None:
