@@ -8,11 +8,13 @@ Shape suffixes: P elements of the parameter vector, N rows, T tokens of a row, V
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from sidecast.errors import ConfigError, one_line, shown
 from sidecast.manifest import ModelManifest, unwrapped_name
@@ -23,6 +25,8 @@ ROW_TOKENS = 512
 # Logits of one forward pass, but those of one row at least: 64 MiB.
 MAX_LOGITS = 1 << 24
 MAX_BUFFER_BYTES = 256 << 20
+# Some hold no parameter of their own, and some several.
+MAX_MODULES_PER_PARAMETER = 16
 # What could name other code, or other numbers than fp32.
 _LEFT_OUT = frozenset(
     {
@@ -115,7 +119,7 @@ def causal_lm_of(manifest: ModelManifest) -> Any:
     config = _plain(manifest.config)
     _check_depth(config, len(manifest.parameters))
     # Without memory first: what a client's configuration would take is not known before.
-    with torch.device("meta"):
+    with torch.device("meta"), _few_modules(MAX_MODULES_PER_PARAMETER * len(manifest.parameters)):
         outline = _made(config)
     _check_parameters(outline, manifest)
     num_bytes = sum(buffer.nbytes for buffer in outline.buffers())
@@ -123,6 +127,24 @@ def causal_lm_of(manifest: ModelManifest) -> Any:
         raise ConfigError(f"the model has buffers of {num_bytes} bytes; a probe allows {MAX_BUFFER_BYTES}")
     with torch.random.fork_rng(devices=[]):
         return _made(config)
+
+
+@contextmanager
+def _few_modules(limit: int) -> Iterator[None]:
+    """Ends the making of a model that has more modules: those, too, take memory."""
+    left = limit
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ConfigError(f"the model has more than {limit} modules")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _made(config: Mapping[str, Any]) -> Any:

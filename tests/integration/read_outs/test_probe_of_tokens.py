@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from sidecast.commands.__main__ import main
 from sidecast.errors import ConfigError
 from sidecast.manifest import ModelManifest
+from sidecast.nowcaster_service.probing import causal_lm
 from sidecast.nowcaster_service.probing.causal_lm import ROW_TOKENS, CausalLmLoss, causal_lm_of
 from sidecast.nowcaster_service.probing.evaluation import ProbeAnswer, ProbeRequest, Probing
 from sidecast.nowcaster_service.probing.source import read_source
@@ -141,6 +142,15 @@ def test_a_client_chooses_no_code_and_no_numbers(tmp_path: Path) -> None:
     assert plain.refusal == ""
     config = causal_lm_of(told).config
     assert not any(hasattr(config, name) for name in ("auto_map", "quantization_config"))
+
+
+def test_a_model_of_too_many_modules_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal_lm, "MAX_MODULES_PER_PARAMETER", 1)
+    answer = evaluated(tmp_path, with_config())
+    assert answer.is_hopeless
+    assert "the model has more than 21 modules" in answer.refusal
+    monkeypatch.undo()
+    assert evaluated(tmp_path, with_config()).refusal == ""
 
 
 def test_weights_that_are_not_finite_have_no_loss(tmp_path: Path) -> None:
