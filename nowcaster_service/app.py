@@ -10,12 +10,11 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import ray
@@ -27,7 +26,8 @@ from sidecast.nowcaster_service.access.listening import until_free
 from sidecast.nowcaster_service.access.scraping import serve_metrics
 from sidecast.nowcaster_service.config import ServiceConfig, host_and_port
 from sidecast.nowcaster_service.engine_pool import DividedRunner
-from sidecast.nowcaster_service.errors import EngineGoneError, ServiceLostError
+from sidecast.nowcaster_service.engines.ray_engines import SILENCE_S, WATCH_INTERVAL_S, RayEngines
+from sidecast.nowcaster_service.errors import ServiceLostError
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import (
     NowcastAnswer,
@@ -37,6 +37,7 @@ from sidecast.nowcaster_service.nowcasting import (
     PredictorRequest,
 )
 from sidecast.nowcaster_service.page.server import PageServer
+from sidecast.nowcaster_service.probing.evaluation import ProbeActor
 from sidecast.nowcaster_service.pushing import PushRequest
 from sidecast.nowcaster_service.read_outs.folding import FoldAnswer, FoldRequest, answer_fold
 from sidecast.nowcaster_service.server import create_server
@@ -48,10 +49,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 EXPIRY_INTERVAL_S = 30.0
-# How often somebody asks whether the engines, and the ingress, are there; and after which silence they count as gone.
-WATCH_INTERVAL_S = 2.0
-SILENCE_S = 15.0
-FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 # At a first start: Ray opens ports of its own just before, of which one may be ours.
 FIRST_BIND_S = 10.0
 START_TIMEOUT_S = 600.0
@@ -64,9 +61,11 @@ STOP_GRACE_S = 2.0
 LOCK_TIMEOUT_S = 10.0
 # Ray's calls to the ingress (address, stop) that may wait side by side; gRPC has an event loop of its own.
 INGRESS_CALLS = 4
-ENGINE_NAME = "sidecast-engine"
+ENGINE_NAME, PROBE_NAME = "sidecast-engine", "sidecast-probe"
 # Ray's memory monitor would end the ingress, and all histories with it, when some other program fills the host.
 LOCAL_RAY_ENVIRONMENT = {"RAY_memory_monitor_refresh_ms": "0"}
+# Models are made of configurations that clients send: nothing that these name is to be fetched.
+PROBE_ENVIRONMENT = {"HF_HUB_OFFLINE": "1"}
 
 
 class EngineActor:
@@ -108,69 +107,6 @@ class EngineActor:
         return answer_fold(request)
 
 
-class RayEngines:
-    """The engine actor as the servicer sees it. Ray starts it again whenever it dies."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-        self._life = ""
-        self._answered_s = time.monotonic()
-
-    async def check(self, request: PredictorRequest) -> PredictorAnswer:
-        await self.ready()
-        return await self._call(self._actor.check, request)
-
-    async def predict(self, request: NowcastRequest) -> NowcastAnswer:
-        return await self._call(self._actor.predict, request)
-
-    async def push(self, request: PushRequest) -> NowcastAnswer:
-        return await self._call(self._actor.push, request)
-
-    async def fold(self, request: FoldRequest) -> FoldAnswer:
-        return await self._call(self._actor.fold, request)
-
-    async def ready(self) -> None:
-        await self._await_life(lambda life: True)
-
-    async def replace(self) -> None:
-        ended = self._life
-        # Ray starts another one.
-        ray.kill(self._actor, no_restart=False)
-        await self._await_life(lambda life: life != ended)
-
-    def fault(self) -> str:
-        silent_s = time.monotonic() - self._answered_s
-        return f"no engine has answered for {silent_s:.0f} s" if silent_s > SILENCE_S else ""
-
-    async def watch(self) -> NoReturn:
-        """Asks the engine for a sign of life for ever."""
-        while True:
-            await self.ready()
-            await asyncio.sleep(WATCH_INTERVAL_S)
-
-    async def _await_life(self, is_wanted: Callable[[str], bool]) -> None:
-        backoff_s = FIRST_BACKOFF_S
-        while True:
-            try:
-                life = await self._call(self._actor.life)
-            except EngineGoneError:
-                life = ""
-            if life and is_wanted(life):
-                self._life, self._answered_s = life, time.monotonic()
-                return
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
-
-    async def _call(self, method: Any, *args: Any) -> Any:
-        try:
-            return await method.remote(*args)
-        except ray.exceptions.RayTaskError:
-            # Of the call itself, not of the engine.
-            raise
-        except ray.exceptions.RayError as error:
-            raise EngineGoneError(f"the engine is gone: {one_line(error)}") from error
-
-
 class IngressActor:
     """Owns the sessions and the gRPC server, on an event loop in a thread of its own.
 
@@ -186,7 +122,8 @@ class IngressActor:
         self._store: HistoryStore | None = None
         self._page: PageServer | None = None
         # Looked up by name: a handle among the constructor's arguments would not survive a restart of this actor.
-        self._engines = RayEngines(ray.get_actor(ENGINE_NAME))
+        probe = None if config.probe is None else ray.get_actor(PROBE_NAME)
+        self._engines = RayEngines(ray.get_actor(ENGINE_NAME), probe)
         threading.Thread(target=self._run, name="grpc", daemon=True).start()
 
     def address(self) -> str:
@@ -304,6 +241,10 @@ class Application:
         )(EngineActor)
         ingress = actor(num_cpus=0, max_restarts=-1, runtime_env={"env_vars": BULK_ENVIRONMENT})(IngressActor)
         self._engine = engine.options(name=ENGINE_NAME).remote(config)
+        if config.probe is not None:
+            probe = actor(num_cpus=0, num_gpus=config.probe_gpus, max_restarts=-1)(ProbeActor)
+            environment = {"env_vars": PROBE_ENVIRONMENT}
+            self._probe = probe.options(name=PROBE_NAME, runtime_env=environment).remote(config)
         # Ray's types do not follow an actor class made by a call.
         self._ingress: Any = ingress.options(max_concurrency=INGRESS_CALLS).remote(config)
 
@@ -383,10 +324,11 @@ def _start_ray(**settings: Any) -> None:
 
 def _require_gpus(config: ServiceConfig, num_found: float) -> None:
     # An engine without its GPU would wait for ever.
-    num_wanted = config.num_engines * config.engine_gpus
+    num_wanted = config.num_engines * config.engine_gpus + config.probe_gpus
     if num_wanted > num_found:
         ray.shutdown()
+        probe = f", and a probe with {config.probe_gpus:g}," if config.probe_gpus else ""
         raise ConfigError(
-            f"{config.num_engines} engines with {config.engine_gpus:g} GPUs each need {num_wanted:g} GPUs; this "
-            f"machine has {num_found:g} (--engines, --engine-gpus, --device)"
+            f"{config.num_engines} engines with {config.engine_gpus:g} GPUs each{probe} need {num_wanted:g} GPUs; this "
+            f"machine has {num_found:g} (--engines, --engine-gpus, --device, --probe-gpus)"
         )

@@ -17,6 +17,8 @@ MAX_PORT = 65_535
 # gRPC's default limit for a received message is 4 MiB; a chunk's key and framing need room below it.
 MAX_CHUNK_BYTES = (4 << 20) - (64 << 10)
 TOKEN_OPTION, TENANTS_OPTION = "--token-file", "--tenants-file"
+PROBE_OPTION, TOKENIZER_OPTION = "--probe", "--probe-tokenizer"
+PROBE_TOKEN_SUFFIXES, PROBE_TEXT_SUFFIX = (".npy", ".safetensors"), ".txt"
 
 
 def read_file(option: str, path: Path) -> bytes:
@@ -41,6 +43,15 @@ def read_token(option: str, path: Path) -> str:
     if not token or not token.isascii() or not token.isprintable():
         raise ConfigError(f"{option} {path} holds no token; allowed: one line of printable ASCII characters")
     return token
+
+
+def is_probe_file(probe: str) -> bool:
+    """Whether a probe is named by a file, by what its name ends with; otherwise by a function."""
+    return probe.endswith((*PROBE_TOKEN_SUFFIXES, PROBE_TEXT_SUFFIX))
+
+
+def _absolute_probe(probe: str) -> str:
+    return str(Path(probe).absolute()) if is_probe_file(probe) else probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +147,27 @@ class ServiceConfig:
         default=0.0,
         metadata=option("--engine-gpus", "GPUs per engine", kind=float, default="1 with --device cuda, 0 without"),
     )
+    probe: str | None = field(
+        default=None,
+        metadata=option(
+            PROBE_OPTION,
+            "evaluate the read-outs of all runs on this: token ids (.npy, .safetensors), a text (.txt), or "
+            "MODULE:FUNCTION, which is run here",
+            # Another process, in another folder, reads it.
+            read=_absolute_probe,
+            default="none",
+        ),
+    )
+    probe_tokenizer: Path | None = field(
+        default=None,
+        metadata=option(
+            TOKENIZER_OPTION, "folder with the tokenizer.json of a probe's text", kind=Path, read=Path.absolute
+        ),
+    )
+    probe_gpus: float = field(
+        default=0.0,
+        metadata=option("--probe-gpus", "GPUs for the probe's process; without one it computes on the CPU", kind=float),
+    )
     nowcast_timeout_s: float = field(
         default=300.0,
         metadata=option("--nowcast-timeout-s", "a nowcast that takes longer is given up", kind=float),
@@ -212,6 +244,10 @@ class ServiceConfig:
             raise ConfigError(f"--engine-threads is {self.engine_threads}; it must be at least 1")
         if not self.engine_gpus >= 0:
             raise ConfigError(f"--engine-gpus is {self.engine_gpus:g}; it must be 0 or more")
+        if not self.probe_gpus >= 0:
+            raise ConfigError(f"--probe-gpus is {self.probe_gpus:g}; it must be 0 or more")
+        if self.probe is None and (self.probe_tokenizer is not None or self.probe_gpus):
+            raise ConfigError(f"{TOKENIZER_OPTION} and --probe-gpus go with {PROBE_OPTION}, which is missing")
         if self.device is not None:
             # It brings PyTorch, which `sidecast status` and answers to wrong arguments need not wait for.
             from sidecast.predictors.device import check_device

@@ -6,12 +6,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from sidecast.nowcaster_service.engines.turns import Turns
 from sidecast.nowcaster_service.errors import EngineGoneError
 from sidecast.nowcaster_service.keeping.run_folder import Note
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorRequest
+from sidecast.nowcaster_service.probing.evaluation import ProbeAnswer, ProbeRequest
+from sidecast.nowcaster_service.probing.losses import ProbeTask
 from sidecast.nowcaster_service.pushing import PushRequest
 from sidecast.nowcaster_service.read_outs.averages import FoldTask
 from sidecast.nowcaster_service.read_outs.folding import FoldAnswer, FoldRequest
@@ -33,6 +36,12 @@ class Predictions(Protocol):
     async def push(self, request: PushRequest) -> NowcastAnswer: ...
 
     async def fold(self, request: FoldRequest) -> FoldAnswer: ...
+
+    async def evaluate(self, request: ProbeRequest) -> ProbeAnswer: ...
+
+    async def replace_probe(self) -> None:
+        """The same as ``replace`` for what evaluates, which may be gone only later."""
+        ...
 
     async def ready(self) -> None:
         """Returns once an engine can begin."""
@@ -58,6 +67,7 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         # A push is worth little after a few steps: it waits for other pushes only.
         self._nowcasts, self._pushes, self._folds = Turns(clock=clock), Turns(clock=clock), Turns(clock=clock)
+        self._probes = Turns(clock=clock)
 
     @property
     def queues(self) -> Mapping[str, Turns]:
@@ -82,6 +92,8 @@ class Dispatcher:
                 log.exception("the read-out %s could not be averaged", task.read_out.name)
                 answer = FoldAnswer(refusal="the engine failed; the service's log says how")
             session.finish_fold(task, answer)
+        if (probe := session.read_outs.probe.claim()) is not None:
+            self._spawn(self._probe(session, probe))
 
     async def _next_fold(self, session: Session) -> FoldTask | None:
         while session.read_outs.needs_vector and await session.prepare():
@@ -103,6 +115,42 @@ class Dispatcher:
             except EngineGoneError as error:
                 log.warning("the read-out %s was not averaged: %s", task.read_out.name, error)
         return FoldAnswer(refusal="the engine ended in the middle of it")
+
+    async def _probe(self, session: Session, task: ProbeTask) -> None:
+        losses: dict[str, float] = {}
+        fault, is_hopeless = "", False
+        try:
+            # All of a step in one turn: the next run's is another model.
+            async with self._probes.turn(session.settings.run_id):
+                for name, average in task.averages.items():
+                    answer = await self._evaluated(session.settings, average.vector.path)
+                    if answer.is_hopeless:
+                        fault, is_hopeless = answer.refusal, True
+                        break
+                    if answer.refusal:
+                        fault = f"{name}: {answer.refusal}"
+                    else:
+                        losses[name] = answer.loss
+        except Exception:
+            log.exception("the probe of step %d failed", task.step)
+            fault, is_hopeless = "the engine failed; the service's log says how", True
+        session.finish_probe(task, losses, fault, is_hopeless=is_hopeless)
+        self.fold(session)
+
+    async def _evaluated(self, settings: SessionSettings, path: Path) -> ProbeAnswer:
+        request = ProbeRequest(manifest_json=settings.manifest.to_json(), vector_path=path)
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                return await asyncio.wait_for(self._engines.evaluate(request), self._timeout_s)
+            except TimeoutError:
+                await self._engines.replace_probe()
+                # The next one would take as long.
+                refusal = f"it took longer than {self._timeout_s:g} s; this run has no more probes"
+                return ProbeAnswer(refusal=refusal, is_hopeless=True)
+            except EngineGoneError as error:
+                log.warning("a loss was not evaluated: %s", error)
+        # As when a model does not fit into memory.
+        return ProbeAnswer(refusal="the engine ended in the middle of it", is_hopeless=True)
 
     async def _nowcast(self, session: Session, task: NowcastTask) -> None:
         try:

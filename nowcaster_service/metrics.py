@@ -6,10 +6,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from sidecast.nowcaster_service.session_events import Event, FailureEvent, FoldEvent, Prediction, SnapshotEvent
+from sidecast.nowcaster_service.session_events import (
+    Event,
+    FailureEvent,
+    FoldEvent,
+    Prediction,
+    ProbeEvent,
+    SnapshotEvent,
+)
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +25,7 @@ RUN_LABEL = "run_id"
 NOWCAST_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300)
 SNAPSHOT_STATES = ("committed", "aborted")
 FOLD_RESULTS = ("averaged", "left_out")
+PROBE_RESULTS = ("evaluated", "failed")
 PREDICTION_RESULTS = ("published", "failed")
 JUMP_OUTCOMES = ("applied", "accepted", "rolled_back", "rejected")
 
@@ -91,6 +100,21 @@ class ServiceMetrics:
             ["run_id", "read_out"],
             registry=registry,
         )
+        self.probes = Counter(
+            "sidecast_service_probes",
+            "Steps by whether their read-outs were evaluated on the probe: evaluated, failed",
+            ["run_id", "result"],
+            registry=registry,
+        )
+        self.probe_loss = Gauge(
+            "sidecast_service_probe_loss",
+            "Newest loss on the probe, of a read-out or of the run's own weights (raw)",
+            ["run_id", "read_out"],
+            registry=registry,
+        )
+        self.probe_step = Gauge(
+            "sidecast_service_probe_step", "Step of the newest losses on the probe", [RUN_LABEL], registry=registry
+        )
         self.refused = Counter(
             "sidecast_service_refused", "Refused calls by gRPC status", ["status"], registry=registry
         )
@@ -107,6 +131,9 @@ class ServiceMetrics:
             self.paused,
             self.folds,
             self.read_out_step,
+            self.probes,
+            self.probe_loss,
+            self.probe_step,
         )
 
     def begin_run(self, run_id: str, *, is_paused: bool = False) -> None:
@@ -116,6 +143,7 @@ class ServiceMetrics:
         for counter, values in (
             (self.snapshots, SNAPSHOT_STATES),
             (self.folds, FOLD_RESULTS),
+            (self.probes, PROBE_RESULTS),
             (self.predictions, PREDICTION_RESULTS),
             (self.jumps, JUMP_OUTCOMES),
         ):
@@ -144,6 +172,17 @@ class ServiceMetrics:
                 self.read_out_step.labels(run_id, event.name).set(event.step)
             case FoldEvent():
                 self.folds.labels(run_id, "left_out").inc()
+            case ProbeEvent():
+                self._note_probe(run_id, event.step, event.losses)
+
+    def _note_probe(self, run_id: str, step: int, losses: Mapping[str, float]) -> None:
+        # Nothing older is shown: a loss that is missing is not finite.
+        self.probes.labels(run_id, "evaluated" if losses else "failed").inc()
+        if losses:
+            self.probe_loss.remove_by_labels({RUN_LABEL: run_id})
+            self.probe_step.labels(run_id).set(step)
+        for name, loss in losses.items():
+            self.probe_loss.labels(run_id, name).set(loss)
 
     def forget_run(self, run_id: str) -> None:
         """Drops the series of a run that is over, so that a long-lived service does not collect them."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -18,6 +20,7 @@ from sidecast.nowcaster_service.errors import IncompatibleError, MalformedError,
 from sidecast.nowcaster_service.handover import Handover
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.overview.view import Overview
+from sidecast.nowcaster_service.probing.source import ProbeSource, read_source
 from sidecast.nowcaster_service.read_outs.messages import description
 from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.session_table import SessionTable
@@ -26,6 +29,8 @@ from sidecast.protos import nowcast_pb2 as pb
 from sidecast.protos.codec import ChunkFrame
 from sidecast.protos.shards import ShardSpec
 from sidecast.protos.version import version_fault
+
+log = logging.getLogger(__name__)
 
 # A rank hands over its prediction buffer last.
 PREDICTION_BUFFER = -1
@@ -88,6 +93,7 @@ class Servicer:
         self.handover = Handover(store.folder, self.sessions, clock=clock)
         self._store = store
         self._engines = engines
+        self._probe = None if config.probe is None else read_source(config.probe, config.probe_tokenizer)
         self._dispatcher = Dispatcher(engines, config.nowcast_timeout_s, clock=clock)
         self.overview = Overview(config, store, self.sessions, engines, self._dispatcher, version=version, clock=clock)
         metrics.history_budget_bytes.set(store.budget_bytes)
@@ -124,7 +130,7 @@ class Servicer:
             # Before the time begins: one that was replaced, or died, takes a while to be back.
             await self._engines.ready()
         try:
-            return await asyncio.wait_for(admit(request, self._engines), limit_s)
+            return _with_probe(await asyncio.wait_for(admit(request, self._engines), limit_s), self._probe)
         except TimeoutError:
             # It would keep its thread, and at last there would be none for the checks of other runs.
             await self._engines.replace()
@@ -236,7 +242,7 @@ class Servicer:
         average, settings = session.read_outs.get(request.name), session.settings
         sent = self.metrics.sent_bytes.labels(settings.run_id)
         with self.sessions.exports.begin_alone(settings.session_id, average.step, average.vector) as fetch:
-            yield pb.ReadOutPart(description=description(request.name, average, settings.manifest))
+            yield pb.ReadOutPart(description=description(request.name, average, session))
             for start in range(0, settings.num_vector_bytes, self.config.chunk_bytes):
                 fetch.require()
                 data = bytes(average.vector.view[start : start + self.config.chunk_bytes])
@@ -245,6 +251,22 @@ class Servicer:
 
     async def pause(self, request: pb.PauseRequest, caller: Caller = ANYBODY) -> pb.PauseReply:
         return pb.PauseReply(has_changed=self.sessions.pause(request.run_id, request.is_paused, caller))
+
+
+def _with_probe(settings: SessionSettings, probe: ProbeSource | None) -> SessionSettings:
+    """The same settings of a run whose read-outs are evaluated, if it has any and the probe suits its model."""
+    if probe is None and settings.keep_best:
+        raise MalformedError(
+            f"keep_best is {settings.keep_best}; allowed: 0, since the service has no probe (sidecast serve --probe)"
+        )
+    if probe is None or not settings.read_outs:
+        return settings
+    fault = probe.fault(settings.manifest.config)
+    if fault and settings.keep_best:
+        raise MalformedError(f"keep_best is {settings.keep_best}; allowed: 0, since {fault}")
+    if fault:
+        log.warning("run %s is not evaluated: %s", settings.run_id, fault)
+    return replace(settings, probe="" if fault else probe.name, probe_fault=fault)
 
 
 def _shards(messages: Any) -> tuple[ShardSpec, ...]:

@@ -6,7 +6,7 @@ session, or after a restart of the service.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from sidecast.nowcaster_service.assembly import RankPlan
@@ -14,6 +14,7 @@ from sidecast.nowcaster_service.carried_motion import CarriedMotion, Carry
 from sidecast.nowcaster_service.errors import SaturatedError, WrongStateError
 from sidecast.nowcaster_service.keeping.kept_state import KeptState, record_of
 from sidecast.nowcaster_service.keeping.run_folder import Note, Recorder
+from sidecast.nowcaster_service.probing.losses import ProbeTask
 from sidecast.nowcaster_service.read_outs.averages import FoldTask, RunningAverages
 from sidecast.nowcaster_service.read_outs.folding import FoldAnswer
 from sidecast.nowcaster_service.receiving import Receiving
@@ -181,6 +182,15 @@ class Session(Receiving):
             self._drop(unused)
         self.record()
 
+    def finish_probe(self, task: ProbeTask, losses: Mapping[str, float], fault: str, *, is_hopeless: bool) -> None:
+        """Takes what the probe has said; see ``ProbeLosses.finish``."""
+        dropped = self.read_outs.probe.finish(task, losses, fault, is_hopeless=is_hopeless)
+        if self.history_steps:
+            self.read_outs.take_raw(self._snapshots[self.history_steps[-1]])
+        self.record()
+        for vector in dropped:
+            vector.unpin()
+
     def settle(self, version: int) -> None:
         """Takes note that the run has decided about a prediction: no resume brings it, or an earlier one, back."""
         if version > self._settled_version:
@@ -231,6 +241,9 @@ class Session(Receiving):
                 num_tries=self._num_tries,
                 averages=dict(self.read_outs.averages),
                 is_paused=self.is_paused,
+                probe=self.settings.probe,
+                probe_points=tuple(self.read_outs.probe.points),
+                best=tuple(self.read_outs.probe.best.items),
             )
             self.recorder.write(record_of(kept, self.recorder.identity))
         for vector in self._dropped:
@@ -263,6 +276,7 @@ class Session(Receiving):
         self._snapshots = {snapshot.step: snapshot for snapshot in kept.snapshots}
         self._num_tries = kept.num_tries
         self.read_outs.averages.update(kept.averages)
+        self.read_outs.probe.restore(kept.probe_points, kept.best)
         if self._motion is not None:
             # The oldest: a second one is the end of an interval whose push is made again.
             self._motion.base = min(kept.snapshots, key=lambda item: item.step, default=None)
@@ -297,6 +311,8 @@ class Session(Receiving):
         self.counts = replace(earlier.counts)
         if earlier.settings.manifest.schema_hash == self.settings.manifest.schema_hash:
             self.read_outs.adopt(earlier.read_outs.averages, step)
+            if self.settings.probe == earlier.settings.probe:
+                self.read_outs.probe.adopt(earlier.read_outs.probe, step)
         self._adopt_history(earlier, step, epoch)
         self._take_newest()
 

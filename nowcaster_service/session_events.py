@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sidecast.nowcaster_service.snapshots import Snapshot
@@ -104,6 +105,15 @@ class FoldEvent:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class ProbeEvent:
+    """What a snapshot and the read-outs with it were evaluated at, by name, and what went wrong (fault). As above."""
+
+    step: int
+    losses: Mapping[str, float]
+    fault: str = ""
+
+
 @dataclass
 class SessionCounts:
     """Totals since the session began."""
@@ -124,7 +134,7 @@ def pause_message(is_paused: bool) -> pb.SessionEvent:
 
 
 ToldEvent = SnapshotEvent | Prediction | FailureEvent
-Event = ToldEvent | FoldEvent
+Event = ToldEvent | FoldEvent | ProbeEvent
 
 
 def event_message(event: ToldEvent) -> pb.SessionEvent:

@@ -12,7 +12,7 @@ from sidecast.manifest import ModelManifest
 from sidecast.nowcaster_service.errors import MalformedError
 from sidecast.nowcaster_service.vector_store import FP32_BYTES
 from sidecast.policies.push import CONTEXT_LEN, PushConfig
-from sidecast.policies.read_outs import ReadOut, read_outs_of
+from sidecast.policies.read_outs import MAX_KEEP_BEST, ReadOut, read_outs_of
 from sidecast.protos import nowcast_pb2 as pb
 
 MAX_NOWCASTS = 1_000_000
@@ -29,8 +29,13 @@ NUM_PUSH_VECTORS = 4
 NUM_IDLE_VECTORS = 2
 # Beside one for each read-out: the new average that is being written, and one that, though replaced, is still exported.
 NUM_READ_OUT_VECTORS = 2
+# With a probe, beside one for each read-out, which may be replaced while it is evaluated: the copy of the state, and
+# the model that is evaluated, though no file holds it.
+NUM_PROBE_VECTORS = 2
 # Fields that say nothing of what is predicted, or that are said in another way.
-_OF_A_SESSION = ("session_id", "world_size", "manifest", "predictor_options", "read_outs")
+_OF_A_SESSION = frozenset(
+    ("session_id", "world_size", "manifest", "predictor_options", "read_outs", "keep_best", "probe", "probe_fault")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,9 @@ class SessionSettings:
         rounds_to_bf16: Predictions are rounded to bf16 before they are checked and published.
         push: Of a run with pushes instead of jumps; None for jumps.
         read_outs: Averages of the run's states that are kept.
+        keep_best: So many of them, of whatever step, are kept for their losses on the probe.
+        probe: Name of the service's probe that these are evaluated on; empty for none.
+        probe_fault: Why they are not, though the service has one; empty if they are, or if there is nothing to say.
     """
 
     session_id: str
@@ -68,6 +76,9 @@ class SessionSettings:
     rounds_to_bf16: bool = False
     push: PushConfig | None = None
     read_outs: tuple[ReadOut, ...] = ()
+    keep_best: int = 0
+    probe: str = ""
+    probe_fault: str = ""
 
     def horizon_at(self, base_step: int) -> int:
         """The horizon of the nowcast made at a step, in snapshot intervals: a function of the step alone."""
@@ -81,8 +92,10 @@ class SessionSettings:
         """Whether its nowcasts would be those of another session of the run, however many ranks share them."""
         if self.manifest.schema_hash != other.manifest.schema_hash:
             return False
-        mine = replace(self, session_id="", world_size=0, read_outs=())
-        return mine == replace(other, session_id="", world_size=0, read_outs=(), manifest=self.manifest)
+        return self._of_no_session() == replace(other._of_no_session(), manifest=self.manifest)
+
+    def _of_no_session(self) -> SessionSettings:
+        return replace(self, session_id="", world_size=0, read_outs=(), keep_best=0, probe="", probe_fault="")
 
     @property
     def likeness(self) -> str:
@@ -106,6 +119,8 @@ class SessionSettings:
             num_vectors = NUM_PUSH_VECTORS if self.makes_pushes else NUM_IDLE_VECTORS
         if self.read_outs:
             num_vectors += len(self.read_outs) + NUM_READ_OUT_VECTORS
+        if self.probe:
+            num_vectors += len(self.read_outs) + NUM_PROBE_VECTORS + self.keep_best
         return num_vectors * self.num_vector_bytes
 
     @property
@@ -162,6 +177,10 @@ def check_scalars(request: pb.OpenRequest, manifest: ModelManifest) -> None:
             f"context_len is {request.context_len} and period_steps {request.period_steps}; allowed with push: "
             f"{CONTEXT_LEN} and snapshot_interval_steps ({request.snapshot_interval_steps})"
         )
+    if request.keep_best > MAX_KEEP_BEST or (request.keep_best and not request.read_outs):
+        raise MalformedError(
+            f"keep_best is {request.keep_best}; allowed: 0 to {MAX_KEEP_BEST}, and 0 without read_outs"
+        )
     if request.max_steps // request.period_steps > MAX_NOWCASTS:
         raise MalformedError(
             f"max_steps is {request.max_steps}; allowed: {MAX_NOWCASTS} periods of {request.period_steps} steps"
@@ -204,6 +223,7 @@ def settings_of(
         rounds_to_bf16=request.wire_dtype == pb.BF16,
         push=_push_of(request),
         read_outs=read_outs_of(request.read_outs),
+        keep_best=request.keep_best,
     )
 
 

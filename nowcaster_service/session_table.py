@@ -26,6 +26,7 @@ from sidecast.nowcaster_service.session_events import (
     FoldEvent,
     NowcastTask,
     Prediction,
+    ProbeEvent,
     event_message,
     pause_message,
 )
@@ -233,6 +234,7 @@ class SessionTable:
             if is_model and not is_same:
                 # They depend on the model alone.
                 session.read_outs.adopt_or_drop(restoration.averages(), request.resume_step)
+                session.read_outs.probe.restore(restoration.probe_points(), restoration.best(), request.resume_step)
             restoration.discard()
             if is_same:
                 self._tell_loss(settings, "the history begins anew: the session was opened as something else", 0)
@@ -370,7 +372,7 @@ class SessionTable:
         run = session.settings.run_id
         self.activity.note(run, event)
         self._metrics.note(run, session.settings.predictor, event)
-        if isinstance(event, FoldEvent):
+        if isinstance(event, FoldEvent | ProbeEvent):
             return
         if isinstance(event, Prediction):
             self.fetches.replace(session_id, event.task.version)

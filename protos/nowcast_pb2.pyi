@@ -7,6 +7,8 @@ from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 from sidecast.protos.nowcast_status_pb2 import StatusRequest as StatusRequest
 from sidecast.protos.nowcast_status_pb2 import ReadOutStatus as ReadOutStatus
+from sidecast.protos.nowcast_status_pb2 import ProbePoint as ProbePoint
+from sidecast.protos.nowcast_status_pb2 import ProbeStatus as ProbeStatus
 from sidecast.protos.nowcast_status_pb2 import SessionStatus as SessionStatus
 from sidecast.protos.nowcast_status_pb2 import NowcastStatus as NowcastStatus
 from sidecast.protos.nowcast_status_pb2 import QueueStatus as QueueStatus
@@ -99,7 +101,7 @@ class Push(_message.Message):
     def __init__(self, time_constant_steps: _Optional[float] = ..., gain: _Optional[float] = ..., start_step: _Optional[int] = ..., stop_step: _Optional[int] = ..., max_relative_norm: _Optional[float] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch", "wire_dtype", "protocol_version", "push", "read_outs", "can_pause")
+    __slots__ = ("session_id", "run_id", "world_size", "manifest", "schema_hash", "context_len", "snapshot_interval_steps", "period_steps", "max_steps", "horizon", "predictor", "predictor_options_json", "max_relative_norm", "resumed", "resume_step", "resume_epoch", "wire_dtype", "protocol_version", "push", "read_outs", "keep_best", "can_pause")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +122,7 @@ class OpenRequest(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PUSH_FIELD_NUMBER: _ClassVar[int]
     READ_OUTS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_BEST_FIELD_NUMBER: _ClassVar[int]
     CAN_PAUSE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     run_id: str
@@ -141,8 +144,9 @@ class OpenRequest(_message.Message):
     protocol_version: int
     push: Push
     read_outs: _containers.RepeatedScalarFieldContainer[str]
+    keep_best: int
     can_pause: bool
-    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., protocol_version: _Optional[int] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., read_outs: _Optional[_Iterable[str]] = ..., can_pause: _Optional[bool] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., world_size: _Optional[int] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., schema_hash: _Optional[str] = ..., context_len: _Optional[int] = ..., snapshot_interval_steps: _Optional[int] = ..., period_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., horizon: _Optional[_Union[Horizon, _Mapping]] = ..., predictor: _Optional[str] = ..., predictor_options_json: _Optional[str] = ..., max_relative_norm: _Optional[float] = ..., resumed: _Optional[bool] = ..., resume_step: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., wire_dtype: _Optional[_Union[WireDtype, str]] = ..., protocol_version: _Optional[int] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., read_outs: _Optional[_Iterable[str]] = ..., keep_best: _Optional[int] = ..., can_pause: _Optional[bool] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("chunk_bytes", "protocol_version")

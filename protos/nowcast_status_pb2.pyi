@@ -13,19 +13,48 @@ class StatusRequest(_message.Message):
     def __init__(self, without_sessions: _Optional[bool] = ...) -> None: ...
 
 class ReadOutStatus(_message.Message):
-    __slots__ = ("name", "step", "begin_step", "num_snapshots")
+    __slots__ = ("name", "step", "begin_step", "num_snapshots", "probe_loss")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     BEGIN_STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    PROBE_LOSS_FIELD_NUMBER: _ClassVar[int]
     name: str
     step: int
     begin_step: int
     num_snapshots: int
-    def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., begin_step: _Optional[int] = ..., num_snapshots: _Optional[int] = ...) -> None: ...
+    probe_loss: float
+    def __init__(self, name: _Optional[str] = ..., step: _Optional[int] = ..., begin_step: _Optional[int] = ..., num_snapshots: _Optional[int] = ..., probe_loss: _Optional[float] = ...) -> None: ...
+
+class ProbePoint(_message.Message):
+    __slots__ = ("step", "losses")
+    class LossesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    losses: _containers.ScalarMap[str, float]
+    def __init__(self, step: _Optional[int] = ..., losses: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class ProbeStatus(_message.Message):
+    __slots__ = ("points", "best", "fault", "kept")
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    BEST_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    points: _containers.RepeatedCompositeFieldContainer[ProbePoint]
+    best: str
+    fault: str
+    kept: _containers.RepeatedCompositeFieldContainer[ReadOutStatus]
+    def __init__(self, points: _Optional[_Iterable[_Union[ProbePoint, _Mapping]]] = ..., best: _Optional[str] = ..., fault: _Optional[str] = ..., kept: _Optional[_Iterable[_Union[ReadOutStatus, _Mapping]]] = ...) -> None: ...
 
 class SessionStatus(_message.Message):
-    __slots__ = ("session_id", "run_id", "predictor", "world_size", "num_joined", "num_parameters", "epoch", "history_steps", "num_committed", "num_aborted", "num_published", "num_failed", "num_applied", "num_rolled_back", "idle_seconds", "context_len", "read_outs", "tenant", "num_accepted", "num_rejected", "snapshot_step", "snapshot_age_seconds", "promised_bytes", "recent_nowcasts", "policy", "snapshot_interval_steps", "is_paused", "may_pause")
+    __slots__ = ("session_id", "run_id", "predictor", "world_size", "num_joined", "num_parameters", "epoch", "history_steps", "num_committed", "num_aborted", "num_published", "num_failed", "num_applied", "num_rolled_back", "idle_seconds", "context_len", "read_outs", "probe", "tenant", "num_accepted", "num_rejected", "snapshot_step", "snapshot_age_seconds", "promised_bytes", "recent_nowcasts", "policy", "snapshot_interval_steps", "is_paused", "may_pause")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     PREDICTOR_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +72,7 @@ class SessionStatus(_message.Message):
     IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LEN_FIELD_NUMBER: _ClassVar[int]
     READ_OUTS_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     NUM_REJECTED_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +101,7 @@ class SessionStatus(_message.Message):
     idle_seconds: float
     context_len: int
     read_outs: _containers.RepeatedCompositeFieldContainer[ReadOutStatus]
+    probe: ProbeStatus
     tenant: str
     num_accepted: int
     num_rejected: int
@@ -82,7 +113,7 @@ class SessionStatus(_message.Message):
     snapshot_interval_steps: int
     is_paused: bool
     may_pause: bool
-    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., predictor: _Optional[str] = ..., world_size: _Optional[int] = ..., num_joined: _Optional[int] = ..., num_parameters: _Optional[int] = ..., epoch: _Optional[int] = ..., history_steps: _Optional[_Iterable[int]] = ..., num_committed: _Optional[int] = ..., num_aborted: _Optional[int] = ..., num_published: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_applied: _Optional[int] = ..., num_rolled_back: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., context_len: _Optional[int] = ..., read_outs: _Optional[_Iterable[_Union[ReadOutStatus, _Mapping]]] = ..., tenant: _Optional[str] = ..., num_accepted: _Optional[int] = ..., num_rejected: _Optional[int] = ..., snapshot_step: _Optional[int] = ..., snapshot_age_seconds: _Optional[float] = ..., promised_bytes: _Optional[int] = ..., recent_nowcasts: _Optional[_Iterable[_Union[NowcastStatus, _Mapping]]] = ..., policy: _Optional[str] = ..., snapshot_interval_steps: _Optional[int] = ..., is_paused: _Optional[bool] = ..., may_pause: _Optional[bool] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., run_id: _Optional[str] = ..., predictor: _Optional[str] = ..., world_size: _Optional[int] = ..., num_joined: _Optional[int] = ..., num_parameters: _Optional[int] = ..., epoch: _Optional[int] = ..., history_steps: _Optional[_Iterable[int]] = ..., num_committed: _Optional[int] = ..., num_aborted: _Optional[int] = ..., num_published: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_applied: _Optional[int] = ..., num_rolled_back: _Optional[int] = ..., idle_seconds: _Optional[float] = ..., context_len: _Optional[int] = ..., read_outs: _Optional[_Iterable[_Union[ReadOutStatus, _Mapping]]] = ..., probe: _Optional[_Union[ProbeStatus, _Mapping]] = ..., tenant: _Optional[str] = ..., num_accepted: _Optional[int] = ..., num_rejected: _Optional[int] = ..., snapshot_step: _Optional[int] = ..., snapshot_age_seconds: _Optional[float] = ..., promised_bytes: _Optional[int] = ..., recent_nowcasts: _Optional[_Iterable[_Union[NowcastStatus, _Mapping]]] = ..., policy: _Optional[str] = ..., snapshot_interval_steps: _Optional[int] = ..., is_paused: _Optional[bool] = ..., may_pause: _Optional[bool] = ...) -> None: ...
 
 class NowcastStatus(_message.Message):
     __slots__ = ("version", "base_step", "horizon_intervals", "relative_norm", "nowcast_seconds", "age_seconds", "outcome", "failure")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Counts the changes that an older peer could not live with.
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 # 0 is what peers say that were built before there was a number: nothing that they read is gone.
 OLDEST_VERSION = 0
 # From this version on a run has a secret, which Open has to carry.

@@ -47,7 +47,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_file", type=Path, metavar="RUN", help="file of the job: nowcaster.run_file")
-    parser.add_argument("--read-out", required=True, metavar="NAME", help="one of nowcaster.read_outs, such as ema5")
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--read-out", metavar="NAME", help="one of nowcaster.read_outs, such as ema5, or raw")
+    chosen.add_argument(
+        "--best",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="RANK",
+        help="one of nowcaster.keep_best, of whatever step: 1, the default, has the lowest loss on the service's probe",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the checkpoint")
     parser.add_argument("--endpoint", metavar="HOST:PORT", help="of the service (default: as RUN says)")
     add_options(parser)
@@ -98,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     lines = [
         f"read-out   {status.name} of run {address.run_id}, step {status.step}: {status.num_snapshots} states since "
         f"step {status.begin_step}",
+        *([f"loss       {status.probe_loss:.7g} on the service's probe"] if status.HasField("probe_loss") else []),
         f"written    {path}",
         *([f"           without {missing}, which no loader does without: copy yours"] if missing else []),
     ]
@@ -128,7 +138,8 @@ def _fetch(address: RunAddress, args: argparse.Namespace, file: IO[bytes]) -> tu
     from sidecast.protos import nowcast_pb2 as pb
 
     endpoint = args.endpoint or address.endpoint or f"{ServiceConfig.host}:{ServiceConfig.port}"
-    request = pb.ReadOutRequest(run_id=address.run_id, name=args.read_out)
+    name = args.read_out if args.best is None else f"best{args.best}"
+    request = pb.ReadOutRequest(run_id=address.run_id, name=name)
     with connected(endpoint, args, address.run_secret) as service:
         parts = service.stub.ReadOut(request, timeout=args.timeout_s, metadata=service.metadata)
         return receive(parts, file)

@@ -27,6 +27,7 @@ from sidecast.nowcaster_service.commands.temporary_folders import make_temporary
 from sidecast.nowcaster_service.config import MAX_PORT, ServiceConfig, TlsFiles, default_engine_gpus, require_ray_token
 from sidecast.nowcaster_service.errors import AddressError
 from sidecast.nowcaster_service.options import Option, add_options, given_settings, options_of
+from sidecast.nowcaster_service.probing.source import read_source
 from sidecast.nowcaster_service.vector_store import FolderLock
 
 PR_SET_PDEATHSIG = 1
@@ -179,8 +180,10 @@ def service_config(args: argparse.Namespace, history_dir: Path) -> ServiceConfig
     if args.tls_cert is not None:
         settings["tls"] = TlsFiles(**given_settings(TlsFiles, args))
     config = ServiceConfig(**settings)
-    # What is wrong with a file of tokens is said before Ray takes seconds to start.
+    # What is wrong with a file is said before Ray takes seconds to start.
     callers_of(config)
+    if config.probe is not None:
+        read_source(config.probe, config.probe_tokenizer)
     return config
 
 

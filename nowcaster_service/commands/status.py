@@ -100,6 +100,8 @@ def render(reply: object) -> str:
             f"  snapshots   {item.num_committed} committed, {item.num_aborted} aborted{_newest(item)}",
             f"  nowcasts    {item.num_published} published, {item.num_failed} not made",
             *([f"  read-outs   {', '.join(map(_read_out, item.read_outs))}"] if item.read_outs else []),
+            *(f"  probe       {text}" for text in _probe(item)),
+            *([f"  best kept   {', '.join(map(_kept, item.probe.kept))}"] if item.probe.kept else []),
             f"  {'pushes' if item.policy == 'push' else 'jumps':<10}  {item.num_applied} applied, "
             f"{item.num_accepted} accepted, {item.num_rolled_back} rolled back, {item.num_rejected} rejected",
             f"  last seen   {item.idle_seconds:.1f} s ago",
@@ -116,6 +118,20 @@ def _newest(item: Any) -> str:
         return ""
     age = f", {item.snapshot_age_seconds:.0f} s ago" if item.HasField("snapshot_age_seconds") else ""
     return f"; the newest of step {item.snapshot_step}{age}"
+
+
+def _probe(item: Any) -> list[str]:
+    """What there is to say of a run's probe, a line each."""
+    lines = []
+    if item.probe.points:
+        newest = item.probe.points[-1]
+        ranked = sorted(newest.losses.items(), key=lambda pair: pair[1])
+        lines.append(", ".join(f"{name} {loss:.5f}" for name, loss in ranked) + f" at step {newest.step}")
+    return [*lines, *([item.probe.fault] if item.probe.fault else [])]
+
+
+def _kept(item: Any) -> str:
+    return f"{item.name} of step {item.step} ({item.probe_loss:.5f})"
 
 
 def _read_out(item: Any) -> str:

@@ -85,8 +85,10 @@ def examine(folder: Path, sealed: Sealed, key: bytes, lock_timeout_s: float) -> 
             _check_digest(found, record.prediction.file, record.prediction.digest)
         if record.carry is not None:
             _check_digest(found, record.carry.file, record.carry.digest)
-        for average in record.averages:
-            _check_digest(found, average.file, average.digest)
+        kept = {average.file: average.digest for average in record.averages}
+        kept |= {item.average.file: item.average.digest for item in record.best}
+        for file, digest in kept.items():
+            _check_digest(found, file, digest)
         if push is not None:
             found.push = _averaged(folder, key, push, found)
     found.lost = "" if pending is None else _lost(pending, found.push)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from sidecast.nowcaster_service.carried_motion import Carry
 from sidecast.nowcaster_service.keeping.record import (
     AverageRecord,
+    BestRecord,
     CarryRecord,
     Identity,
     PendingRecord,
@@ -16,7 +17,9 @@ from sidecast.nowcaster_service.keeping.record import (
     Record,
     StateRecord,
 )
-from sidecast.nowcaster_service.read_outs.averages import Average
+from sidecast.nowcaster_service.probing.best import Best
+from sidecast.nowcaster_service.probing.losses import ProbePoint
+from sidecast.nowcaster_service.read_outs.average import Average
 from sidecast.nowcaster_service.session_events import NowcastTask, Prediction, PushTask, SessionCounts
 from sidecast.nowcaster_service.snapshots import Snapshot
 
@@ -38,6 +41,9 @@ class KeptState:
         again_step: Of the snapshot from which a nowcast was being made that is to be made again from the beginning.
         averages: Read-outs by name.
         is_paused: Whether the run is to apply nothing.
+        probe: Name of the probe that they are evaluated on; empty for none.
+        probe_points: What it has said.
+        best: Read-outs that are kept for it, each pinned.
     """
 
     epoch: int
@@ -52,6 +58,9 @@ class KeptState:
     again_step: int | None = None
     averages: Mapping[str, Average] = field(default_factory=dict)
     is_paused: bool = False
+    probe: str = ""
+    probe_points: tuple[ProbePoint, ...] = ()
+    best: tuple[Best, ...] = ()
 
     def with_carry(self, carry: Carry) -> KeptState:
         """The same with an average own motion."""
@@ -85,6 +94,9 @@ def record_of(kept: KeptState, identity: Identity) -> Record | None:
         pending=None if task is None or not is_whole else _pending_record(task, kept.num_tries),
         averages=tuple(_average_record(name, average) for name, average in kept.averages.items()),
         is_paused=kept.is_paused,
+        probe=kept.probe,
+        probe_points=kept.probe_points,
+        best=tuple(BestRecord(average=_average_record(item.name, item.average), loss=item.loss) for item in kept.best),
     )
 
 

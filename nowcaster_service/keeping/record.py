@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sidecast.nowcaster_service.keeping.sealed import DIGEST_BYTES, RecordError
+from sidecast.nowcaster_service.probing.losses import ProbePoint
 from sidecast.nowcaster_service.session_events import SessionCounts
 from sidecast.nowcaster_service.snapshots import Motion
 
@@ -109,6 +110,14 @@ class AverageRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestRecord:
+    """A read-out that is kept for its loss; its file may also be the read-out's of now."""
+
+    average: AverageRecord
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushRecord:
     """A push that is being made of an average and the interval between two states.
 
@@ -160,6 +169,9 @@ class Record:
         pending: What is being made.
         averages: The run's read-outs.
         is_paused: Whether the run is to apply nothing.
+        probe: Name of the probe that these are evaluated on; empty for none.
+        probe_points: What it has said.
+        best: Read-outs that are kept for their losses, best first.
     """
 
     identity: Identity
@@ -173,9 +185,14 @@ class Record:
     pending: PendingRecord | None
     averages: tuple[AverageRecord, ...] = ()
     is_paused: bool = False
+    probe: str = ""
+    probe_points: tuple[ProbePoint, ...] = ()
+    best: tuple[BestRecord, ...] = ()
 
     def files(self) -> Iterator[str]:
-        """Names of all vectors."""
+        """Names of all vectors, each once."""
+        averages = {average.file for average in self.averages}
+        yield from (item.average.file for item in self.best if item.average.file not in averages)
         yield from (state.file for state in self.states)
         yield from (item.file for item in (self.prediction, self.carry) if item is not None)
         yield from (average.file for average in self.averages)
@@ -224,6 +241,9 @@ def _record(content: dict[str, Any]) -> Record:
         carry=None if content["carry"] is None else CarryRecord(**content["carry"]),
         pending=None if content["pending"] is None else _pending(content["pending"]),
         averages=tuple(AverageRecord(**item) for item in content["averages"]),
+        probe=content["probe"],
+        probe_points=tuple(ProbePoint(**item) for item in content["probe_points"]),
+        best=tuple(BestRecord(average=AverageRecord(**item["average"]), loss=item["loss"]) for item in content["best"]),
     )
     files = list(record.files())
     if len(set(files)) != len(files) or not all(name.endswith(".f32") and "/" not in name for name in files):

@@ -7,9 +7,11 @@ from pathlib import Path
 from sidecast.nowcaster_service.carried_motion import Carry
 from sidecast.nowcaster_service.keeping.examination import AveragedPush, Found
 from sidecast.nowcaster_service.keeping.kept_state import KeptState
-from sidecast.nowcaster_service.keeping.record import PendingRecord, PushRecord, StateRecord
+from sidecast.nowcaster_service.keeping.record import AverageRecord, PendingRecord, PushRecord, StateRecord
 from sidecast.nowcaster_service.keeping.sealed import DIGEST_BYTES
-from sidecast.nowcaster_service.read_outs.averages import Average
+from sidecast.nowcaster_service.probing.best import Best
+from sidecast.nowcaster_service.probing.losses import ProbePoint
+from sidecast.nowcaster_service.read_outs.average import Average
 from sidecast.nowcaster_service.session_events import NowcastTask, Prediction, PushTask
 from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.snapshots import Snapshot, SnapshotState
@@ -29,6 +31,7 @@ class Restoration:
     def __init__(self, found: Found, folder: Path, store: HistoryStore, settings: SessionSettings) -> None:
         self._found = found
         self._settings = settings
+        self._averaged: dict[str, VectorFile] = {}
         self._unused = {name: store.take_over(folder / name, mapped) for name, mapped in found.maps.items()}
 
     def state(self, *, is_alike: bool) -> KeptState:
@@ -50,6 +53,8 @@ class Restoration:
             task=None,
             num_tries=0,
             averages=self.averages(),
+            probe_points=self.probe_points(),
+            best=self.best(),
         )
         if is_alike:
             if record.carry is not None:
@@ -117,17 +122,33 @@ class Restoration:
     def averages(self) -> dict[str, Average]:
         """The read-outs that the session wants, by name; to be called once, where there is to be no state."""
         wanted = {read_out.name for read_out in self._settings.read_outs}
-        return {
-            item.name: Average(
-                vector=self._use(item.file),
-                digest=item.digest,
-                begin_step=item.begin_step,
-                step=item.step,
-                num_snapshots=item.num_snapshots,
-            )
+        averages = {
+            item.name: _average(item, self._use(item.file))
             for item in self._found.record.averages
             if item.name in wanted
         }
+        self._averaged = {average.vector.path.name: average.vector for average in averages.values()}
+        return averages
+
+    def best(self) -> tuple[Best, ...]:
+        """What the session's own probe was best for, each pinned; to be called once, after ``averages``."""
+        record, kept = self._found.record, []
+        for item in record.best if record.probe == self._settings.probe else ():
+            vector = self._averaged.get(item.average.file)
+            if vector is None:
+                vector = self._use(item.average.file)
+                vector.pin()
+                # It goes with its pin.
+                vector.delete()
+            else:
+                vector.pin()
+            kept.append(Best(name=item.average.name, average=_average(item.average, vector), loss=item.loss))
+        return tuple(kept)
+
+    def probe_points(self) -> tuple[ProbePoint, ...]:
+        """What the session's own probe has said of the run; another probe's losses are not compared with its."""
+        record = self._found.record
+        return record.probe_points if record.probe == self._settings.probe else ()
 
     def _prediction(self) -> Prediction | None:
         item = self._found.record.prediction
@@ -142,3 +163,13 @@ class Restoration:
             delta=self._use(item.file),
         )
         return Prediction(task, item.digest, item.relative_norm, item.nowcast_s)
+
+
+def _average(item: AverageRecord, vector: VectorFile) -> Average:
+    return Average(
+        vector=vector,
+        digest=item.digest,
+        begin_step=item.begin_step,
+        step=item.step,
+        num_snapshots=item.num_snapshots,
+    )

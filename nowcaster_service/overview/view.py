@@ -10,7 +10,7 @@ from sidecast.nowcaster_service.access.callers import Caller
 from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.dispatch import Dispatcher
 from sidecast.nowcaster_service.overview.activity import RecentNowcast
-from sidecast.nowcaster_service.read_outs.messages import read_out_statuses
+from sidecast.nowcaster_service.read_outs.messages import probe_status, read_out_statuses
 from sidecast.nowcaster_service.session import Session
 from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.session_table import SessionTable
@@ -134,6 +134,7 @@ class Overview:
             may_pause=owners.may_pause(settings.session_id, caller),
             idle_seconds=self._sessions.idle_s(settings.session_id),
             read_outs=read_out_statuses(session),
+            probe=probe_status(session),
         )
 
     def _nowcast(self, item: RecentNowcast) -> pb.NowcastStatus:

@@ -3,6 +3,9 @@
 Every committed snapshot goes into every read-out, one read-out after another. Each new average is written beside the
 one before, which is given back once the record names the new one: so all of them are whole at every moment. A snapshot
 that is committed while the one before is still being averaged is left out; its steps are the next one's then.
+
+Where the run is probed, a snapshot is copied, too, as if into an average that gives it all the weight: the snapshot
+itself may be overwritten before it has been evaluated.
 """
 
 from __future__ import annotations
@@ -12,33 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sidecast.nowcaster_service.errors import MalformedError, SaturatedError, WrongStateError
+from sidecast.nowcaster_service.probing.losses import ProbeLosses
+from sidecast.nowcaster_service.read_outs.average import Average
 from sidecast.nowcaster_service.read_outs.folding import FoldAnswer
 from sidecast.nowcaster_service.session_events import Event, FoldEvent
 from sidecast.nowcaster_service.session_settings import SessionSettings
 from sidecast.nowcaster_service.snapshots import Snapshot
 from sidecast.nowcaster_service.vector_store import VectorFile, Vectors
-from sidecast.policies.read_outs import ReadOut
+from sidecast.policies.read_outs import RAW, ReadOut
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Average:
-    """What a read-out has come to.
-
-    Attributes:
-        vector: Its values.
-        digest: Of them; see ``vector_digest``.
-        begin_step: Its states stand for the steps after this one,
-        step: up to this one, that of the newest.
-        num_snapshots: So many states are in it.
-    """
-
-    vector: VectorFile
-    digest: int
-    begin_step: int
-    step: int
-    num_snapshots: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +62,14 @@ class RunningAverages:
 
     Attributes:
         averages: By name; a read-out that has seen no state yet is missing.
+        raw: Copy of the newest state that was to be evaluated; None for none.
+        probe: What they are worth.
     """
 
     def __init__(self, settings: SessionSettings, vectors: Vectors, notify: Callable[[Event], None]) -> None:
         self.averages: dict[str, Average] = {}
+        self.raw: Average | None = None
+        self.probe = ProbeLosses(settings, notify)
         self._settings = settings
         self._vectors = vectors
         self._notify = notify
@@ -99,6 +89,8 @@ class RunningAverages:
         if self._is_given_up:
             return
         wanting = [read_out for read_out in self._settings.read_outs if self._wants(read_out, snapshot.step)]
+        if self._snapshot is None and self.probe.wants(snapshot.step):
+            wanting.append(RAW)
         if self._snapshot is not None:
             for read_out in wanting:
                 reason = f"the state of step {self._snapshot.step} was still being averaged"
@@ -107,6 +99,16 @@ class RunningAverages:
         if wanting:
             self._snapshot, self._left = snapshot, wanting
             snapshot.vector.pin()
+
+    def take_raw(self, snapshot: Snapshot) -> None:
+        """Lets the newest snapshot be evaluated, where others were while it came."""
+        if self._is_given_up or not self.probe.wants(snapshot.step):
+            return
+        if self._snapshot is None:
+            self._snapshot, self._left = snapshot, [RAW]
+            snapshot.vector.pin()
+        elif self._snapshot is snapshot and RAW not in self._left:
+            self._left.append(RAW)
 
     def _wants(self, read_out: ReadOut, step: int) -> bool:
         average = self.averages.get(read_out.name)
@@ -130,9 +132,9 @@ class RunningAverages:
             try:
                 out = self._vectors.create(self._settings.manifest.num_elements)
             except SaturatedError as error:
-                self._notify(FoldEvent(read_out.name, step, str(error)))
+                self._tell(read_out, step, str(error))
                 continue
-            before = self.averages.get(read_out.name)
+            before = None if read_out is RAW else self.averages.get(read_out.name)
             if before is not None:
                 before.vector.pin()
             return FoldTask(
@@ -142,9 +144,16 @@ class RunningAverages:
                 begin_step=self._begin_step(step) if before is None else before.begin_step,
                 out=out,
             )
+        if self._snapshot is not None:
+            self._begin_probe(self._snapshot.step)
         self._release()
         self._has_worker = False
         return None
+
+    def _begin_probe(self, step: int) -> None:
+        if self.raw is not None and self.raw.step == step and self.probe.wants(step):
+            averages = {name: average for name, average in self.averages.items() if average.step == step}
+            self.probe.begin(step, averages | {RAW.name: self.raw})
 
     def _begin_step(self, step: int) -> int:
         return max(0, step - self._settings.snapshot_interval_steps)
@@ -162,24 +171,33 @@ class RunningAverages:
         name, before = task.read_out.name, task.before
         if before is not None:
             before.vector.unpin()
-        is_known = self.averages.get(name) is before and self._snapshot is task.snapshot
+        is_raw = task.read_out is RAW
+        is_known = (is_raw or self.averages.get(name) is before) and self._snapshot is task.snapshot
         if answer.refusal:
             # An engine that was given up on may still be writing to it.
             task.out.forbid_reuse()
         if answer.refusal or not is_known:
             if is_known:
                 log.warning("the state of step %d is not in %s: %s", task.snapshot.step, name, answer.refusal)
-                self._notify(FoldEvent(name, task.snapshot.step, answer.refusal))
+                self._tell(task.read_out, task.snapshot.step, answer.refusal)
             return task.out
-        self.averages[name] = Average(
+        average = Average(
             vector=task.out,
             digest=answer.digest,
             begin_step=task.begin_step,
             step=task.snapshot.step,
             num_snapshots=1 + (0 if before is None else before.num_snapshots),
         )
-        self._notify(FoldEvent(name, task.snapshot.step))
+        if is_raw:
+            before, self.raw = self.raw, average
+        else:
+            self.averages[name] = average
+        self._tell(task.read_out, task.snapshot.step)
         return None if before is None else before.vector
+
+    def _tell(self, read_out: ReadOut, step: int, reason: str = "") -> None:
+        if read_out is not RAW:
+            self._notify(FoldEvent(read_out.name, step, reason))
 
     def get(self, name: str) -> Average:
         """A read-out as it is now.
@@ -188,9 +206,12 @@ class RunningAverages:
             MalformedError: The run has none of that name.
             WrongStateError: It has seen no state yet.
         """
-        average = self.averages.get(name)
+        average = self.raw if name == RAW.name else self.averages.get(name)
+        if (best := self.probe.best.find(name)) is not None:
+            average = best.average
         if average is None:
-            names = [read_out.name for read_out in self._settings.read_outs]
+            names = [read_out.name for read_out in self._settings.read_outs] + [RAW.name] * bool(self._settings.probe)
+            names += self.probe.best.names
             if name not in names:
                 kept = ", ".join(names) or "none (nowcaster.read_outs)"
                 raise MalformedError(f"the read-out is {name[:100]!r}; this run keeps: {kept}")
@@ -230,6 +251,10 @@ class RunningAverages:
         for average in self.averages.values():
             average.vector.delete()
         self.averages.clear()
+        if self.raw is not None:
+            self.raw.vector.delete()
+            self.raw = None
+        self.probe.close()
         self._release()
 
     def give_up(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sidecast.commands.evaluate_forks import run_forks
 from sidecast.errors import ConfigError
 from sidecast.evaluation.analysis import Results
 from sidecast.evaluation.gradients import PRECISIONS, Engine
@@ -92,6 +93,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--group", type=int, default=8, help="members trained side by side (default 8)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:0 ... (default cpu)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of matrix products (default fp32)")
+    parser.add_argument(
+        "--forks",
+        action="store_true",
+        help="instead of methods: read-outs of AdamW at a constant rate, at 25, 50, 75 and 100 %% of --steps, against "
+        "decays that are forked from it and end there",
+    )
+    parser.add_argument(
+        "--decays", nargs="+", type=float, help="lengths of these decays, as shares of the steps (default 0.1 0.2 0.4)"
+    )
     parser.add_argument("--report-only", action="store_true", help="train nothing; write the tables of what is there")
     parser.set_defaults(run=run)
 
@@ -104,6 +114,10 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     engine = Engine(device=args.device, precision=args.precision)
+    if args.forks:
+        return run_forks(args, grid, engine)
+    if args.decays:
+        raise ConfigError("--decays goes with --forks, which is missing")
     workers = Workers(engine=engine, num_processes=args.workers, num_threads=args.threads, max_members=args.group)
     if not args.report_only:
         try:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sidecast.errors import ConfigError
+
 
 def training_batch(tokens_T: Tensor, seed: int, step: int, num_sequences: int, length: int) -> tuple[Tensor, Tensor]:
     """Random pieces of a text.
@@ -34,6 +36,25 @@ def validation_batches(
     num_batches = max(1, num_sequences // batch_size)
     starts = np.linspace(0, len(tokens_T) - length - 1, num_batches * batch_size).astype(np.int64)
     return [_pieces(tokens_T, starts_B, length) for starts_B in starts.reshape(num_batches, batch_size)]
+
+
+def probe_batches(tokens_T: Tensor, num_sequences: int, batch_size: int, length: int) -> list[tuple[Tensor, Tensor]]:
+    """As many pieces halfway between those of ``validation_batches``, so that no token is in both.
+
+    Raises:
+        ConfigError: The text is too short for that.
+    """
+    num_batches = max(1, num_sequences // batch_size)
+    starts = np.linspace(0, len(tokens_T) - length - 1, num_batches * batch_size).astype(np.int64)
+    middles = (starts[:-1] + starts[1:]) // 2
+    if np.diff(starts).min(initial=len(tokens_T)) < 2 * (length + 1):
+        raise ConfigError(
+            f"the held-out text has {len(tokens_T)} tokens; a probe beside {len(starts)} sequences of {length} tokens "
+            "needs more"
+        )
+    # One less lies between them.
+    starts_B = np.resize(middles, len(starts)).reshape(num_batches, batch_size)
+    return [_pieces(tokens_T, each, length) for each in starts_B]
 
 
 def _pieces(tokens_T: Tensor, starts_B: np.ndarray, length: int) -> tuple[Tensor, Tensor]:

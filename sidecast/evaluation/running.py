@@ -58,7 +58,7 @@ def member_keys(members: Sequence[MemberSettings], corpora: Path, engine: Engine
     digests = {}
     for name in {member.task for member in members}:
         task = find_task(name)
-        digests[name] = f"{task.digest([corpus.digest for corpus in _corpora(task, corpora)])} {engine.precision}"
+        digests[name] = f"{task.digest([corpus.digest for corpus in corpora_of(task, corpora)])} {engine.precision}"
     return [member.key(digests[member.task]) for member in members]
 
 
@@ -102,8 +102,8 @@ def run_job(job: Job, store: ResultStore, engine: Engine, progress: Progress) ->
     task = find_task(job.members[0].task)
     # Time of the processor, not of the wall, on machines that are shared.
     clock = time.process_time if engine.device == "cpu" else time.perf_counter
-    gradients = _native(task, engine, store.folder / "native")
-    run = GroupRun(task, _corpora(task, store.corpora), job.members, engine, clock=clock, gradients=gradients)
+    gradients = compiled_gradients(task, engine, store.folder / "native")
+    run = GroupRun(task, corpora_of(task, store.corpora), job.members, engine, clock=clock, gradients=gradients)
     saved = store.load_state(job.keys)
     # A group that an older version began without today's read-outs begins anew.
     if saved is not None and saved["read_outs"].keys() == HALF_LIVES.keys():
@@ -117,14 +117,15 @@ def run_job(job: Job, store: ResultStore, engine: Engine, progress: Progress) ->
         if run.step - saved_step >= STATE_INTERVAL_STEPS and not run.is_done:
             store.save_state(job.keys, run.state())
             saved_step = run.step
-    conditions = _conditions(engine, len(job.members), "torch" if gradients is None else "native")
+    conditions = conditions_of(engine, len(job.members), "torch" if gradients is None else "native")
     return [
         Finished(key=key, settings=member, result=result, conditions=conditions)
         for key, member, result in zip(job.keys, job.members, run.results(), strict=True)
     ]
 
 
-def _corpora(task: Task, cache: Path) -> list[Corpus]:
+def corpora_of(task: Task, cache: Path) -> list[Corpus]:
+    """A task's texts, in the order in which they are read."""
     return [_corpus(name, cache) for name in task.corpora]
 
 
@@ -133,14 +134,15 @@ def _corpus(name: str, cache: Path) -> Corpus:
     return load_corpus(name, cache)
 
 
-def _native(task: Task, engine: Engine, folder: Path) -> Gradients | None:
+def compiled_gradients(task: Task, engine: Engine, folder: Path) -> Gradients | None:
     """The compiled arithmetic where there is one; results differ in round-off only."""
     if engine.device != "cpu" or engine.precision != "fp32" or not engine.is_native:
         return None
     return native_gradients(task.model.build(), task.sequence_length, folder)
 
 
-def _conditions(engine: Engine, num_members: int, arithmetic: str) -> Mapping[str, Any]:
+def conditions_of(engine: Engine, num_members: int, arithmetic: str) -> Mapping[str, Any]:
+    """Versions and hardware, for people."""
     return {
         "arithmetic": arithmetic,
         "torch": torch.__version__,

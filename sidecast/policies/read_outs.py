@@ -28,6 +28,8 @@ from sidecast.errors import ConfigError, shown
 
 MAX_READ_OUTS = 8
 """Of one run: each is a vector."""
+MAX_KEEP_BEST = 8
+"""Of a run: each of the best that are kept is a vector, too."""
 MAX_EMA_PERCENT = 50.0
 MIN_EMA_PERCENT = 0.1
 ALLOWED = "'emaP' (P percent, 0.1 to 50), 'mean@STEP' or 'wsm@STEP', such as 'ema5' or 'wsm@2000'"
@@ -66,6 +68,10 @@ class ReadOut:
 
     def _weight_up_to(self, step: int, newest_step: int) -> float:
         return float((max(0, step - self.start_step) / (newest_step - self.start_step)) ** self.power)
+
+
+RAW = ReadOut("raw", math.inf)
+"""Not a read-out that a run can name: all of the weight lies on the newest state."""
 
 
 def read_out_of(name: str) -> ReadOut:

@@ -131,7 +131,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "older": (make_older, "the record begins with 'sidecast history, format 0'; allowed: 'sidecast history, format 1'"),
     "another-secrets-key": (seal_with_another_key, "the record is sealed with another key than this run's"),
     "another-runs-key": (seal_for_another_run, "the record is sealed with another key than this run's"),
-    "later": (add_a_field, "the record is not one of this version: ValueError: its fields are averages, carry, counts"),
+    "later": (
+        add_a_field,
+        "the record is not one of this version: ValueError: its fields are averages, best, carry",
+    ),
     "elsewhere": (point_elsewhere, "the record is not one of this version: ValueError: its files are"),
     "state-altered": (flip_a_bit(1), "is not the state of step 30 any more, from byte 145596 on"),
     "prediction-altered": (flip_a_bit(-1), "is not what it was when it was made"),

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 
 from sidecast.nowcaster_service.metrics import ServiceMetrics
-from sidecast.nowcaster_service.session_events import FoldEvent
+from sidecast.nowcaster_service.session_events import FoldEvent, ProbeEvent
 from sidecast.trainer.courier.metrics import CourierMetrics
 from sidecast.trainer.pipe.messages import Stats, Totals
 
@@ -44,6 +44,7 @@ def service_registry() -> CollectorRegistry:
     metrics.relative_norm.labels("a-run").set(0.01)
     metrics.snapshot_step.labels("a-run").set(200)
     metrics.note("a-run", "nino", FoldEvent("ema5", 200))
+    metrics.note("a-run", "nino", ProbeEvent(200, {"ema5": 1.25}))
     metrics.refused.labels("UNAUTHENTICATED").inc()
     return metrics.registry
 

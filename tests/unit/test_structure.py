@@ -65,7 +65,11 @@ HOMES = {
     },
     # DeepSpeed's refusals are pydantic's; our own settings are read without it (ADR 18).
     "pydantic": {"sidecast.trainer.main"},
-    "ray": {"sidecast.nowcaster_service.app", "sidecast.nowcaster_service.engine_pool"},
+    "ray": {
+        "sidecast.nowcaster_service.app",
+        "sidecast.nowcaster_service.engine_pool",
+        "sidecast.nowcaster_service.engines.ray_engines",
+    },
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sidecast.errors import ConfigError
 from sidecast.horizon import MAX_POWER, MIN_POWER
 from sidecast.policies.push import PushConfig
-from sidecast.policies.read_outs import read_outs_of
+from sidecast.policies.read_outs import MAX_KEEP_BEST, read_outs_of
 from sidecast.trainer.hook.policies.verdicts import MIN_POINTS, is_judgeable
 from sidecast.trainer.settings import read_settings, require
 
@@ -83,6 +83,9 @@ class NowcasterConfig:
     """Averages of the run's states that the service keeps, such as ["ema5"], to be exported at any time: ``emaP``: half
     of the weight lies on the last P percent of the steps; ``mean@STEP``, ``wsm@STEP``: from a step on. See
     read-outs.md."""
+    keep_best: int = 0
+    """So many of the read-outs, or of the run's own states, are kept that had the lowest losses on the service's probe
+    (``sidecast serve --probe``), of whatever step, for ``sidecast export --best``."""
     run_file: str | None = None
     """File in which rank 0 leaves the run's id and secret for ``sidecast export``, for its own user alone."""
     predictor: str = "linear"
@@ -297,6 +300,9 @@ class NowcasterConfig:
             read_outs_of(self.read_outs)
         except ConfigError as error:
             raise ConfigError(f"nowcaster.read_outs: {error}") from None
+        best = self.keep_best
+        is_kept = best == 0 or (0 < best <= MAX_KEEP_BEST and bool(self.read_outs))
+        check("keep_best", best, is_kept, f"0 to {MAX_KEEP_BEST}, and 0 without read_outs")
         is_folder = self.record_dir is None or not Path(self.record_dir).exists() or Path(self.record_dir).is_dir()
         check("record_dir", self.record_dir, is_folder, "a folder")
         ladder = self.timeouts

@@ -205,6 +205,7 @@ def _opening(config: NowcasterConfig, manifest: ModelManifest, world_size: int) 
         config_json=json.dumps(dict(manifest.config)),
         push=None if config.policy == "jump" else _push_settings(config.push),
         read_outs=config.read_outs,
+        keep_best=config.keep_best,
     )
 
 

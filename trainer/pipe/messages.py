@@ -85,6 +85,7 @@ class Opening:
         push: For a run with pushes; None for jumps.
         read_outs: Averages of the run's states that the service keeps.
         can_pause: That votes heed what the service says of pauses.
+        keep_best: So many of these it keeps besides, for their losses.
     """
 
     world_size: int
@@ -103,6 +104,7 @@ class Opening:
     push: PushSettings | None = None
     read_outs: tuple[str, ...] = ()
     can_pause: bool = True
+    keep_best: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.local_engines import LocalEngines
-from tests.support.scripts import run_script
+from tests.support.programs.scripts import run_script
 from tests.support.services.harness import RunningService
 
 RUNS = Path(__file__).with_name("other_world_sizes.py")

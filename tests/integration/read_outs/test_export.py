@@ -56,9 +56,10 @@ def manifest_of(model: LlamaForCausalLM, is_trained: Callable[[str], bool] = lam
     return ModelManifest.from_shapes(named, config, aliases)
 
 
-def train(service: RunningService, manifest: ModelManifest) -> list[torch.Tensor]:
+def train(service: RunningService, manifest: ModelManifest, **changes: Any) -> list[torch.Tensor]:
     """Opens a run of one rank, and has it send a few states; returns them."""
-    request = open_request(manifest, world_size=1, protocol_version=PROTOCOL_VERSION, read_outs=["ema5", "mean@500"])
+    fields = {"world_size": 1, "protocol_version": PROTOCOL_VERSION, "read_outs": ["ema5", "mean@500"]} | changes
+    request = open_request(manifest, **fields)
     request.manifest.config_json = json.dumps(dict(manifest.config))
     service.stub.Open(request, metadata=OWN)
     shards = [pb.Shard(parameter=i, start=0, stop=spec.numel) for i, spec in enumerate(manifest.parameters)]

@@ -19,6 +19,7 @@ from sidecast.nowcaster_service.access.callers import callers_of
 from sidecast.nowcaster_service.config import ServiceConfig
 from sidecast.nowcaster_service.metrics import ServiceMetrics
 from sidecast.nowcaster_service.nowcasting import NowcastAnswer, NowcastRequest, PredictorAnswer, PredictorRequest
+from sidecast.nowcaster_service.probing.evaluation import ProbeAnswer, ProbeRequest, Probing
 from sidecast.nowcaster_service.read_outs.folding import FoldAnswer, FoldRequest, answer_fold
 from sidecast.nowcaster_service.server import create_server
 from sidecast.nowcaster_service.servicer import Servicer
@@ -47,9 +48,13 @@ class SteadyEngines:
 
     Attributes:
         num_replaced: How often one was ended because it took too long.
+        num_probes_replaced: The same of what evaluates.
+        probing: Evaluates, in a service that has a probe.
     """
 
     num_replaced = 0
+    num_probes_replaced = 0
+    probing: Probing | None = None
 
     async def ready(self) -> None:
         """They are."""
@@ -59,6 +64,13 @@ class SteadyEngines:
 
     async def fold(self, request: FoldRequest) -> FoldAnswer:
         return await asyncio.to_thread(answer_fold, request)
+
+    async def evaluate(self, request: ProbeRequest) -> ProbeAnswer:
+        assert self.probing is not None
+        return await asyncio.to_thread(self.probing.evaluate, request)
+
+    async def replace_probe(self) -> None:
+        self.num_probes_replaced += 1
 
     def fault(self) -> str:
         return ""

@@ -53,6 +53,8 @@ def test_values_find_their_fields() -> None:
         ({"max_weight": "1"}, "nowcaster.max_weight is '1'; allowed: a number"),
         ({"predictor": 3}, "nowcaster.predictor is 3; allowed: a text"),
         ({"predictor_options": []}, r"nowcaster.predictor_options is \[\]; allowed: an object"),
+        ({"keep_best": 1}, "nowcaster.keep_best is 1; allowed: 0 to 8, and 0 without read_outs$"),
+        ({"keep_best": 9, "read_outs": ["ema5"]}, "nowcaster.keep_best is 9; allowed: 0 to 8"),
         ({"read_outs": "ema5"}, r"nowcaster.read_outs is 'ema5'; allowed: a list of texts$"),
         ({"read_outs": [5]}, r"nowcaster.read_outs is \[5\]; allowed: a list of texts$"),
         ({"read_outs": ["ema5", "emu"]}, "nowcaster.read_outs: a read-out is 'emu'; allowed: 'emaP'"),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sidecast.commands.__main__ import build_parser, main
@@ -56,6 +57,9 @@ def test_refusals(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
         (["--tenants-file", "/nowhere"], "--tenants-file /nowhere cannot be read: No such file"),
         (["--tenants-file", "/dev/null"], "--tenants-file /dev/null names no tenant"),
         (["--history-gib", "nan"], "the history budget is 0 bytes"),
+        (["--probe", "/nowhere.npy"], "--probe /nowhere.npy cannot be read: "),
+        (["--probe-gpus", "1"], "--probe-tokenizer and --probe-gpus go with --probe, which is missing"),
+        (["--probe", "json:loads", "--probe-gpus", "-1"], "--probe-gpus is -1; it must be 0 or more"),
     ],
 )
 def test_serve_answers_bad_arguments_in_one_line(
@@ -95,6 +99,7 @@ GIVEN = {
     "--session-timeout-s": ("4000", "session_timeout_s", 4000.0),
     "--token-file": ("a-file", "token_file", Path("a-file")),
     "--tenants-file": ("tenants", "tenants_file", Path("tenants")),
+    "--probe": ("json:loads", "probe", "json:loads"),
 }
 
 
@@ -108,8 +113,9 @@ def test_without_options_every_setting_has_its_declared_default(tmp_path: Path) 
 
 def test_every_setting_has_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = {"--tls-cert", "--tls-key", "--tls-client-ca", "--history-dir", "--port-file", "--ray-address"}
-    assert set(GIVEN) | plain == {option.flag for option in serve.OPTIONS}
-    assert {name for _, name, _ in GIVEN.values()} | {"tls", "history_dir"} == {
+    of_a_probe = {"--probe-tokenizer": "probe_tokenizer", "--probe-gpus": "probe_gpus"}
+    assert set(GIVEN) | plain | of_a_probe.keys() == {option.flag for option in serve.OPTIONS}
+    assert {name for _, name, _ in GIVEN.values()} | {"tls", "history_dir", *of_a_probe.values()} == {
         item.name for item in dataclasses.fields(ServiceConfig)
     }
     monkeypatch.chdir(tmp_path)
@@ -124,6 +130,16 @@ def test_every_setting_has_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert parsed(tmp_path, *both).tls == pair
     mutual = dataclasses.replace(pair, client_authority=Path("a-file"))
     assert parsed(tmp_path, *both, "--tls-client-ca", "a-file").tls == mutual
+
+
+def test_a_probe_is_found_from_any_folder_and_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("probe.npy", np.arange(4))
+    config = parsed(tmp_path, "--probe", "probe.npy", "--probe-gpus", "0.5")
+    assert (config.probe, config.probe_gpus) == (str(tmp_path / "probe.npy"), 0.5)
+    Path("probe.txt").write_text("a")
+    with pytest.raises(ConfigError, match=f"--probe-tokenizer {tmp_path}/own has no tokenizer.json"):
+        parsed(tmp_path, "--probe", "probe.txt", "--probe-tokenizer", "own")
 
 
 def test_port_0_is_a_free_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
