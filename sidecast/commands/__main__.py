@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": "sidecast.commands.predict",
     "graph": "sidecast.commands.graph",
     "evaluate": "sidecast.commands.evaluate",
+    "metatrain": "sidecast.commands.metatrain",
     "doctor": "sidecast.commands.doctor",
 }
 
