@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, relu, silu
 
-from sidecast.graphs.export import EdgeList
 from sidecast.metatraining.edges import SampledEdges
 from sidecast.predictors.nino.config import NinoConfig
 from sidecast.predictors.wnn import OPERATIONS, WnnConfig, WnnNetwork
@@ -39,7 +38,7 @@ def nino_changes(
     """
     source_E, target_E = sampled.edges.index_2E
     nodes_VD = _linear(tensors, "node_proj.fc.0", lpe_VL)
-    edges_ED = _projected(tensors, features_EX, sampled.edges)
+    edges_ED = _projected(tensors, features_EX, sampled.edges.type_E)
     share_E1 = (sampled.weight_E / degree_V[target_E])[:, None]
     for layer in range(config.num_layers - 1):
         name = f"gnn.convs.{layer}"
@@ -65,9 +64,9 @@ def nino_changes(
     return linear(hidden_ED, last, bias).unflatten(-1, (num_elements, config.max_horizon))
 
 
-def wnn_plus_changes(config: NinoConfig, tensors: Tensors, features_EC: Tensor, edges: EdgeList) -> Tensor:
-    """Scaled changes of WNN+ on edges with one parameter each, (E, K)."""
-    hidden_ED = _projected(tensors, features_EC, edges)
+def wnn_plus_changes(config: NinoConfig, tensors: Tensors, states_EC: Tensor, type_E: Tensor) -> Tensor:
+    """Scaled changes of WNN+ on edges with one parameter each, (E, K), from their scaled states and types."""
+    hidden_ED = _projected(tensors, states_EC, type_E)
     for layer in range(config.num_mlp_layers - 1):
         hidden_ED = silu(_linear(tensors, f"edge_mlp.fc.{2 * layer}", hidden_ED))
     return _linear(tensors, f"edge_mlp.fc.{2 * config.num_mlp_layers - 2}", hidden_ED)
@@ -97,10 +96,10 @@ def _two_streams(tensors: Tensors, operation: str, states_NC: Tensor) -> Tensor:
     return _linear(tensors, f"operations.{operation}.joint.1", relu(torch.cat(streams, dim=-1)))
 
 
-def _projected(tensors: Tensors, features_EX: Tensor, edges: EdgeList) -> Tensor:
+def _projected(tensors: Tensors, features_EX: Tensor, type_E: Tensor) -> Tensor:
     # Columns beyond those given count as 0.
     weight = tensors["edge_proj.fc.0.weight"][:, : features_EX.shape[1]]
-    return linear(features_EX, weight, tensors["edge_proj.fc.0.bias"]) + tensors["layer_embed.weight"][edges.type_E]
+    return linear(features_EX, weight, tensors["edge_proj.fc.0.bias"]) + tensors["layer_embed.weight"][type_E]
 
 
 def _linear(tensors: Tensors, name: str, inputs: Tensor) -> Tensor:

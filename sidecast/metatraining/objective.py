@@ -1,6 +1,6 @@
 """How far a nowcaster is from the averages that it is to predict.
 
-Shape suffixes: E edges, K horizons, Q parameters, C context.
+Shape suffixes: E edges, N edges that carry a parameter, K horizons, Q parameters, C context.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from sidecast.evaluation.tasks import Task
-from sidecast.graphs.export import edge_features
 from sidecast.manifest import ModelManifest
 from sidecast.metatraining.edges import STRUCTURAL, EdgeSampler, SampledEdges
 from sidecast.metatraining.networks import nino_changes, wnn_changes, wnn_plus_changes
 from sidecast.metatraining.recipe import Recipe
-from sidecast.metatraining.windows import ScaledWindow, Window, num_horizons, scale_window
+from sidecast.metatraining.windows import ScaledWindow, Window, num_horizons
 from sidecast.predictors.nino.config import NinoConfig
 from sidecast.predictors.nino.graph_cache import build_graph
 from sidecast.predictors.wnn import OPERATIONS, operation_of
@@ -55,44 +54,42 @@ class ModelObjective:
             generator: Decides which edges enter, and the signs.
         """
         sampled = self._sampler.sample(self._recipe.num_sources, generator)
-        scaled = scale_window(window, self._manifest, self._recipe.context_len)
+        scaled = ScaledWindow(window, self._manifest, self._recipe.context_len)
         # Which sign a network's hidden unit has is arbitrary, and so is that of a parameter.
         sign = _sign((), generator)
-        is_parameter_E = sampled.row_E != STRUCTURAL
-        row_E = sampled.row_E[is_parameter_E]
-        horizons = num_horizons(window, self._recipe.max_horizon)
-        element_E = sampled.edges.element_EF[is_parameter_E, 0]
-        target_EK = sign * scaled.targets(element_E, row_E, horizons)
-        change_EK = self._changes(tensors, scaled, sampled, is_parameter_E, sign, generator)[:, :horizons]
-        weight_E1 = sampled.weight_E[is_parameter_E, None]
-        return self._relative_error(change_EK, target_EK, weight_E1, row_E)
+        parameter_N = (sampled.row_E != STRUCTURAL).nonzero()[:, 0]
+        element_N = sampled.edges.element_EF[parameter_N, 0]
+        row_N = sampled.row_E[parameter_N]
+        states_NC = sign * scaled.states(element_N, row_N)
+        target_NK = sign * scaled.targets(element_N, row_N, num_horizons(window, self._recipe.max_horizon))
+        change_NK = self._changes(tensors, states_NC, sampled, parameter_N, generator)[:, : target_NK.shape[1]]
+        return self._relative_error(change_NK, target_NK, sampled.weight_E[parameter_N, None], row_N)
 
     def _changes(
         self,
         tensors: Mapping[str, Tensor],
-        scaled: ScaledWindow,
+        states_NC: Tensor,
         sampled: SampledEdges,
-        is_parameter_E: Tensor,
-        sign: Tensor,
+        parameter_N: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        features_EC = edge_features(sampled.edges, sign * scaled.states_PC)
         if not isinstance(self._config, NinoConfig):
-            operation_E = self._operation_Q[sampled.row_E[is_parameter_E]]
-            return wnn_changes(tensors, features_EC[is_parameter_E], operation_E)
+            return wnn_changes(tensors, states_NC, self._operation_Q[sampled.row_E[parameter_N]])
         if not self._config.gnn:
-            return wnn_plus_changes(self._config, tensors, features_EC, sampled.edges)[is_parameter_E]
+            return wnn_plus_changes(self._config, tensors, states_NC, sampled.edges.type_E[parameter_N])
+        features_EC = sampled.edges.constant_E[:, None].repeat(1, self._config.context_len)
+        features_EC[parameter_N] = states_NC
         lpe_VL = self._sampler.lpe_VL
         lpe_VL = lpe_VL * _sign(lpe_VL.shape[1:], generator)
         change_EFK = nino_changes(self._config, tensors, features_EC, sampled, self._sampler.degree_V, lpe_VL)
-        return change_EFK[is_parameter_E, 0]
+        return change_EFK[parameter_N, 0]
 
-    def _relative_error(self, change_EK: Tensor, target_EK: Tensor, weight_E1: Tensor, row_E: Tensor) -> Tensor:
-        num_parameters, num_horizons = len(self._importance_Q), target_EK.shape[1]
-        error_EK = weight_E1 * (change_EK - target_EK).square()
-        size_EK = weight_E1 * (target_EK.square() + _LEAST_SQUARE)
-        error_QK = torch.zeros(num_parameters, num_horizons).index_add(0, row_E, error_EK)
-        size_QK = torch.zeros(num_parameters, num_horizons).index_add(0, row_E, size_EK)
+    def _relative_error(self, change_NK: Tensor, target_NK: Tensor, weight_N1: Tensor, row_N: Tensor) -> Tensor:
+        num_parameters, num_horizons = len(self._importance_Q), target_NK.shape[1]
+        error_NK = weight_N1 * (change_NK - target_NK).square()
+        size_NK = weight_N1 * (target_NK.square() + _LEAST_SQUARE)
+        error_QK = torch.zeros(num_parameters, num_horizons).index_add(0, row_N, error_NK)
+        size_QK = torch.zeros(num_parameters, num_horizons).index_add(0, row_N, size_NK)
         is_there_Q = size_QK[:, 0] > 0
         ratio_Q = (error_QK[is_there_Q] / size_QK[is_there_Q]).mean(1)
         importance_Q = self._importance_Q[is_there_Q]

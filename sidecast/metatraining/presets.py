@@ -119,9 +119,9 @@ PRESETS: Mapping[str, Preset] = {
     "default": Preset(
         sources=_DEFAULT_SOURCES,
         recipes={
-            "nino": Recipe(nowcaster="nino", num_steps=1_600, validation_steps=200),
-            "wnn_plus": Recipe(nowcaster="wnn_plus", num_steps=1_200, validation_steps=200),
-            "wnn": Recipe(nowcaster="wnn", num_steps=1_200, validation_steps=200),
+            "nino": Recipe(nowcaster="nino", num_steps=1_000, validation_steps=200),
+            "wnn_plus": Recipe(nowcaster="wnn_plus", num_steps=800, validation_steps=200),
+            "wnn": Recipe(nowcaster="wnn", num_steps=800, validation_steps=200),
         },
     ),
 }

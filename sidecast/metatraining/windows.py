@@ -99,19 +99,34 @@ def _below(limit: int, generator: torch.Generator) -> int:
     return int(torch.randint(limit, (), generator=generator))
 
 
-@dataclass(frozen=True)
 class ScaledWindow:
-    """A window in the space in which nowcasters see it.
+    """A window in the space in which nowcasters see it: scaled tensor by tensor over all its states.
+
+    Args:
+        window: The window.
+        manifest: Of the model.
+        context_len: C.
 
     Attributes:
-        window: The window.
-        states_PC: Its states, scaled tensor by tensor.
-        inverse_Q: What a centred value of each is multiplied with.
+        inverse_Q: What a centred value of each parameter tensor is multiplied with.
     """
 
-    window: Window
-    states_PC: Tensor
-    inverse_Q: Tensor
+    def __init__(self, window: Window, manifest: ModelManifest, context_len: int) -> None:
+        self._window = window
+        self._history = window.history(manifest, context_len)
+        scales = [tensor_scale(self._history.tensor(spec.fqn)) for spec in manifest.parameters]
+        self._mean_Q = torch.tensor([scale.mean for scale in scales])
+        self.inverse_Q = torch.tensor([scale.inverse for scale in scales])
+
+    def states(self, element_E: Tensor, row_E: Tensor) -> Tensor:
+        """Scaled states of some elements, (E, C).
+
+        Args:
+            element_E: Elements of the parameter vector.
+            row_E: Number of the parameter tensor of each.
+        """
+        states_EC = torch.stack([state[element_E] for state in self._history.states], dim=1)
+        return (states_EC - self._mean_Q[row_E, None]) * self.inverse_Q[row_E, None]
 
     def targets(self, element_E: Tensor, row_E: Tensor, horizons: int) -> Tensor:
         """The scaled changes from the newest state to the mean of the states around each horizon, (E, K).
@@ -121,11 +136,11 @@ class ScaledWindow:
             row_E: Number of the parameter tensor of each.
             horizons: K, at most ``num_horizons``.
         """
-        newest, spacing = self.window.newest, self.window.spacing
+        newest, spacing = self._window.newest, self._window.spacing
         stop = future_range(newest, spacing, horizons).stop
-        future_NE = self.window.trajectory.states_NP[newest + 1 : stop][:, element_E].float()
+        future_NE = self._window.trajectory.states_NP[newest + 1 : stop][:, element_E].float()
         # Relative to the newest state, so that sums are of small numbers.
-        future_NE -= self.window.trajectory.states_NP[newest][element_E].float()
+        future_NE -= self._window.trajectory.states_NP[newest][element_E].float()
         sums_NE = torch.cat([torch.zeros(1, len(element_E)), future_NE.cumsum(0)])
         changes = []
         for horizon in range(1, horizons + 1):
@@ -133,15 +148,3 @@ class ScaledWindow:
             before, after = span.start - newest - 1, span.stop - newest - 1
             changes.append((sums_NE[after] - sums_NE[before]) / len(span))
         return torch.stack(changes, dim=1) * self.inverse_Q[row_E, None]
-
-
-def scale_window(window: Window, manifest: ModelManifest, context_len: int) -> ScaledWindow:
-    """Scales a window as predictors do, tensor by tensor over all its states."""
-    history = window.history(manifest, context_len)
-    scaled, inverses = [], []
-    for spec in manifest.parameters:
-        states = history.tensor(spec.fqn)
-        scale = tensor_scale(states)
-        scaled.append(torch.stack([scale.scaled(state) for state in states], dim=1))
-        inverses.append(scale.inverse)
-    return ScaledWindow(window, torch.cat(scaled), torch.tensor(inverses))

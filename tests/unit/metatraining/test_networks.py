@@ -39,7 +39,7 @@ def test_wnn_plus(sampler: EdgeSampler) -> None:
     network = WnnPlusNetwork(WNN_PLUS)
     edges = sampler.all_edges().edges
     features = edge_features(edges, torch.randn(MANIFEST.num_elements, 5))
-    found = wnn_plus_changes(WNN_PLUS, network.state_dict(), features, edges)
+    found = wnn_plus_changes(WNN_PLUS, network.state_dict(), features, edges.type_E)
     torch.testing.assert_close(found, network(features, edges.type_E), rtol=0, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sidecast.errors import ConfigError
-from sidecast.metatraining.windows import Window, draw_window, future_range, num_horizons, scale_window
+from sidecast.metatraining.windows import ScaledWindow, Window, draw_window, future_range, num_horizons
 from sidecast.scaling import tensor_scale
 from tests.support.small_trajectories import SOURCE, drifting
 
@@ -32,7 +32,7 @@ def test_states_are_equally_spaced_and_end_with_the_newest() -> None:
 
 def test_targets_of_straight_lines() -> None:
     trajectory = drifting()
-    scaled = scale_window(Window(trajectory, 8, 2), MANIFEST, 5)
+    scaled = ScaledWindow(Window(trajectory, 8, 2), MANIFEST, 5)
     elements = torch.arange(0, MANIFEST.num_elements, 7)
     rows = torch.cat([torch.full((spec.numel,), row) for row, spec in enumerate(MANIFEST.parameters)])[elements]
     targets = scaled.targets(elements, rows, 3)
@@ -44,9 +44,9 @@ def test_targets_of_straight_lines() -> None:
 def test_targets_average_noise_away() -> None:
     quiet, noisy = drifting(), drifting(noise=0.1)
     elements, rows = torch.arange(MANIFEST.num_elements), torch.zeros(MANIFEST.num_elements, dtype=torch.int64)
-    targets = scale_window(Window(noisy, 5, 1), MANIFEST, 5).targets(elements, rows, 10)
+    targets = ScaledWindow(Window(noisy, 5, 1), MANIFEST, 5).targets(elements, rows, 10)
     newest = (noisy.states_NP[5] - quiet.states_NP[5]).float()
-    inverse = scale_window(Window(noisy, 5, 1), MANIFEST, 5).inverse_Q[0]
+    inverse = ScaledWindow(Window(noisy, 5, 1), MANIFEST, 5).inverse_Q[0]
     slope = (quiet.states_NP[1] - quiet.states_NP[0]).float()
     # What is left besides the way and the noise of the newest state.
     rests = (targets / inverse + newest[:, None] - slope[:, None] * torch.arange(1, 11)).std(0)
@@ -56,13 +56,14 @@ def test_targets_average_noise_away() -> None:
 
 def test_scales_are_the_predictors() -> None:
     window = Window(drifting(noise=0.1), 9, 1)
-    scaled = scale_window(window, MANIFEST, 5)
+    scaled = ScaledWindow(window, MANIFEST, 5)
     history = window.history(MANIFEST, 5)
     for row, spec in enumerate(MANIFEST.parameters):
         scale = tensor_scale(history.tensor(spec.fqn))
         start = MANIFEST.offsets[spec.fqn]
-        part = scaled.states_PC[start : start + spec.numel]
-        torch.testing.assert_close(part[:, 2], scale.scaled(history.tensor(spec.fqn)[2]), rtol=0, atol=0)
+        elements = torch.arange(start, start + spec.numel)
+        part = scaled.states(elements, torch.full((spec.numel,), row))
+        torch.testing.assert_close(part[:, 2], scale.scaled(history.tensor(spec.fqn)[2]), rtol=1e-6, atol=1e-6)
         assert scaled.inverse_Q[row] == pytest.approx(scale.inverse)
 
 
