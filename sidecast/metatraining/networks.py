@@ -21,10 +21,10 @@ from sidecast.predictors.wnn import OPERATIONS, WnnConfig, WnnNetwork
 Tensors = Mapping[str, Tensor]
 
 
-def nino_changes(
+def nino_hidden(
     config: NinoConfig, tensors: Tensors, features_EX: Tensor, sampled: SampledEdges, degree_V: Tensor, lpe_VL: Tensor
 ) -> Tensor:
-    """Scaled changes of NiNo on some edges, (E, F, K).
+    """What NiNo's last layer is given on some edges, (E, D).
 
     A node's mean message is estimated from the edges that are given, each with its weight; with all edges it is exact.
 
@@ -57,19 +57,36 @@ def nino_changes(
             + _linear(tensors, f"{name}.lin_t", nodes_VD)[target_E]
         )
         edges_ED = _linear(tensors, f"{name}.lin1", silu(_linear(tensors, f"{name}.lin_e", edges_ED) + ends_ED))
-    hidden_ED = silu(_linear(tensors, "edge_out.fc.0", edges_ED))
+    return silu(_linear(tensors, "edge_out.fc.0", edges_ED))
+
+
+def nino_changes(
+    config: NinoConfig, tensors: Tensors, features_EX: Tensor, sampled: SampledEdges, degree_V: Tensor, lpe_VL: Tensor
+) -> Tensor:
+    """Scaled changes of NiNo on some edges, (E, F, K); arguments as of ``nino_hidden``."""
+    hidden_ED = nino_hidden(config, tensors, features_EX, sampled, degree_V, lpe_VL)
     num_elements = features_EX.shape[1] // config.context_len
     rows = num_elements * config.max_horizon
     last, bias = tensors["edge_out.fc.2.weight"][:rows], tensors["edge_out.fc.2.bias"][:rows]
     return linear(hidden_ED, last, bias).unflatten(-1, (num_elements, config.max_horizon))
 
 
-def wnn_plus_changes(config: NinoConfig, tensors: Tensors, states_EC: Tensor, type_E: Tensor) -> Tensor:
-    """Scaled changes of WNN+ on edges with one parameter each, (E, K), from their scaled states and types."""
+def wnn_plus_hidden(config: NinoConfig, tensors: Tensors, states_EC: Tensor, type_E: Tensor) -> Tensor:
+    """What WNN+'s last layer is given for parameters, (E, D), from their scaled states and types."""
     hidden_ED = _projected(tensors, states_EC, type_E)
     for layer in range(config.num_mlp_layers - 1):
         hidden_ED = silu(_linear(tensors, f"edge_mlp.fc.{2 * layer}", hidden_ED))
-    return _linear(tensors, f"edge_mlp.fc.{2 * config.num_mlp_layers - 2}", hidden_ED)
+    return hidden_ED
+
+
+def wnn_plus_changes(config: NinoConfig, tensors: Tensors, states_EC: Tensor, type_E: Tensor) -> Tensor:
+    """Scaled changes of WNN+ for parameters, (E, K), from their scaled states and types."""
+    return _linear(tensors, last_layer(config), wnn_plus_hidden(config, tensors, states_EC, type_E))
+
+
+def last_layer(config: NinoConfig) -> str:
+    """Name of the layer whose outputs are the changes."""
+    return "edge_out.fc.2" if config.gnn else f"edge_mlp.fc.{2 * config.num_mlp_layers - 2}"
 
 
 def wnn_changes(tensors: Tensors, states_EC: Tensor, operation_E: Tensor) -> Tensor:
@@ -138,7 +155,7 @@ _DIFFERENCE_GAIN = 8.0
 def _last_layers(config: NinoConfig | WnnConfig) -> tuple[str, ...]:
     if isinstance(config, WnnConfig):
         return tuple(f"operations.{operation}.joint.1" for operation in OPERATIONS)
-    return ("edge_out.fc.2",) if config.gnn else (f"edge_mlp.fc.{2 * config.num_mlp_layers - 2}",)
+    return (last_layer(config),)
 
 
 def _see_differences_(weight_DX: Tensor, context_len: int) -> None:

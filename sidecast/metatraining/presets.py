@@ -81,6 +81,7 @@ _CI_RECIPE = Recipe(
     num_steps=6,
     warmup_steps=2,
     num_sources=4,
+    num_fit_windows=4,
     windows_per_step=1,
     spacings=(1,),
     first_snapshot=1,
@@ -119,9 +120,9 @@ PRESETS: Mapping[str, Preset] = {
     "default": Preset(
         sources=_DEFAULT_SOURCES,
         recipes={
-            "nino": Recipe(nowcaster="nino", num_steps=1_000, validation_steps=200),
-            "wnn_plus": Recipe(nowcaster="wnn_plus", num_steps=800, validation_steps=200),
-            "wnn": Recipe(nowcaster="wnn", num_steps=800, validation_steps=200),
+            "nino": Recipe(nowcaster="nino", num_steps=400, validation_steps=50),
+            "wnn_plus": Recipe(nowcaster="wnn_plus", num_steps=400, validation_steps=50),
+            "wnn": Recipe(nowcaster="wnn", num_steps=400, validation_steps=50),
         },
     ),
 }

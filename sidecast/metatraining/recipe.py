@@ -32,6 +32,8 @@ class Recipe:
         warmup_steps: Steps over which it rises.
         weight_decay: Decoupled.
         max_grad_norm: Gradients are shortened to this norm.
+        num_fit_windows: Windows that the last layer is fitted to before the first step; 0: it begins at zero, as that
+            of a WNN always does.
         windows_per_step: Windows whose mean loss makes one step.
         num_sources: Edges of each target in each dense block that enter a step.
         spacings: Snapshots between two states of a window; each window has one of these.
@@ -49,10 +51,11 @@ class Recipe:
     context_len: int = 5
     max_horizon: int = 10
     num_steps: int
-    peak_lr: float = 3e-3
-    warmup_steps: int = 100
+    peak_lr: float = 2e-3
+    warmup_steps: int = 50
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    num_fit_windows: int = 64
     windows_per_step: int = 2
     num_sources: int = 8
     spacings: tuple[int, ...] = (1, 2, 4)

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from sidecast.atomic_files import replacing
-from sidecast.metatraining.networks import initial_tensors
+from sidecast.metatraining.networks import initial_tensors, last_layer
 from sidecast.metatraining.objective import ModelObjective
 from sidecast.metatraining.recipe import Recipe
 from sidecast.metatraining.trajectories import Report, Trajectory
 from sidecast.metatraining.validation import JudgedWindow, judge, trained_predictor
-from sidecast.metatraining.windows import draw_window
+from sidecast.metatraining.windows import Window, draw_window
+from sidecast.predictors.nino.config import NinoConfig
 from sidecast.predictors.nino.graph_cache import GraphCache
 
 _MAX_SEED = 1 << 32
+_RIDGE = 1e-4
+"""Share of the mean diagonal that is added to it: hidden features are nearly dependent."""
 
 
 class Training:
@@ -61,7 +64,10 @@ class Training:
         return self.step == self._recipe.num_steps
 
     def advance(self, report: Report) -> None:
-        """Takes the steps up to the next validation, and validates."""
+        """Takes the steps up to the next validation, and validates; the first call does so beforehand, too."""
+        if self.step == 0:
+            self._fit_last_layer()
+            self._validate(report)
         interval = self._recipe.validation_steps
         stop = min(self._recipe.num_steps, (self.step // interval + 1) * interval)
         while self.step < stop:
@@ -77,13 +83,8 @@ class Training:
         self._optimizer.zero_grad()
         total = 0.0
         for _ in range(recipe.windows_per_step):
-            window = draw_window(
-                self._trajectories, recipe.spacings, recipe.context_len, recipe.first_snapshot, generator
-            )
-            task = window.trajectory.source.task
-            if task.name not in self._objectives:
-                self._objectives[task.name] = ModelObjective(task, recipe)
-            loss = self._objectives[task.name](self.tensors, window, generator) / recipe.windows_per_step
+            objective, window = self._draw(generator)
+            loss = objective(self.tensors, window, generator) / recipe.windows_per_step
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(self.tensors.values(), recipe.max_grad_norm)
@@ -93,6 +94,33 @@ class Training:
         else:
             self._num_skipped += 1
         self.step += 1
+
+    def _fit_last_layer(self) -> None:
+        """Gives the last layer the weights that are best for the others, which are random: a least squares problem."""
+        config = self._recipe.config
+        if not isinstance(config, NinoConfig) or not self._recipe.num_fit_windows:
+            return
+        generator = torch.Generator().manual_seed(self._recipe.seed * _MAX_SEED + self._recipe.num_steps)
+        squares_KII, products_KI = torch.zeros(2, dtype=torch.float64)
+        for _ in range(self._recipe.num_fit_windows):
+            objective, window = self._draw(generator)
+            squares, products = objective.normal_equations(self.tensors, window, generator)
+            squares_KII, products_KI = squares_KII + squares, products_KI + products
+        diagonal_KI = squares_KII.diagonal(dim1=1, dim2=2)
+        squares_KII = squares_KII + _RIDGE * diagonal_KI.mean(1)[:, None, None] * torch.eye(squares_KII.shape[1])
+        solution_KI = torch.linalg.solve(squares_KII, products_KI).float()
+        layer = last_layer(config)
+        with torch.no_grad():
+            self.tensors[f"{layer}.weight"].copy_(solution_KI[:, :-1])
+            self.tensors[f"{layer}.bias"].copy_(solution_KI[:, -1])
+
+    def _draw(self, generator: torch.Generator) -> tuple[ModelObjective, Window]:
+        recipe = self._recipe
+        window = draw_window(self._trajectories, recipe.spacings, recipe.context_len, recipe.first_snapshot, generator)
+        task = window.trajectory.source.task
+        if task.name not in self._objectives:
+            self._objectives[task.name] = ModelObjective(task, recipe)
+        return self._objectives[task.name], window
 
     def _lr(self) -> float:
         recipe = self._recipe

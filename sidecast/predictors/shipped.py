@@ -33,12 +33,14 @@ def shipped_weights(predictor: str, folder: Path = FOLDER) -> Path:
     """The file of a predictor's weights.
 
     Args:
-        predictor: One of ``SHIPPED``.
+        predictor: Its name.
         folder: Where it lies.
 
     Raises:
-        ConfigError: It is not there, or not what was shipped.
+        ConfigError: None is shipped for this predictor, it is not there, or it is not what was shipped.
     """
+    if predictor not in SHIPPED:
+        raise ConfigError(f"predictor {predictor!r} needs a weights file; none was given")
     file = SHIPPED[predictor]
     path = folder / file.name
     if not path.is_file():

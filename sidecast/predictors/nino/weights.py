@@ -17,7 +17,6 @@ from sidecast.predictors.nino.config import NinoConfig
 from sidecast.predictors.weights import load_tensors
 
 _METADATA_KEY = "sidecast.nino"
-_LAYOUT_KEY = "sidecast.layout"
 _PUBLISHED_CONTEXT_LEN = 5
 _TOKEN_POSITION_LAYER = "wte_pos_enc_layer"
 
@@ -62,25 +61,26 @@ def load_weights(path: Path) -> NinoWeights:
         ConfigError: The file is missing, unreadable, or not such a network; the message names the file and the keys.
     """
     tensors, metadata = load_tensors(path)
-    config = _stated_config(path, metadata) or _published_config(str(path), tensors)
-    return NinoWeights(config, tensors, str(path), metadata.get(_LAYOUT_KEY))
+    config, layout = _stated(path, metadata) or (_published_config(str(path), tensors), None)
+    return NinoWeights(config, tensors, str(path), layout)
 
 
 def save_weights(path: Path, weights: NinoWeights) -> None:
     """Writes a network as a safetensors file that ``load_weights`` reads back with its hyper-parameters."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in weights.tensors.items()}
-    metadata = {_METADATA_KEY: json.dumps(asdict(weights.config))}
-    if weights.layout is not None:
-        metadata[_LAYOUT_KEY] = weights.layout
-    save_file(tensors, path, metadata=metadata)
+    stated = asdict(weights.config) if weights.layout is None else {**asdict(weights.config), "layout": weights.layout}
+    # All under one key: the order of several is another one in each file.
+    save_file(tensors, path, metadata={_METADATA_KEY: json.dumps(stated)})
 
 
-def _stated_config(path: Path, metadata: Mapping[str, str]) -> NinoConfig | None:
+def _stated(path: Path, metadata: Mapping[str, str]) -> tuple[NinoConfig, str | None] | None:
     if _METADATA_KEY not in metadata:
         return None
     try:
-        return NinoConfig(**json.loads(metadata[_METADATA_KEY]))
-    except (TypeError, ValueError) as error:
+        stated = json.loads(metadata[_METADATA_KEY])
+        layout = stated.pop("layout", None)
+        return NinoConfig(**stated), layout
+    except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"weights file {path}: bad {_METADATA_KEY!r} metadata: {error}") from error
 
 

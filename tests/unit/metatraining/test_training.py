@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sidecast.errors import ConfigError
 from sidecast.metatraining import training as training_module
+from sidecast.metatraining.networks import last_layer
 from sidecast.metatraining.objective import ModelObjective
 from sidecast.metatraining.presets import PRESETS
 from sidecast.metatraining.recipe import NOWCASTERS, Recipe
@@ -87,12 +88,31 @@ def test_a_state_of_another_recipe_is_not_gone_on_from(tmp_path: Path) -> None:
     again = make("wnn")
     train(again, path, "another", lines.append)
     assert lines[0] == f"{path} is of another recipe or other trajectories: begins anew"
-    assert len(lines) == 3
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize("nowcaster", ["nino", "wnn_plus"])
+def test_no_last_layer_fits_better_than_the_first_one(nowcaster: str) -> None:
+    trajectory = drifting(noise=0.02)
+    fitted = Training(recipe(nowcaster, num_fit_windows=1), [trajectory], judged())
+    fitted._fit_last_layer()
+
+    def loss(factor: float) -> float:
+        generator = torch.Generator().manual_seed(6)
+        objective, window = fitted._draw(generator)
+        layer = last_layer(fitted._recipe.config)  # type: ignore[arg-type]
+        changed = {name: tensor * factor if layer in name else tensor for name, tensor in fitted.tensors.items()}
+        return objective(changed, window, generator).item()
+
+    # Seed and number of steps decide what it is fitted to: 0 and 6.
+    assert loss(1.0) < min(loss(0.98), loss(1.02))
+    assert loss(1.0) < 0.9
+    assert loss(0.0) == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("nowcaster", NOWCASTERS)
 def test_straight_lines_are_learned(nowcaster: str) -> None:
-    learning = make(nowcaster, num_steps=60, validation_steps=60, peak_lr=1e-2)
+    learning = make(nowcaster, num_steps=30, validation_steps=30, peak_lr=1e-2)
     learning.advance(silent)
     # Of the way to the goal, half is made: no change has the score 0.
     nothing = sum(window.newest_loss for window in judged())
@@ -100,7 +120,7 @@ def test_straight_lines_are_learned(nowcaster: str) -> None:
 
 
 def test_the_best_network_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([-0.1, -0.3, -0.2])
+    scores = iter([-0.05, -0.1, -0.3, -0.2])
     monkeypatch.setattr(training_module, "judge", lambda predictor, windows: Judgement({}, next(scores)))
     learning = make("wnn", num_steps=9)
     kept = []
@@ -115,12 +135,13 @@ def test_the_best_network_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_loss_that_is_not_finite_costs_a_step_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     learning, lines = make("wnn"), list[str]()
     before = {name: tensor.detach().clone() for name, tensor in learning.tensors.items()}
+    # A WNN's last layer is not fitted.
     exact = ModelObjective.__call__
     monkeypatch.setattr(ModelObjective, "__call__", lambda *arguments: exact(*arguments) * math.nan)
     learning.advance(lines.append)
     assert learning.step == 3
     assert all(torch.equal(tensor, before[name]) for name, tensor in learning.tensors.items())
-    assert lines[0].endswith(", 3 steps skipped as not finite")
+    assert lines[-1].endswith(", 3 steps skipped as not finite")
 
 
 def test_seeds_differ() -> None:
