@@ -60,17 +60,6 @@ def nino_hidden(
     return silu(_linear(tensors, "edge_out.fc.0", edges_ED))
 
 
-def nino_changes(
-    config: NinoConfig, tensors: Tensors, features_EX: Tensor, sampled: SampledEdges, degree_V: Tensor, lpe_VL: Tensor
-) -> Tensor:
-    """Scaled changes of NiNo on some edges, (E, F, K); arguments as of ``nino_hidden``."""
-    hidden_ED = nino_hidden(config, tensors, features_EX, sampled, degree_V, lpe_VL)
-    num_elements = features_EX.shape[1] // config.context_len
-    rows = num_elements * config.max_horizon
-    last, bias = tensors["edge_out.fc.2.weight"][:rows], tensors["edge_out.fc.2.bias"][:rows]
-    return linear(hidden_ED, last, bias).unflatten(-1, (num_elements, config.max_horizon))
-
-
 def wnn_plus_hidden(config: NinoConfig, tensors: Tensors, states_EC: Tensor, type_E: Tensor) -> Tensor:
     """What WNN+'s last layer is given for parameters, (E, D), from their scaled states and types."""
     hidden_ED = _projected(tensors, states_EC, type_E)
@@ -79,9 +68,11 @@ def wnn_plus_hidden(config: NinoConfig, tensors: Tensors, states_EC: Tensor, typ
     return hidden_ED
 
 
-def wnn_plus_changes(config: NinoConfig, tensors: Tensors, states_EC: Tensor, type_E: Tensor) -> Tensor:
-    """Scaled changes of WNN+ for parameters, (E, K), from their scaled states and types."""
-    return _linear(tensors, last_layer(config), wnn_plus_hidden(config, tensors, states_EC, type_E))
+def hidden_to_changes(config: NinoConfig, tensors: Tensors, hidden_ED: Tensor, num_kernel_elements: int = 1) -> Tensor:
+    """Scaled changes of NiNo or WNN+, (E, F, K), from what its last layer is given."""
+    layer, rows = last_layer(config), num_kernel_elements * config.max_horizon
+    changes = linear(hidden_ED, tensors[f"{layer}.weight"][:rows], tensors[f"{layer}.bias"][:rows])
+    return changes.unflatten(-1, (num_kernel_elements, config.max_horizon))
 
 
 def last_layer(config: NinoConfig) -> str:

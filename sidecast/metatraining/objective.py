@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from sidecast.evaluation.tasks import Task
 from sidecast.manifest import ModelManifest
 from sidecast.metatraining.edges import STRUCTURAL, EdgeSampler, SampledEdges
-from sidecast.metatraining.networks import last_layer, nino_hidden, wnn_changes, wnn_plus_hidden
+from sidecast.metatraining.networks import hidden_to_changes, nino_hidden, wnn_changes, wnn_plus_hidden
 from sidecast.metatraining.recipe import Recipe
 from sidecast.metatraining.windows import ScaledWindow, Window, num_horizons
 from sidecast.predictors.nino.config import NinoConfig
@@ -59,8 +58,7 @@ class ModelObjective:
         drawn = self._draw(window, generator)
         if isinstance(self._config, NinoConfig):
             hidden_ND = self._hidden(self._config, tensors, drawn, generator)
-            layer = last_layer(self._config)
-            change_NK = linear(hidden_ND, tensors[f"{layer}.weight"], tensors[f"{layer}.bias"])
+            change_NK = hidden_to_changes(self._config, tensors, hidden_ND)[:, 0]
         else:
             change_NK = wnn_changes(tensors, drawn.states_NC, self._operation_Q[drawn.row_N])
         horizons = drawn.target_NK.shape[1]

@@ -9,7 +9,7 @@ import torch
 
 from sidecast.graphs.export import edge_features
 from sidecast.metatraining.edges import EdgeSampler
-from sidecast.metatraining.networks import nino_changes, wnn_plus_changes
+from sidecast.metatraining.networks import hidden_to_changes, nino_hidden, wnn_plus_hidden
 from sidecast.predictors.nino.loops import LOOPS
 from sidecast.predictors.nino.network import load_network
 from sidecast.predictors.nino.plain import PlainNinoPredictor, scale_history
@@ -70,12 +70,16 @@ def test_what_metatraining_differentiates(golden: GoldenPrediction) -> None:
     features_EX = edge_features(everything.edges, scaled_PC)
     network, types_E = load_network(weights), everything.edges.type_E
     if weights.config.gnn:
-        found = nino_changes(weights.config, weights.tensors, features_EX, everything, sampler.degree_V, graph.lpe_VL)
-        expected = network(features_EX, everything.edges.index_2E, types_E, graph.lpe_VL)[:, : found.shape[1]]
+        hidden_ED = nino_hidden(
+            weights.config, weights.tensors, features_EX, everything, sampler.degree_V, graph.lpe_VL
+        )
+        num_elements = everything.edges.element_EF.shape[1]
+        expected = network(features_EX, everything.edges.index_2E, types_E, graph.lpe_VL)[:, :num_elements]
     else:
         first_EC = features_EX[:, : weights.config.context_len]
-        found = wnn_plus_changes(weights.config, weights.tensors, first_EC, types_E)
-        expected = network(first_EC, types_E)
+        hidden_ED = wnn_plus_hidden(weights.config, weights.tensors, first_EC, types_E)
+        num_elements, expected = 1, network(first_EC, types_E)[:, None]
+    found = hidden_to_changes(weights.config, weights.tensors, hidden_ED, num_elements)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 

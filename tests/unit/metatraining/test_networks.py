@@ -7,7 +7,7 @@ import torch
 
 from sidecast.graphs.export import edge_features
 from sidecast.metatraining.edges import EdgeSampler
-from sidecast.metatraining.networks import initial_tensors, nino_changes, wnn_changes, wnn_plus_changes
+from sidecast.metatraining.networks import hidden_to_changes, initial_tensors, nino_hidden, wnn_changes, wnn_plus_hidden
 from sidecast.predictors.nino.config import NinoConfig
 from sidecast.predictors.nino.graph_cache import build_graph
 from sidecast.predictors.nino.network import NinoNetwork, WnnPlusNetwork
@@ -29,7 +29,9 @@ def test_nino(sampler: EdgeSampler) -> None:
     network = NinoNetwork(NINO).eval()
     everything = sampler.all_edges()
     features = edge_features(everything.edges, torch.randn(MANIFEST.num_elements, 5))
-    found = nino_changes(NINO, network.state_dict(), features, everything, sampler.degree_V, sampler.lpe_VL)
+    tensors = network.state_dict()
+    hidden = nino_hidden(NINO, tensors, features, everything, sampler.degree_V, sampler.lpe_VL)
+    found = hidden_to_changes(NINO, tensors, hidden)
     expected = network(features, everything.edges.index_2E, everything.edges.type_E, sampler.lpe_VL)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -39,8 +41,9 @@ def test_wnn_plus(sampler: EdgeSampler) -> None:
     network = WnnPlusNetwork(WNN_PLUS)
     edges = sampler.all_edges().edges
     features = edge_features(edges, torch.randn(MANIFEST.num_elements, 5))
-    found = wnn_plus_changes(WNN_PLUS, network.state_dict(), features, edges.type_E)
-    torch.testing.assert_close(found, network(features, edges.type_E), rtol=0, atol=1e-5)
+    hidden = wnn_plus_hidden(WNN_PLUS, network.state_dict(), features, edges.type_E)
+    found = hidden_to_changes(WNN_PLUS, network.state_dict(), hidden)
+    torch.testing.assert_close(found[:, 0], network(features, edges.type_E), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
