@@ -133,11 +133,11 @@ class Training:
         is_best = judgement.score < self.best_score
         if is_best:
             self.best, self.best_score = network, judgement.score
-        mean_loss = sum(self._losses) / len(self._losses) if self._losses else math.nan
+        error = f", relative error {sum(self._losses) / len(self._losses):.4f}" if self._losses else ""
         self._losses.clear()
         skipped = f", {self._num_skipped} steps skipped as not finite" if self._num_skipped else ""
         report(
-            f"{self._recipe.nowcaster}: step {self.step} of {self._recipe.num_steps}, relative error {mean_loss:.4f}, "
+            f"{self._recipe.nowcaster}: step {self.step} of {self._recipe.num_steps}{error}, "
             f"loss {judgement}{' best' if is_best else ''}{skipped}"
         )
 
