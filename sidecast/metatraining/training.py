@@ -21,8 +21,8 @@ from sidecast.predictors.nino.config import NinoConfig
 from sidecast.predictors.nino.graph_cache import GraphCache
 
 _MAX_SEED = 1 << 32
-_RIDGE = 1e-4
-"""Share of the mean diagonal that is added to it: hidden features are nearly dependent."""
+_RIDGE = 1e-6
+"""By how much the squares of each hidden feature count for more than they are: features are nearly dependent."""
 
 
 class Training:
@@ -106,8 +106,7 @@ class Training:
             objective, window = self._draw(generator)
             squares, products = objective.normal_equations(self.tensors, window, generator)
             squares_KII, products_KI = squares_KII + squares, products_KI + products
-        diagonal_KI = squares_KII.diagonal(dim1=1, dim2=2)
-        squares_KII = squares_KII + _RIDGE * diagonal_KI.mean(1)[:, None, None] * torch.eye(squares_KII.shape[1])
+        squares_KII.diagonal(dim1=1, dim2=2).mul_(1.0 + _RIDGE)
         solution_KI = torch.linalg.solve(squares_KII, products_KI).float()
         layer = last_layer(config)
         with torch.no_grad():

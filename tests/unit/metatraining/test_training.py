@@ -105,7 +105,7 @@ def test_no_last_layer_fits_better_than_the_first_one(nowcaster: str) -> None:
         return objective(changed, window, generator).item()
 
     # Seed and number of steps decide what it is fitted to: 0 and 6.
-    assert loss(1.0) < min(loss(0.8), loss(1.2))
+    assert loss(1.0) < min(loss(0.9), loss(1.1))
     assert loss(1.0) < 0.9
     assert loss(0.0) == pytest.approx(1.0, abs=1e-3)
 
