@@ -21,6 +21,7 @@ COMMANDS = {
     "graph": "sidecast.commands.graph",
     "evaluate": "sidecast.commands.evaluate",
     "report": "sidecast.trainer.report.command",
+    "metatrain": "sidecast.commands.metatrain",
     "doctor": "sidecast.commands.doctor",
 }
 

@@ -19,6 +19,7 @@ from sidecast.predictors.base import History
 from sidecast.predictors.device import check_device, open_device
 from sidecast.predictors.passes import BlockPass, PartContext, PassPlan, WritingPass, predict_in_passes
 from sidecast.predictors.scaling_pass import ScalingPass, found_scale
+from sidecast.predictors.shipped import shipped_weights
 from sidecast.predictors.state_reader import StateReader
 from sidecast.predictors.step_length import StepLength, check_step_length, step_length
 from sidecast.predictors.tensor_parts import ElementRange, split_tensors
@@ -178,7 +179,8 @@ def network_from_tensors(source: str, tensors: Mapping[str, Tensor]) -> WnnNetwo
     return network
 
 
-def create(*, weights: Path, upd_scale: StepLength = 1.0, device: str = "cpu") -> WnnPredictor:
-    """WNN with the weights of a file."""
-    tensors, _ = load_tensors(weights)
-    return WnnPredictor(network_from_tensors(str(weights), tensors), upd_scale=upd_scale, device=device)
+def create(*, weights: Path | None = None, upd_scale: StepLength = 1.0, device: str = "cpu") -> WnnPredictor:
+    """WNN with the weights of a file, or with those that are shipped."""
+    path = shipped_weights("wnn") if weights is None else weights
+    tensors, _ = load_tensors(path)
+    return WnnPredictor(network_from_tensors(str(path), tensors), upd_scale=upd_scale, device=device)

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from sidecast.graphs.export import edge_features
+from sidecast.metatraining.edges import EdgeSampler
+from sidecast.metatraining.networks import hidden_to_changes, nino_hidden, wnn_plus_hidden
 from sidecast.predictors.nino.loops import LOOPS
-from sidecast.predictors.nino.plain import PlainNinoPredictor
+from sidecast.predictors.nino.network import load_network
+from sidecast.predictors.nino.plain import PlainNinoPredictor, scale_history
 from sidecast.predictors.nino.predictor import NinoPredictor
 from sidecast.predictors.nino.weights import load_weights
 from tests.support.nino_goldens import GOLDEN_NAMES, GoldenPrediction
@@ -52,6 +56,31 @@ def test_fused_on_several_threads(nino_data: Path) -> None:
 
 def test_plain(golden: GoldenPrediction) -> None:
     golden.check(PlainNinoPredictor(load_weights(golden.weights_path), graphs=golden.graphs()))
+
+
+@torch.no_grad()
+def test_what_metatraining_differentiates(golden: GoldenPrediction) -> None:
+    weights = load_weights(golden.weights_path)
+    manifest = golden.history.manifest
+    graph = golden.graphs().graph(manifest, None, 8)
+    sampler = EdgeSampler(manifest, graph)
+    everything = sampler.all_edges()
+    plain = PlainNinoPredictor(weights, graphs=golden.graphs())
+    scaled_PC, _ = scale_history(plain, golden.history)
+    features_EX = edge_features(everything.edges, scaled_PC)
+    network, types_E = load_network(weights), everything.edges.type_E
+    if weights.config.gnn:
+        hidden_ED = nino_hidden(
+            weights.config, weights.tensors, features_EX, everything, sampler.degree_V, graph.lpe_VL
+        )
+        num_elements = everything.edges.element_EF.shape[1]
+        expected = network(features_EX, everything.edges.index_2E, types_E, graph.lpe_VL)[:, :num_elements]
+    else:
+        first_EC = features_EX[:, : weights.config.context_len]
+        hidden_ED = wnn_plus_hidden(weights.config, weights.tensors, first_EC, types_E)
+        num_elements, expected = 1, network(first_EC, types_E)[:, None]
+    found = hidden_to_changes(weights.config, weights.tensors, hidden_ED, num_elements)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mlp", "convnet_wnnplus_h32"])

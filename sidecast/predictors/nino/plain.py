@@ -26,7 +26,8 @@ class PlainNinoPredictor:
     Args:
         weights: The network.
         graphs: Where graphs are kept between calls.
-        layout: ``official`` or ``symmetric``; None for ``official`` where the family has it, else ``symmetric``.
+        layout: ``official`` or ``symmetric``; None for the one that the weights state, else ``official`` where the
+            family has it, else ``symmetric``.
         upd_scale: Share of the predicted scaled change that is used, for all parameters or by name pattern.
         trimmed: Leave out the last convolution, which the prediction does not depend on.
     """
@@ -46,7 +47,7 @@ class PlainNinoPredictor:
         self.max_horizon = weights.config.max_horizon
         self._network = load_network(weights)
         self._graphs = graphs
-        self._layout = layout
+        self._layout = weights.layout if layout is None else layout
         self._upd_scale = upd_scale
         self._trimmed = trimmed
 

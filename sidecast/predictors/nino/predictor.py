@@ -19,6 +19,7 @@ from sidecast.predictors.nino.passes import ChangePass, ConvolutionPass, FirstCo
 from sidecast.predictors.nino.weights import NinoWeights, load_weights
 from sidecast.predictors.passes import BlockPass, PassPlan, predict_in_passes
 from sidecast.predictors.scaling_pass import ScalingPass
+from sidecast.predictors.shipped import shipped_weights
 from sidecast.predictors.step_length import StepLength, check_step_length
 
 
@@ -31,7 +32,8 @@ class NinoPredictor:
     Args:
         weights: The network.
         graphs: Where graphs are kept between calls.
-        layout: ``official`` or ``symmetric``; None for ``official`` where the family has it, else ``symmetric``.
+        layout: ``official`` or ``symmetric``; None for the one that the weights state, else ``official`` where the
+            family has it, else ``symmetric``.
         upd_scale: Share of the predicted scaled change that is used, for all parameters or by name pattern.
         device: Where to compute: ``cpu``, ``cuda`` or ``cuda:0`` and so on. The history may be elsewhere.
         precision: How hidden vectors are multiplied: in ``fp32``, or in ``bf16`` on processors that have it; on CUDA
@@ -68,7 +70,7 @@ class NinoPredictor:
         self._config = weights.config
         self._network = fuse(weights) if weights.config.gnn else fuse_mlp(weights)
         self._graphs = graphs
-        self._layout = layout
+        self._layout = weights.layout if layout is None else layout
         self._upd_scale = upd_scale
         self._device = device
         self._precision = precision
@@ -125,7 +127,7 @@ class NinoPredictor:
 
 def create(
     *,
-    weights: Path,
+    weights: Path | None = None,
     layout: str | None = None,
     upd_scale: StepLength = 1.0,
     device: str = "cpu",
@@ -133,13 +135,13 @@ def create(
     loops: str = "auto",
     num_threads: int | None = None,
 ) -> NinoPredictor:
-    """NiNo with the weights of a file."""
+    """NiNo with the weights of a file, or with those that are shipped."""
     return _create("nino", True, weights, layout, upd_scale, device, precision, loops, num_threads)
 
 
 def create_wnn_plus(
     *,
-    weights: Path,
+    weights: Path | None = None,
     layout: str | None = None,
     upd_scale: StepLength = 1.0,
     device: str = "cpu",
@@ -147,14 +149,14 @@ def create_wnn_plus(
     loops: str = "auto",
     num_threads: int | None = None,
 ) -> NinoPredictor:
-    """WNN+ with the weights of a file."""
+    """WNN+ with the weights of a file, or with those that are shipped."""
     return _create("wnn_plus", False, weights, layout, upd_scale, device, precision, loops, num_threads)
 
 
 def _create(
     name: str,
     gnn: bool,
-    weights: Path,
+    weights: Path | None,
     layout: str | None,
     upd_scale: StepLength,
     device: str,
@@ -162,7 +164,7 @@ def _create(
     loops: str,
     num_threads: int | None,
 ) -> NinoPredictor:
-    loaded = load_weights(weights)
+    loaded = load_weights(shipped_weights(name) if weights is None else weights)
     if loaded.config.gnn is not gnn:
         other = "wnn_plus" if gnn else "nino"
         raise ConfigError(f"weights file {weights} is for predictor {other!r}, not for {name!r}")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sidecast.errors import ConfigError
+from sidecast.graphs.registry import LAYOUTS
 from sidecast.predictors.nino.config import NinoConfig
 from sidecast.predictors.weights import load_tensors
 
@@ -28,13 +29,17 @@ class NinoWeights:
         config: Its hyper-parameters.
         tensors: Its fp32 tensors, by their published names.
         source: Where they came from, for messages.
+        layout: Of the graphs that the network was trained on; None if the file does not say.
     """
 
     config: NinoConfig
     tensors: Mapping[str, Tensor]
     source: str
+    layout: str | None = None
 
     def __post_init__(self) -> None:
+        if self.layout is not None and self.layout not in LAYOUTS:
+            raise ConfigError(f"weights file {self.source}: layout is {self.layout!r}; allowed: {', '.join(LAYOUTS)}")
         expected = self.config.shapes()
         _require_keys(self.source, set(self.tensors), set(expected))
         for name, shape in expected.items():
@@ -56,21 +61,26 @@ def load_weights(path: Path) -> NinoWeights:
         ConfigError: The file is missing, unreadable, or not such a network; the message names the file and the keys.
     """
     tensors, metadata = load_tensors(path)
-    return NinoWeights(_stated_config(path, metadata) or _published_config(str(path), tensors), tensors, str(path))
+    config, layout = _stated(path, metadata) or (_published_config(str(path), tensors), None)
+    return NinoWeights(config, tensors, str(path), layout)
 
 
 def save_weights(path: Path, weights: NinoWeights) -> None:
     """Writes a network as a safetensors file that ``load_weights`` reads back with its hyper-parameters."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in weights.tensors.items()}
-    save_file(tensors, path, metadata={_METADATA_KEY: json.dumps(asdict(weights.config))})
+    stated = asdict(weights.config) if weights.layout is None else {**asdict(weights.config), "layout": weights.layout}
+    # All under one key: the order of several is another one in each file.
+    save_file(tensors, path, metadata={_METADATA_KEY: json.dumps(stated)})
 
 
-def _stated_config(path: Path, metadata: Mapping[str, str]) -> NinoConfig | None:
+def _stated(path: Path, metadata: Mapping[str, str]) -> tuple[NinoConfig, str | None] | None:
     if _METADATA_KEY not in metadata:
         return None
     try:
-        return NinoConfig(**json.loads(metadata[_METADATA_KEY]))
-    except (TypeError, ValueError) as error:
+        stated = json.loads(metadata[_METADATA_KEY])
+        layout = stated.pop("layout", None)
+        return NinoConfig(**stated), layout
+    except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"weights file {path}: bad {_METADATA_KEY!r} metadata: {error}") from error
 
 

@@ -1,0 +1,1 @@
+"""Trains nowcasters on the trajectories of many small models."""
