@@ -36,7 +36,7 @@ SSH_PORT, SERVICE_PORT = 2222, 20051
 TOOLS = ("ip", "pdsh", "ssh", "ssh-keygen", "sshd", "openssl", "unshare", "setpriv")
 DELAY_S, LOSS = 0.05, 0.05
 # The shortest of the courier's timeouts is 5 s: whatever waits for the service waits longer than this.
-MAX_STEP_S = 2.5
+MAX_STEP_S = 4.5
 HANG_S = 300.0
 STARTED_S = time.monotonic()
 # DeepSpeed's own, which docs/deploy.md tells of.

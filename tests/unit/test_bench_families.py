@@ -43,5 +43,5 @@ def test_what_takes_too_long_is_refused_wherever_it_is_stopped(monkeypatch: pyte
 def test_a_model_without_an_effect_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     topology = SimpleNamespace(family="axis_graph", parameters=[SimpleNamespace(fqn="a", numel=3)])
     check = SimpleNamespace(num_moved_elements=0, num_elements=3, without_effect=("a",))
-    monkeypatch.setattr(bench_families, "check_config", lambda config: (topology, check))
+    monkeypatch.setattr(bench_families, "check_config", lambda config, linear_layers: (topology, check))
     assert outcome_of("llama").refusal == "its graph moves only 0%"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry
 
 from sidecast.nowcaster_service.metrics import ServiceMetrics
+from sidecast.nowcaster_service.session_events import FoldEvent
 from sidecast.trainer.courier.metrics import CourierMetrics
 from sidecast.trainer.pipe.messages import Stats, Totals
 
@@ -70,7 +71,7 @@ class RecordedRun:
         self._service.received_bytes.labels(RUN_ID).inc(NUM_RANKS * SNAPSHOT_BYTES)
         self._service.history_bytes.set(min(step, 100) * NUM_RANKS * SNAPSHOT_BYTES / 10)
         self._service.snapshot_step.labels(RUN_ID).set(step)
-        self._service.note_fold(RUN_ID, "ema5", step, "")
+        self._service.note(RUN_ID, "linear", FoldEvent("ema5", step))
         if scrape == REFUSED_CALL:
             self._service.refused.labels("UNAUTHENTICATED").inc()
         # A status that has been refused once is shown from then on; before, it is not there.

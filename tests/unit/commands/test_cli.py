@@ -21,6 +21,7 @@ ARGUMENTS = {
     "predict": ["before", "now", "--out", "then"],
     "graph": ["model", "--out", "graph.html"],
     "evaluate": ["--preset", "smoke", "--out", "results"],
+    "metatrain": ["--preset", "ci", "--out", "nowcasters"],
     "report": ["run"],
     "doctor": [],
 }
