@@ -27,7 +27,12 @@ def add_parser(subparsers: Any) -> None:
         "states that come later. The network that is written is the one whose predictions had the lowest loss on runs "
         "that it was not trained on. The same command goes on where it was stopped.",
     )
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="default", help="sizes and steps: ci takes seconds (default: default)")
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="default",
+        help="sizes and steps: ci takes seconds (default: default)",
+    )
     parser.add_argument(
         "--nowcasters", nargs="+", choices=NOWCASTERS, default=list(NOWCASTERS), help="which to train (default: all)"
     )
