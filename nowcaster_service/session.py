@@ -185,7 +185,8 @@ class Session(Receiving):
     def finish_probe(self, task: ProbeTask, losses: Mapping[str, float], fault: str, *, is_hopeless: bool) -> None:
         """Takes what the probe has said; see ``ProbeLosses.finish``."""
         dropped = self.read_outs.probe.finish(task, losses, fault, is_hopeless=is_hopeless)
-        if self.history_steps:
+        # A snapshot that is on its way would be committed in the middle, and a push write over what is copied.
+        if self.history_steps and not any(item.state is SnapshotState.RECEIVING for item in self._snapshots.values()):
             self.read_outs.take_raw(self._snapshots[self.history_steps[-1]])
         self.record()
         for vector in dropped:

@@ -184,6 +184,7 @@ class SessionTable:
         ended = self._supersede(taken, earlier, session_id)
         recorder = recorder_of(folder, settings, request, caller, ended) if caller.secret else None
         session = Session(settings, folder, lambda event: self._on_event(session_id, event), recorder)
+        session.is_paused = taken.is_paused
         pending = None
         if taken.found is not None:
             pending = self._restore(session, folder, taken.found, request)
@@ -219,7 +220,6 @@ class SessionTable:
     ) -> tuple[Session, NowcastTask] | None:
         """Lets a session go on with a history; with its own, or with what a resume keeps of an earlier session's."""
         settings, identity = session.settings, found.record.identity
-        session.is_paused = found.record.is_paused
         restoration = Restoration(found, folder.path, self._store, settings)
         is_same = identity.session_id == settings.session_id
         is_model = identity.schema_hash == settings.manifest.schema_hash
@@ -233,8 +233,10 @@ class SessionTable:
         ):
             if is_model and not is_same:
                 # They depend on the model alone.
-                session.read_outs.adopt_or_drop(restoration.averages(), request.resume_step)
-                session.read_outs.probe.restore(restoration.probe_points(), restoration.best(), request.resume_step)
+                # What is kept for its loss is pinned before averages are given back: it may be one of them.
+                averages, best = restoration.averages(), restoration.best()
+                session.read_outs.adopt_or_drop(averages, request.resume_step)
+                session.read_outs.probe.restore(restoration.probe_points(), best, request.resume_step)
             restoration.discard()
             if is_same:
                 self._tell_loss(settings, "the history begins anew: the session was opened as something else", 0)

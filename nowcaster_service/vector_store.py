@@ -233,7 +233,7 @@ class HistoryStore:
             spare.revive()
             vector = spare
         else:
-            self._drop_spares(self.budget_bytes - self.used_bytes - num_bytes)
+            self._drop_spares(self.budget_bytes - self.used_bytes - num_bytes - self._allocating_bytes)
             path = self._new_path(folder)
             try:
                 vector = VectorFile(self, path, num_bytes, map_new_file(path, num_bytes))
@@ -260,8 +260,7 @@ class HistoryStore:
             return False
         allocation = self._allocations.get((folder, num_bytes))
         if allocation is None:
-            spare_bytes = self.budget_bytes - self.used_bytes - num_bytes
-            spare_bytes -= sum(size for _, size in self._allocations)
+            spare_bytes = self.budget_bytes - self.used_bytes - num_bytes - self._allocating_bytes
             if spare_bytes < 0:
                 return False
             self._drop_spares(spare_bytes)
@@ -284,6 +283,10 @@ class HistoryStore:
             return False
         self._spares.append(vector)
         return True
+
+    @property
+    def _allocating_bytes(self) -> int:
+        return sum(num_bytes for _, num_bytes in self._allocations)
 
     def _spare(self, num_bytes: int, folder: Path) -> VectorFile | None:
         beside = (spare for spare in self._spares if spare.path.parent == folder)
@@ -311,9 +314,9 @@ class HistoryStore:
             return
         self._spares.append(vector)
         beside = [spare for spare in self._spares if spare.path.parent == vector.path.parent]
-        if len(beside) > MAX_SPARES:
-            self._spares.remove(beside[0])
-            self._remove(beside[0].discard)
+        for spare in beside[:-MAX_SPARES]:
+            self._spares.remove(spare)
+            self._remove(spare.discard)
 
     def drop_spares(self) -> None:
         """Gives all space back that no vector uses."""

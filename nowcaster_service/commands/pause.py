@@ -20,7 +20,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "pause",
         "let a running job apply no jumps or pushes",
         "From the run's next vote on, no rank applies a jump or a push, until `sidecast resume`. Training, snapshots "
-        "and read-outs go on; a jump on probation is still judged. Restarts of the job or the service change nothing.",
+        "and read-outs go on; a jump on probation is still judged. Restarts of the job or the service change nothing, "
+        "unless the job stays away until its session has expired.",
     )
 
 

@@ -47,12 +47,14 @@ class Taken:
         folder: Where it is; None if the history begins anew.
         found: The history.
         reason: Why the history begins anew; empty if it does not, or if the run has asked for nothing.
+        is_paused: Whether the run was, whatever has become of its history.
     """
 
     identity: Identity | None = None
     folder: Path | None = None
     found: Found | None = None
     reason: str = ""
+    is_paused: bool = False
 
 
 class KeptRuns:
@@ -167,10 +169,11 @@ class KeptRuns:
         found: Found | str = ""
         if _goes_on(waiting, request) and waiting.examination is not None and waiting.examination.done():
             found = waiting.examination.result()
+        identity, is_paused = waiting.record.identity, waiting.record.is_paused
         if isinstance(found, Found):
-            return Taken(identity=waiting.record.identity, folder=waiting.folder, found=found)
+            return Taken(identity=identity, folder=waiting.folder, found=found, is_paused=is_paused)
         self._remove(waiting.folder)
-        return Taken(identity=waiting.record.identity, reason=found)
+        return Taken(identity=identity, reason=found, is_paused=is_paused)
 
     def _remove(self, folder: Path) -> None:
         forget(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from sidecast.nowcaster_service.keeping.sealed import DIGEST_BYTES, RecordError
@@ -201,7 +201,9 @@ class Record:
 
     def content(self) -> dict[str, Any]:
         """As JSON says it."""
-        content: dict[str, Any] = _plain(asdict(self))
+        content: dict[str, Any] = _plain(asdict(replace(self, probe_points=())))
+        # Of some hundred numbers, which asdict would copy one by one at every step.
+        content["probe_points"] = [{"step": point.step, "losses": dict(point.losses)} for point in self.probe_points]
         return content
 
     @staticmethod
@@ -226,8 +228,8 @@ def _plain(value: Any) -> Any:
 
 
 def _record(content: dict[str, Any]) -> Record:
-    # Of services that knew no pauses.
-    content = {"is_paused": False} | content
+    # Of services that knew no pauses, and no probes.
+    content = {"is_paused": False, "probe": "", "probe_points": [], "best": []} | content
     names = {item.name for item in fields(Record)}
     if content.keys() != names:
         raise ValueError(f"its fields are {', '.join(sorted(content))}")

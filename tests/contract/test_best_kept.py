@@ -156,6 +156,23 @@ def test_a_resume_keeps_the_best_of_before_its_checkpoint(
             assert service.store.used_bytes == 0
 
 
+def test_what_is_kept_and_given_back_at_once_is_given_back_once(
+    serve: Any, engines: MeasuringEngines, tmp_path: Path
+) -> None:
+    """The read-out of now is the best, and is beyond the checkpoint of a resume that goes on with nothing else."""
+    with serve() as service:
+        begin(service, read_outs=("ema5",), keep_best=2)
+        train(service, engines, (10, 20))
+        left = as_if_killed(service, tmp_path / "b")
+    resumed = {"resumed": True, "resume_step": 10, "read_outs": ("ema5",), "keep_best": 2}
+    with serve(left) as service:
+        begin(service, "s2", **resumed, push=pb.Push(time_constant_steps=100.0), period_steps=10)
+        assert kept(service) == [("raw", 10, 2.0)]
+        assert service.store.used_bytes == NUM_BYTES
+        paths = [spare.path for spare in service.store._spares]
+        assert len(set(paths)) == len(paths)
+
+
 def test_a_run_is_promised_room_for_the_best(serve: Any, tmp_path: Path) -> None:
     # For the rest see test_probe.py.
     num_vectors = (7 + 1 + 1 + 2 + 1 + 2) + 3

@@ -79,6 +79,17 @@ def test_it_outlasts_the_service(paused: RunningService, tmp_path: Path) -> None
         assert not shown(service).is_paused
 
 
+def test_it_outlasts_a_history_that_is_of_no_use(paused: RunningService, tmp_path: Path) -> None:
+    send(paused, 10)
+    folder = as_if_killed(paused, tmp_path / "next")
+    for path in folder.glob("vectors/*/*/*.f32"):
+        path.write_bytes(b"cut off")
+    with RunningService(folder) as service:
+        begin(service, can_pause=True)
+        assert list(shown(service).history_steps) == []
+        assert shown(service).is_paused
+
+
 def test_it_outlasts_a_resume_of_the_run(paused: RunningService, tmp_path: Path) -> None:
     begin(paused, "s2", can_pause=True, resumed=True, resume_step=0)
     assert shown(paused).is_paused

@@ -23,8 +23,16 @@ from sidecast.protos import nowcast_pb2 as pb
 from tests.contract.test_read_outs import NUM_BYTES, settled, values_of
 from tests.support.limits import HANG_S
 from tests.support.services.calls import WRONG_STATE, refusal, status
-from tests.support.services.dead import as_if_killed, begin, push_settings, send
-from tests.support.services.harness import MANIFEST, FakeEngines, RunningService, state
+from tests.support.services.dead import OWN, as_if_killed, begin, push_settings, send
+from tests.support.services.harness import (
+    MANIFEST,
+    FakeEngines,
+    RunningService,
+    chunks,
+    commit_request,
+    rank_bytes,
+    state,
+)
 
 # Never loaded: the engines of these tests evaluate without it.
 PROBE = "json:loads"
@@ -185,6 +193,25 @@ def test_neither_snapshots_nor_nowcasts_wait_for_a_probe(
         first, last = points_of(probed(service))
         assert first == (10, {"raw": float(state(10)[0]), "ema5": float(state(10)[0])})
         assert last == (40, {"raw": float(state(40)[0]), "ema5": float(values_of(service, "ema5")[0])})
+
+
+def test_no_state_is_copied_while_the_next_one_is_on_its_way(serve: Any, engines: MeasuringEngines) -> None:
+    """A push would write over it, and the next one be left out of the averages."""
+    engines.may_evaluate = threading.Semaphore(0)
+    with serve() as service:
+        begin(service, read_outs=("ema5",), push=pb.Push(time_constant_steps=100.0), period_steps=10)
+        for step in (10, 20):
+            send(service, step)
+            assert settled(service)["ema5"].step == step
+        parts = [chunks(rank_bytes(state(30), rank), rank, 30) for rank in (0, 1)]
+        service.stub.Upload(iter(parts[0]), metadata=OWN)
+        engines.may_evaluate.release(4)
+        assert [step for step, _ in points_of(probed(service))] == [10]
+        service.stub.Upload(iter(parts[1]), metadata=OWN)
+        for messages in parts:
+            service.stub.Commit(commit_request(messages), metadata=OWN)
+        assert [step for step, _ in points_of(probed(service))] == [10, 30]
+        assert settled(service)["ema5"].num_snapshots == 3
 
 
 @pytest.mark.parametrize(

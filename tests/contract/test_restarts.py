@@ -51,6 +51,18 @@ def test_history_and_prediction_are_there_again(left: Path, caplog: pytest.LogCa
         assert "goes on after a restart, with the snapshots of steps [20, 30]" in caplog.text
 
 
+@pytest.mark.parametrize("missing", [["is_paused"], ["is_paused", "probe", "probe_points", "best"]])
+def test_a_record_of_an_earlier_version_is_gone_on_with(left: Path, missing: list[str]) -> None:
+    record = run_folder(left) / "record"
+    content = read_sealed(record).content
+    for name in missing:
+        del content[name]
+    write_sealed(record, content, key_of(SECRET, "run"))
+    with RunningService(left) as service:
+        begin(service)
+        assert list(status(service).history_steps) == [20, 30]
+
+
 # --- what is refused
 
 
