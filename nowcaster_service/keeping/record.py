@@ -229,7 +229,8 @@ def _plain(value: Any) -> Any:
 
 def _record(content: dict[str, Any]) -> Record:
     # Of services that knew no pauses, and no probes.
-    content = {"is_paused": False, "probe": "", "probe_points": [], "best": []} | content
+    unknown: dict[str, Any] = {"is_paused": False, "probe": "", "probe_points": [], "best": []}
+    content = unknown | content
     names = {item.name for item in fields(Record)}
     if content.keys() != names:
         raise ValueError(f"its fields are {', '.join(sorted(content))}")

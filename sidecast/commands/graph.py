@@ -111,13 +111,16 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"{option} is for a drawing; give --out FILE too, or leave it out")
     config, checkpoint = _open_model(args.model)
     if args.check:
-        sys.stdout.write(f"{line_of_config(config, _adapted(checkpoint))}\n")
+        sys.stdout.write(f"{line_of_config(config, _adapted(checkpoint, args.names))}\n")
     if args.out is None:
         return 0
     if args.snapshot is not None:
         checkpoint = open_checkpoint(args.snapshot, config)
     drawn_from = graph_config(
-        config, _adapted(checkpoint), ways_out="give the model as --module, in place of MODEL", is_checked=args.check
+        config,
+        _adapted(checkpoint, args.names),
+        ways_out="give the model as --module, in place of MODEL",
+        is_checked=args.check,
     )
     if checkpoint is not None:
         manifest = manifest_of(checkpoint, drawn_from)
@@ -131,15 +134,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _adapted(checkpoint: Checkpoint | None) -> tuple[str, ...]:
-    """Names of the modules that a checkpoint's adapters adapt."""
+def _adapted(checkpoint: Checkpoint | None, names: Path | None) -> tuple[str, ...]:
+    """The modules that a checkpoint's adapters adapt, as the family names them."""
     if checkpoint is None:
         return ()
-    return adapted_modules(
-        ModelManifest.from_shapes(
-            (name, tensor.shape) for name, tensor in checkpoint.tensors.items() if tensor.trainable
-        )
+    manifest = ModelManifest.from_shapes(
+        (name, tensor.shape) for name, tensor in checkpoint.tensors.items() if tensor.trainable
     )
+    return adapted_modules(manifest if names is None else with_names(manifest, names))
 
 
 def _draw(topology: Topology, checkpoint: Checkpoint | None, out: Path) -> None:

@@ -47,7 +47,7 @@ def probe_batches(tokens_T: Tensor, num_sequences: int, batch_size: int, length:
     num_batches = max(1, num_sequences // batch_size)
     starts = np.linspace(0, len(tokens_T) - length - 1, num_batches * batch_size).astype(np.int64)
     middles = (starts[:-1] + starts[1:]) // 2
-    if np.diff(starts).min(initial=len(tokens_T)) < 2 * (length + 1):
+    if len(starts) < 2 or np.diff(starts).min() < 2 * (length + 1):
         raise ConfigError(
             f"the held-out text has {len(tokens_T)} tokens; a probe beside {len(starts)} sequences of {length} tokens "
             "needs more"

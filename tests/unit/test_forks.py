@@ -155,6 +155,32 @@ def test_the_decay_is_tuned_by_the_other_seeds_and_the_read_out_chosen_by_the_pr
     assert "| mean | | | " in text
 
 
+def test_runs_that_differ_in_more_than_rates_and_seeds_are_never_in_one_table() -> None:
+    rows = made_up()
+    member = replace(rows[0].settings.member, optimizer=replace(rows[0].settings.member.optimizer, weight_decay=0.5))
+    others = [
+        ForkSettings(member=member, fractions=(0.3,)),
+        ForkSettings(member=rows[0].settings.member, fractions=(0.2,)),
+    ]
+    losses = {40: {"raw": (9.0, 9.0), "ema5": (9.0, 9.0), "linear 20 %": (9.0, 9.0), "linear 30 %": (9.0, 9.0)}}
+    rows += [ForkResult(key=str(other), settings=other, losses=losses, conditions={}) for other in others]
+    found = by_setting(rows)
+    assert len(found) == 3
+    first = next(iter(found))
+    assert found[first] == next(iter(by_setting(made_up()).values()))
+    assert "fewer than two seeds" in table(*list(found.items())[1])
+
+
+@pytest.mark.parametrize(("raw", "decayed"), [(math.inf, math.inf), (2.0, math.inf), (2.0, 2.0)])
+def test_a_decay_that_gains_nothing_has_no_share(raw: float, decayed: float) -> None:
+    rows = [result(seed, 1e-3, {"raw": (2.0, 2.0), "ema5": (1.0, 1.5), "linear 30 %": (0.0, 1.0)}) for seed in (0, 1)]
+    rows.append(result(2, 1e-3, {"raw": (raw, raw), "ema5": (1.0, 1.5), "linear 30 %": (0.0, decayed)}))
+    text = table(*next(iter(by_setting(rows).items())))
+    assert "Left out, as their decay gains nothing: 1." in text
+    assert "50 % [50, 50]" in text
+    assert "nan" not in text
+
+
 def test_results_come_back_as_they_were(tmp_path: Path) -> None:
     first = result(0, 1e-3, {"raw": (1.5, math.inf)})
     add_fork(tmp_path, first)
@@ -179,12 +205,12 @@ def test_the_command_goes_on_and_refuses_what_forks_do_not_do(
     assert main([*command, "--seeds", "1"]) == 0
     said = capsys.readouterr()
     assert "1 runs with forks to do, 100 steps" in said.err
-    assert "1 seeds" in said.out
+    assert "fewer than two seeds that all rates have" in said.out
     assert main([*command, "--seeds", "2"]) == 0
     assert "1 runs with forks to do, 100 steps" in capsys.readouterr().err
     lines = (tmp_path / "forks.jsonl").read_text().splitlines()
     assert [json.loads(line)["settings"]["member"]["seed"] for line in lines] == [0, 1]
-    assert "2 seeds" in (tmp_path / "forks.md").read_text()
+    assert "fewer than two seeds" not in (tmp_path / "forks.md").read_text()
     assert main([*command, "--methods", "push"]) == 2
     assert "--forks is of plain AdamW at a constant rate" in capsys.readouterr().err
     assert main(["evaluate", "--out", str(tmp_path), "--decays", "0.1"]) == 2

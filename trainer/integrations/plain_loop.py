@@ -103,6 +103,8 @@ class PlainLoop:
         self._losses = None
 
     def _observe(self, loss: Tensor) -> None:
+        if self.attachment.hook.is_closed:
+            return
         self._num_losses_since_step += 1
         if self._num_losses_since_step == MANY_LOSSES:
             log.warning(

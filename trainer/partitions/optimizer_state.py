@@ -30,7 +30,7 @@ _ZERO_AT_FIRST = frozenset(
 # Averages of their steps and of weights, or sums of gradients that the weights are made of anew: their next steps take
 # a jump back. By what their names have in common.
 _KEEP_SECOND_WEIGHTS = (
-    *("ScheduleFree", "ASGD", "Lookahead", "Ranger", "AccSGD", "A2Grad", "SRMM"),
+    *("ScheduleFree", "ASGD", "Lookahead", "Ranger", "AccSGD", "A2Grad", "SRMM", "TRAC"),
     *("MADGRAD", "FTRL", "DAdaptAdaGrad", "DAdaptSGD"),
 )
 _GROUP = "group."
@@ -196,7 +196,11 @@ class OptimizerState:
         return self._are_parameters and is_of_torch and not isinstance(optimizer, torch.optim.Adagrad)
 
     def capture(self, masters: Sequence[Master], copy: RollbackCopy) -> None:
-        """Fills the copy with masters, state and loss scale."""
+        """Fills the copy with masters, state and loss scale.
+
+        Raises:
+            RollbackError: The optimizer keeps something for all parameters that could not be brought back; naming it.
+        """
         tensors: dict[str, Tensor] = {}
         values: dict[str, Any] = {}
         for index, master in enumerate(masters):
@@ -292,6 +296,11 @@ class OptimizerState:
             for key, value in optimizer.state.items():
                 if isinstance(key, str) and isinstance(value, Tensor | int | float):
                     yield f"{_SHARED}{number}.{key}", value
+                elif isinstance(key, str) and value and not isinstance(value, str):
+                    raise RollbackError(
+                        f"{key!r}, which the optimizer keeps for all parameters, is a {type(value).__name__}; a "
+                        "rollback brings back tensors and numbers"
+                    )
 
     def _tensors(self, entries: Mapping[str, Any]) -> dict[str, Tensor]:
         """The memory that this rank holds of those entries that are tensors, also of those made of others."""
@@ -361,7 +370,8 @@ def _put_back(places: Sequence[MutableMapping[Any, Any]], number: int, key: str,
 
 def _require_own_state(optimizer: torch.optim.Optimizer) -> None:
     held = vars(optimizer).values()
-    within = chain(held, *(each for each in held if isinstance(each, list | tuple)))
+    lists = (each for each in held if isinstance(each, list | tuple))
+    within = chain(held, *lists, *(each.values() for each in held if isinstance(each, Mapping)))
     for inner in within:
         if isinstance(inner, torch.optim.Optimizer) and inner.state is not optimizer.state:
             raise ConfigError(

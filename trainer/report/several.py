@@ -27,6 +27,11 @@ _TRAINING = (
     (("training", "steps"), "the length in steps"),
     (("training", "seed"), "the seed"),
     (("deepspeed", "gradient_clipping"), "gradient clipping"),
+    (("training", "model"), "the model"),
+    (("start_step",), "the step that it began at"),
+    (("deepspeed", "bf16"), "the precision (bf16)"),
+    (("deepspeed", "fp16"), "the precision (fp16)"),
+    (("deepspeed", "torch_autocast"), "the precision (torch_autocast)"),
 )
 
 

@@ -7,16 +7,17 @@ by the loss on the probe alone, as with a service.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 
 from sidecast.evaluation.analysis import GridPoint, Interval, interval
 from sidecast.evaluation.forks.results import ForkResult
 from sidecast.evaluation.forks.run import Losses
-from sidecast.evaluation.forks.settings import ANYTIME, SHAPES
+from sidecast.evaluation.forks.settings import ANYTIME, SHAPES, ForkSettings
 from sidecast.evaluation.read_outs import RAW
 
 KINDS = ("any time", "known step")
@@ -45,8 +46,13 @@ class Judged:
     read_out_losses: Mapping[str, float]
     own_losses: Mapping[str, float]
 
+    @property
+    def has_gain(self) -> bool:
+        """Whether the decay ends lower; not where either has diverged."""
+        return self.decay_loss < self.raw_loss < math.inf
+
     def share(self, kind: str) -> float:
-        """Of the decay's gain."""
+        """Of the decay's gain, if there is one."""
         return (self.raw_loss - self.read_out_losses[kind]) / (self.raw_loss - self.decay_loss)
 
 
@@ -57,6 +63,22 @@ class Setting:
     task: str
     num_steps: int
     warmup_steps: int
+    fractions: tuple[float, ...]
+    optimizer: str
+    """All that is set of it but the learning rate and b1, as JSON."""
+
+    @classmethod
+    def of(cls, settings: ForkSettings) -> Setting:
+        """What a run has of it."""
+        member = settings.member
+        optimizer = {name: value for name, value in asdict(member.optimizer).items() if name not in ("lr", "b1")}
+        return cls(
+            task=member.task,
+            num_steps=member.num_steps,
+            warmup_steps=member.schedule.warmup_steps,
+            fractions=tuple(settings.fractions),
+            optimizer=json.dumps(optimizer, sort_keys=True),
+        )
 
 
 Runs = Mapping[GridPoint, Mapping[int, Mapping[str, Losses]]]
@@ -68,7 +90,7 @@ def by_setting(results: Iterable[ForkResult]) -> dict[Setting, dict[int, Runs]]:
     found: dict[Setting, dict[int, dict[GridPoint, dict[int, Mapping[str, Losses]]]]] = {}
     for result in results:
         member = result.settings.member
-        setting = Setting(task=member.task, num_steps=member.num_steps, warmup_steps=member.schedule.warmup_steps)
+        setting = Setting.of(result.settings)
         for step, losses in result.losses.items():
             points = found.setdefault(setting, {}).setdefault(step, defaultdict(dict))
             points[member.optimizer.lr, member.optimizer.b1][member.seed] = losses
@@ -83,9 +105,11 @@ def _whole(points: Runs) -> Runs:
 
 
 def judge(runs: Runs) -> dict[int, Judged]:
-    """Every seed at one step; empty without a seed that all grid points have."""
+    """Every seed at one step; empty with fewer than two that all grid points have: others choose for each."""
     seeds = list(next(iter(runs.values())))
-    return {seed: _judged(runs, seed, [other for other in seeds if other != seed] or [seed]) for seed in seeds}
+    if len(seeds) < 2:
+        return {}
+    return {seed: _judged(runs, seed, [other for other in seeds if other != seed]) for seed in seeds}
 
 
 def _judged(runs: Runs, seed: int, others: Sequence[int]) -> Judged:
@@ -124,21 +148,27 @@ def _is_decay(name: str) -> bool:
 def table(setting: Setting, steps: Mapping[int, Runs]) -> str:
     """Markdown: every step, and the mean of all of them, which is taken for each seed first."""
     judged = {step: judge(runs) for step, runs in steps.items()}
-    seeds = sorted(set.intersection(*map(set, judged.values())))
+    whole = sorted(set.intersection(*map(set, judged.values())))
+    seeds = [seed for seed in whole if all(by_seed[seed].has_gain for by_seed in judged.values())]
+    lengths = ", ".join(f"{100 * fraction:g}" for fraction in setting.fractions)
     lines = [
         f"## {setting.task}, {setting.num_steps:,} steps at a constant rate",
+        "",
+        f"Decays over {lengths} % of the steps, warm-up {setting.warmup_steps} steps, optimizer {setting.optimizer}.",
         "",
         f"{len(seeds)} seeds. Held-out losses. Decays are tuned in rate, b1, shape and length, for each seed by the "
         "others. Read-outs are of the same run, chosen by the loss on the probe: among those that need no step (any "
         "time), or also those that begin at a known share of the steps (known step). Share: of the decay's gain. Last "
         "two columns: loss of the read-out, at the rate and b1 that are best for it, less that of the decay. "
-        "Intervals: 95 %, Student's t over seeds.",
+        "Intervals: 95 %, Student's t over seeds."
+        + (f" Left out, as their decay gains nothing: {len(whole) - len(seeds)}." if len(seeds) < len(whole) else ""),
         "",
         "| steps | raw | decay | share, any time | share, known step | - decay, any time | - decay, known step |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     if not seeds:
-        return "\n".join([*lines[:2], "no seed that all rates have yet", ""])
+        reason = "a decay gains nothing in any seed" if whole else "fewer than two seeds that all rates have"
+        return "\n".join([*lines[:4], reason, ""])
     for step, by_seed in judged.items():
         raw, decayed = (fmean(getattr(by_seed[seed], name) for seed in seeds) for name in ("raw_loss", "decay_loss"))
         how = Counter(f"{by_seed[seed].decay}, lr {by_seed[seed].point[0]:g}" for seed in seeds).most_common(1)[0][0]

@@ -48,18 +48,27 @@ class Gpt2Shape:
         if config.flag("add_cross_attention", False):
             raise ConfigError("add_cross_attention=True: cross-attention has no place in the graph of a GPT-2")
         is_wrapped = assembler.has_prefix("transformer.")
+        inner = config.count("n_inner", 4 * hidden)
+        # Of nn.Linear, (outputs, inputs). Some may be frozen; the square one of the attention's output tells nothing.
+        as_linear = {
+            ".attn.c_attn.weight": (3 * hidden, hidden),
+            ".mlp.c_fc.weight": (inner, hidden),
+            ".mlp.c_proj.weight": (hidden, inner),
+        }
         return cls(
             prefix="transformer." if is_wrapped else "",
             hidden=hidden,
             num_layers=config.count("n_layer"),
             num_heads=num_heads,
-            inner_width=config.count("n_inner", 4 * hidden),
+            inner_width=inner,
             vocab_size=config.count("vocab_size"),
             num_positions=config.count("n_positions"),
             is_tied=config.flag("tie_word_embeddings", True),
             is_linear=any(
-                spec.fqn.endswith(".attn.c_attn.weight") and spec.shape == (3 * hidden, hidden)
+                spec.fqn.endswith(name) and spec.shape == shape
                 for spec in assembler.manifest.parameters
+                for name, shape in as_linear.items()
+                if shape[0] != shape[1]
             ),
         )
 

@@ -127,7 +127,19 @@ def test_what_is_kept_for_all_parameters_together_comes_back(
         state.require_resettable(masters)
 
 
-@pytest.mark.parametrize("name", ["MADGRAD", "FTRL", "DAdaptAdaGrad", "Ranger21", "ScheduleFreeWrapper"])
+@pytest.mark.parametrize("kept", [{"s": torch.zeros(3)}, [torch.zeros(3)]])
+def test_what_is_kept_for_all_parameters_in_a_container_is_no_way_back(
+    kept: Any, optimizer: torch.optim.Optimizer, masters: list[Master]
+) -> None:
+    state = OptimizerState([optimizer], None)
+    optimizer.state["buckets"] = kept  # type: ignore[index]
+    with pytest.raises(
+        RollbackError, match=f"'buckets', which the optimizer keeps for all parameters, is a {type(kept).__name__}"
+    ):
+        captured(state, masters)
+
+
+@pytest.mark.parametrize("name", ["MADGRAD", "FTRL", "DAdaptAdaGrad", "Ranger21", "ScheduleFreeWrapper", "TRAC"])
 def test_optimizers_whose_steps_take_a_jump_back_are_refused(name: str, parameter: nn.Parameter) -> None:
     optimizer = type(name, (torch.optim.SGD,), {})([parameter], lr=0.1)
     with pytest.raises(ConfigError, match=rf"the optimizer is a {name}, which keeps a second copy of the weights, or"):
@@ -137,19 +149,17 @@ def test_optimizers_whose_steps_take_a_jump_back_are_refused(name: str, paramete
 class Around(torch.optim.Optimizer):
     """Leaves its steps to another one, as sharpness-aware optimizers and torchtitan's containers do."""
 
-    def __init__(self, parameters: Any, *, has_its_state: bool, in_a_list: bool = False) -> None:
+    def __init__(self, parameters: Any, *, has_its_state: bool, held: str = "bare") -> None:
         super().__init__(parameters, {"lr": 0.1})
         inner = torch.optim.AdamW(self.param_groups)
-        self.inner = [inner] if in_a_list else inner
+        self.inner = {"bare": inner, "list": [inner], "dict": {"only": inner}}[held]
         if has_its_state:
             self.state = inner.state
 
 
-@pytest.mark.parametrize("in_a_list", [False, True])
-def test_an_optimizer_whose_inner_one_has_a_state_of_its_own_is_refused(
-    in_a_list: bool, parameter: nn.Parameter
-) -> None:
+@pytest.mark.parametrize("held", ["bare", "list", "dict"])
+def test_an_optimizer_whose_inner_one_has_a_state_of_its_own_is_refused(held: str, parameter: nn.Parameter) -> None:
     """SAM's own state knows nothing of Adam's moments (davda54/sam issue 73)."""
     with pytest.raises(ConfigError, match=r"a Around, which leaves its steps to a AdamW .*; give that one to sidecast"):
-        OptimizerState([Around([parameter], has_its_state=False, in_a_list=in_a_list)], None)
-    OptimizerState([Around([parameter], has_its_state=True, in_a_list=in_a_list)], None)
+        OptimizerState([Around([parameter], has_its_state=False, held=held)], None)
+    OptimizerState([Around([parameter], has_its_state=True, held=held)], None)
