@@ -51,7 +51,19 @@ class RayEngines:
 
     async def evaluate(self, request: ProbeRequest) -> ProbeAnswer:
         assert self._probe is not None, "without a probe no session has one"
+        await self._await_probe(self._probe)
         return await self._call(self._probe.evaluate, request)
+
+    async def _await_probe(self, probe: Any) -> None:
+        # Calls to an actor that Ray is starting again fail at once, whoever's model has ended the one before.
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            try:
+                await self._call(probe.__ray_ready__)
+                return
+            except EngineGoneError:
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
     async def replace_probe(self) -> None:
         if self._probe is not None:

@@ -18,7 +18,7 @@ from sidecast.nowcaster_service.vector_store import HistoryStore
 from sidecast.protos import nowcast_pb2 as pb
 
 # Between two looks at whoever else wants the event loop: a few ms.
-SESSIONS_AT_ONCE = 50
+SESSIONS_AT_ONCE = 5
 
 
 class Faulty(Protocol):

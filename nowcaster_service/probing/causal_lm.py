@@ -100,7 +100,8 @@ class CausalLmLoss:
 
     def _rows(self) -> Tensor:
         num_tokens = self._tokens_NT.shape[1]
-        limit = text_config(self._model.config.to_dict()).get("max_position_embeddings")
+        # GPT-2's has another name in its file.
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         limit = limit if isinstance(limit, int) and limit >= MIN_ROW_TOKENS else num_tokens
         if not self._is_text:
             if num_tokens > limit:

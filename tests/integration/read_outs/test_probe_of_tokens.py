@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from sidecast.commands.__main__ import main
 from sidecast.errors import ConfigError
@@ -89,6 +90,16 @@ def test_a_text_is_cut_into_rows_that_the_model_takes(tmp_path: Path) -> None:
     loss._model = llama(tied=True)
     loss._model.config.max_position_embeddings = 4 * ROW_TOKENS
     assert loss._rows().shape == (3, ROW_TOKENS)
+
+
+def test_a_models_positions_are_found_under_whichever_name_it_has_for_them(tmp_path: Path) -> None:
+    """GPT-2's file says n_positions; a row that is longer would end in an index that there is not."""
+    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False)
+    manifest = manifest_of(AutoModelForCausalLM.from_config(config))
+    answer = evaluated(tmp_path, manifest, ROWS.reshape(-1))
+    assert answer.refusal == ""
+    assert math.isfinite(answer.loss)
+    assert "the probe's rows have 24 tokens; the model takes 16" in evaluated(tmp_path, manifest).refusal
 
 
 def test_the_same_weights_have_the_same_bits_of_loss_whatever_is_evaluated_between(tmp_path: Path) -> None:
